@@ -1,0 +1,39 @@
+# make train, make test: nothing else is needed on a machine with Python 3.11 or later.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help setup train test check format clean
+
+help:  ## Show this page
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+setup: $(INSTALLED)  ## Make the virtual environment in .venv
+
+train: $(INSTALLED)  ## Train the tiny model (ARGS="key=value ..." changes settings)
+	$(BIN)/python -m mst_train $(ARGS)
+
+test: $(INSTALLED)  ## Run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED)  ## Lint, check the format and the types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the virtual environment and what the tools left (runs/ stays)
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "mst_train needs Python 3.11 or later, and $(PYTHON) is `$(PYTHON) --version 2>&1`: name another with PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
