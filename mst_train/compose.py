@@ -1,0 +1,165 @@
+"""From a command line to a frozen configuration: Hydra composes, the dataclasses decide.
+
+Hydra reads ``configs/``; the result is checked leaf by leaf against the dataclasses of config.py,
+so that one message lists every unknown key, wrong type and impossible value.
+"""
+
+import difflib
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mst_train.config import Config, validate
+from mst_train.errors import UserError
+
+DEFAULT_EXPERIMENT = "tiny"
+
+
+def compose(arguments: Sequence[str]) -> Config:
+    """The configuration that command-line overrides such as ``train.steps=40`` ask for.
+
+    Without an ``+experiment=NAME`` among them, it is the experiment "tiny". Raises UserError with
+    every problem found.
+    """
+    folder = config_folder()
+    tree = _compose_tree(folder, _overrides(folder, arguments))
+    schema = OmegaConf.structured(Config)
+    _make_writable(schema)
+    problems = []
+    for key, value in _leaves(tree):
+        problem = _set(schema, key, value)
+        if problem:
+            problems.append(problem)
+    if problems:
+        raise UserError(problems)
+    try:
+        config = OmegaConf.to_object(schema)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {_first_line(error)}") from error
+    assert isinstance(config, Config)
+    problems = validate(config)
+    if problems:
+        raise UserError(problems)
+    return config
+
+
+def config_folder() -> Path:
+    """The folder of configuration files: the checkout's, or the installed copy."""
+    checkout = Path(__file__).parent.parent / "configs"
+    if checkout.is_dir():
+        return checkout
+    return Path(sysconfig.get_path("data")) / "share" / "mst_train" / "configs"
+
+
+def choices(group: str) -> list[str]:
+    """The names of a configuration group's files."""
+    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+
+
+def describe(config: Config) -> str:
+    """The configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _overrides(folder: Path, arguments: Sequence[str]) -> list[str]:
+    """The arguments as Hydra takes them, with unknown keys let through to our own check."""
+    groups = {path.name for path in folder.iterdir() if path.is_dir()}
+    parser = OverridesParser.create()
+    overrides, problems, experiment = [], [], False
+    for argument in arguments:
+        try:
+            override = parser.parse_override(argument)
+        except HydraException as error:
+            problems.append(f"cannot read {argument!r}: expected key=value ({_first_line(error)})")
+            continue
+        key = override.key_or_group
+        if key == "experiment":
+            experiment = True
+            overrides.append("+experiment=" + argument.partition("=")[2])
+        elif key in groups and isinstance(override.value(), str):
+            overrides.append(argument.lstrip("+"))
+        else:
+            overrides.append("++" + argument.lstrip("+") if argument[0] != "~" else argument)
+    if problems:
+        raise UserError(problems)
+    return overrides if experiment else [f"+experiment={DEFAULT_EXPERIMENT}", *overrides]
+
+
+def _compose_tree(folder: Path, overrides: list[str]) -> Any:
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            config = hydra_compose("config", overrides)
+        return OmegaConf.to_container(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_group_problem(overrides) or _first_line(error)) from error
+
+
+def _group_problem(overrides: list[str]) -> str | None:
+    for override in overrides:
+        group, _, name = override.lstrip("+").partition("=")
+        known = choices(group)
+        if known and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            return f"{group}={name} is not known: {hint}"
+    return None
+
+
+def _set(schema: Any, key: str, value: Any) -> str | None:
+    """Put a value into the structured configuration; what is wrong with it, if anything."""
+    names = known_keys()
+    if key not in names:
+        members = [name for name in names if name.startswith(f"{key}.")]
+        if members:
+            return f"{key} is a group of settings: set one of {', '.join(members)}"
+        close = difflib.get_close_matches(key, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else "see python -m mst_train --help"
+        return f"{key} is not a setting: {hint}"
+    try:
+        OmegaConf.update(schema, key, value)
+    except OmegaConfBaseException as error:
+        return f"{key}={value}: {_first_line(error)}"
+    return None
+
+
+def known_keys() -> list[str]:
+    """Every setting's key."""
+    return list(_keys(Config, ""))
+
+
+def _keys(section: Any, prefix: str) -> Iterator[str]:
+    for field in fields(section):
+        if is_dataclass(field.type):
+            yield from _keys(field.type, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _make_writable(node: Any) -> None:
+    """Frozen dataclasses make read-only nodes; these are still being filled."""
+    OmegaConf.set_readonly(node, False)
+    for name in node:
+        child = node._get_node(name)
+        if OmegaConf.is_config(child):
+            _make_writable(child)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

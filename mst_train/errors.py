@@ -1,0 +1,22 @@
+"""The errors that end a command with one clear message instead of a traceback."""
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """Something the user gave (a setting, a file, a data set, a checkpoint) cannot be used.
+
+    Commands print the message and exit with status 2. Each problem says what is wrong, where
+    (the configuration key or the file), and what to do about it.
+    """
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class TrainingError(Exception):
+    """A run that started well cannot go on (a loss that is not finite, memory that ran out).
+
+    Commands print the message and exit with status 1; everything up to the last checkpoint is kept.
+    """

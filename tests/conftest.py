@@ -1,0 +1,91 @@
+"""What tests share: a small corpus and a configuration that trains on it in moments."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from mst_train.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LoggingConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    WandbConfig,
+)
+
+# The tests' arrays are too small for a second thread to be worth waiting for.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of text with something to learn: sentences of a small random grammar."""
+    folder = tmp_path_factory.mktemp("corpus")
+    generator = random.Random(0)
+    words = [
+        "".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=generator.randint(2, 9)))
+        for _ in range(400)
+    ]
+    followers = {word: generator.sample(words, 4) for word in words}
+    for i in range(12):
+        word, text = words[i], []
+        for _ in range(1500):
+            text.append(word)
+            word = generator.choice(followers[word])
+        (folder / f"document_{i:02d}.txt").write_text(" ".join(text))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Tokenizers and tokens, made once for all tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def small_config(corpus, cache, tmp_path):
+    """A run of a few steps, in its own folder."""
+    return Config(
+        run=RunConfig(name="small", dir=str(tmp_path / "run")),
+        train=TrainConfig(steps=6, eval_every=3, eval_sequences=4),
+        data=DataConfig(
+            source=str(corpus),
+            sequence_length=100,
+            validation_fraction=0.05,
+            tokenizer_vocab_size=512,
+            cache_dir=str(cache),
+        ),
+        model=ModelConfig(
+            vocab_size=512,
+            hidden_size=32,
+            intermediate_size=88,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+        ),
+        memory=MemoryConfig(policy="mst", mlp_chunk_tokens=32, head_chunk_tokens=32),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+        checkpoint=CheckpointConfig(every=2, keep=2),
+        logging=LoggingConfig(wandb=WandbConfig(mode="disabled")),
+    )
+
+
+@pytest.fixture
+def change():
+    """change(config, **{"train.steps": 8}): a copy of a configuration with other values."""
+
+    def replace(config, **settings):
+        for key, value in settings.items():
+            group, _, rest = key.partition(".")
+            if rest:
+                value = replace(getattr(config, group), **{rest: value})
+            config = dataclasses.replace(config, **{group: value})
+        return config
+
+    return replace

@@ -1,0 +1,53 @@
+"""Every rule of the configuration refuses what breaks it, by name."""
+
+import pytest
+
+from mst_train.config import Config, validate
+
+
+def test_defaults_are_valid():
+    assert validate(Config()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("precision", "fp64", "precision=fp64 is not one of fp32, bf16, bf16_master"),
+        ("run.name", " ", "run.name is empty"),
+        ("run.dir", "", "run.dir is empty"),
+        ("train.steps", 0, "train.steps=0 must be at least 1"),
+        ("train.seed", -1, "train.seed=-1 must be at least 0"),
+        ("train.micro_batch_size", 0, "train.micro_batch_size=0 must be at least 1"),
+        ("train.accumulation_steps", 0, "train.accumulation_steps=0 must be at least 1"),
+        ("train.eval_every", -1, "train.eval_every=-1 must be at least 0"),
+        ("data.sequence_length", 0, "data.sequence_length=0 must be at least 1"),
+        ("data.validation_fraction", 1.0, "data.validation_fraction=1.0 must be"),
+        ("data.source", "", "data.source is empty"),
+        ("model.num_kv_heads", 3, "model.num_heads=4 is not a multiple of model.num_kv_heads=3"),
+        ("model.hidden_size", 250, "model.hidden_size=250 is not a multiple of"),
+        ("model.head_size", 7, "the head size is 7"),
+        ("model.num_kv_heads", 0, "model.num_kv_heads=0 must be at least 1"),
+        ("model.norm_epsilon", 0.0, "model.norm_epsilon=0.0 must be greater than 0"),
+        ("memory.policy", "magic", "memory.policy=magic is not one of vanilla, recompute, mst"),
+        ("memory.mlp_chunk_tokens", "many", "memory.mlp_chunk_tokens=many must be a number"),
+        ("memory.head_chunk_tokens", 0, "memory.head_chunk_tokens=0 must be at least 1"),
+        ("memory.device_budget_gib", -1.0, "memory.device_budget_gib=-1.0 must be greater"),
+        ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate=nan must be greater"),
+        ("optimizer.beta2", 1.0, "optimizer.beta2=1.0 must be at least 0 and below 1"),
+        ("optimizer.max_grad_norm", 0.0, "optimizer.max_grad_norm=0.0 must be greater than 0"),
+        ("optimizer.weight_decay", -0.1, "optimizer.weight_decay=-0.1 must be 0 or more"),
+        ("checkpoint.every", 0, "checkpoint.every=0 must be at least 1"),
+        ("checkpoint.keep", 0, "checkpoint.keep=0 must be at least 1"),
+        ("kernel.attention", "fast", "kernel.attention=fast is not one of"),
+        ("logging.wandb.mode", "on", "logging.wandb.mode=on is not one of"),
+    ],
+)
+def test_what_is_refused(change, key, value, message):
+    problems = validate(change(Config(), **{key: value}))
+    assert len(problems) == 1
+    assert problems[0].startswith(message)
+
+
+def test_all_problems_are_listed_at_once(change):
+    wrong = {"precision": "fp8", "train.steps": -3, "model.num_heads": 0, "memory.policy": "x"}
+    assert len(validate(change(Config(), **wrong))) == 4
