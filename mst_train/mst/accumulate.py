@@ -1,0 +1,44 @@
+"""The sum of a weight's gradient over chunks."""
+
+import torch
+from torch import Tensor
+
+
+class WeightGradient:
+    """The gradient of one weight, summed over the chunks of a mini-sequence loop.
+
+    A linear layer y = x W^T has dW = dy^T x, which is a sum over tokens and so over chunks. The sum
+    is kept in fp32 for bf16 and fp16 weights (in their own type for fp32 and fp64): in bf16, every
+    chunk added would round away up to 2^-9 of all that is there already.
+
+    Holds one array of the weight's shape, or nothing where the gradient is not ``needed``.
+    """
+
+    def __init__(self, weight: Tensor, *, needed: bool, chunks: int) -> None:
+        self.needed = needed
+        self._weight = weight
+        self._total: Tensor | None = None
+        # One chunk has nothing to be added to: its product is the gradient.
+        self._sum_in_fp32 = chunks > 1 and weight.dtype in (torch.bfloat16, torch.float16)
+
+    def add(self, output_gradient_NO: Tensor, input_NI: Tensor) -> None:
+        """Add the product dy^T x of one chunk, [out, in]."""
+        if not self.needed:
+            return
+        left_ON = output_gradient_NO.t()
+        if self._total is None:
+            product = left_ON @ input_NI
+            self._total = product.float() if self._sum_in_fp32 else product
+        elif self._sum_in_fp32:
+            self._total += left_ON @ input_NI
+        else:
+            self._total.addmm_(left_ON, input_NI)
+
+    def result(self) -> Tensor | None:
+        """The gradient in the weight's type; None where it is not needed."""
+        if not self.needed:
+            return None
+        if self._total is None:  # there were no tokens
+            return torch.zeros_like(self._weight)
+        total, self._total = self._total, None
+        return total.to(self._weight.dtype)

@@ -1,0 +1,54 @@
+"""How a sequence is cut into mini-sequences.
+
+A chunk has to be long enough that its matrix products run at full speed and short enough that its
+intermediates stay small. Both ends are properties of the model and the device, so the number of
+tokens in a chunk is bounded by bytes and does not grow with the sequence.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+MULTIPLE = 256
+"""Chunks are whole matrix-product tiles."""
+
+MINIMUM = 1024
+"""Below this many rows a GPU's matrix products slow down."""
+
+INTERMEDIATE_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+"""What one chunk's intermediates may take, by device type."""
+
+
+def chunk_slices(tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    """Consecutive slices that cover ``range(tokens)``, the last one possibly shorter."""
+    for start in range(0, tokens, chunk_tokens):
+        yield slice(start, min(start + chunk_tokens, tokens))
+
+
+def auto_chunk_tokens(tokens: int, bytes_per_token: int, device: torch.device) -> int:
+    """Tokens per chunk so that a chunk's intermediates stay within the device's bound.
+
+    ``tokens`` rows whose intermediates take ``bytes_per_token`` each. All of them make one chunk
+    where they fit the bound. Otherwise the chunks are as even as multiples of 256 allow, and never
+    below 1024 tokens.
+    """
+    bound = INTERMEDIATE_BYTES.get(device.type, INTERMEDIATE_BYTES["cuda"])
+    largest = max(bound // bytes_per_token // MULTIPLE * MULTIPLE, MINIMUM)
+    if tokens <= largest:
+        return max(tokens, 1)
+    chunks = -(-tokens // largest)
+    return -(-tokens // (chunks * MULTIPLE)) * MULTIPLE
+
+
+def resolve_chunk_tokens(
+    chunk_tokens: int | str, tokens: int, bytes_per_token: int, device: torch.device
+) -> int:
+    """``chunk_tokens`` as a number: itself (at most ``tokens``), or the choice for "auto".
+
+    Raises ValueError for anything else.
+    """
+    if chunk_tokens == "auto":
+        return auto_chunk_tokens(tokens, bytes_per_token, device)
+    if not isinstance(chunk_tokens, int) or isinstance(chunk_tokens, bool) or chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens!r} must be a positive integer or 'auto'")
+    return max(min(chunk_tokens, tokens), 1)

@@ -1,0 +1,180 @@
+"""The LM head and its cross-entropy in mini-sequences.
+
+The logits are the largest array of a training step: [N, V], with V = 128256 in Llama3. A token's
+loss needs its own row alone, and the loss's gradient with respect to that row is known as soon as
+the row is. So the forward goes through the tokens in chunks and computes, for each, the logits, the
+losses, the gradient in the logits' own memory, and from it the gradients of the hidden states and
+of the weight. The backward has only to scale them. One chunk of logits is ever alive, and nothing
+is computed twice (Mini-Sequence Transformer, section 3.2).
+
+Legend: N tokens, C tokens of a chunk, D hidden, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from mst_kernels import cross_entropy_
+from mst_train.mst.accumulate import WeightGradient
+from mst_train.mst.chunking import chunk_slices, resolve_chunk_tokens
+
+
+def cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The same loss as one piece, the standard way: all logits at once, with an fp32 copy.
+
+    Arguments and results as in ``mini_sequence_cross_entropy``.
+    """
+    _check(hidden, weight, labels)
+    logits_NV = hidden @ weight.t()
+    logits_NV = logits_NV.to(_loss_dtype(hidden))
+    if softcap is not None:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
+    loss_sum = torch.nn.functional.cross_entropy(
+        logits_NV,
+        labels,
+        ignore_index=ignore_index,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+    valid_N = labels != ignore_index
+    if z_loss:
+        log_sum_exp_N = torch.logsumexp(logits_NV, dim=-1)
+        loss_sum = loss_sum + z_loss * (log_sum_exp_N.square() * valid_N).sum()
+    return loss_sum, valid_N.sum()
+
+
+def mini_sequence_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    chunk_tokens: int | str = "auto",
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropy over all valid tokens, with one chunk of logits alive.
+
+    With z = hidden weight^T, s = softcap * tanh(z / softcap) (s = z without), L = logsumexp(s) and
+    e = label_smoothing, a token of label y contributes
+
+        (1 - e) (L - s_y) + e (L - mean(s)) + z_loss * L^2.
+
+    Exact: the losses and all gradients are those of ``cross_entropy`` up to rounding, whatever the
+    chunk size. The weight's gradient reaches autograd once.
+
+    Args:
+        hidden: [N, D], floating point.
+        weight: [V, D] as in ``nn.Linear``, of hidden's type.
+        labels: [N] int64, already shifted: labels[i] is the token that hidden[i] predicts.
+        chunk_tokens: tokens computed at a time; "auto" bounds the logits by bytes.
+        ignore_index: the label of tokens that count for nothing.
+        softcap: bound of the logits (Gemma-2).
+        z_loss: weight of the squared log-sum-exp (PaLM, section 5).
+        label_smoothing: in [0, 1).
+
+    Returns:
+        loss_sum: fp32 scalar (fp64 for fp64 input), differentiable, to be divided by the number of
+            valid tokens of the whole step.
+        valid_tokens: int64 scalar, on hidden's device.
+
+    Raises:
+        ValueError: shapes that do not fit each other, an unusable chunk size.
+        RuntimeError: a second backward through the same result (its gradients are gone).
+
+    Memory: one chunk of logits, and until the backward the gradients of hidden
+    and weight; the weight's is summed in fp32. Under ``torch.no_grad``, or where neither input
+    needs a gradient, no gradient is computed or held.
+    """
+    _check(hidden, weight, labels)
+    bytes_per_token = weight.shape[0] * hidden.element_size()
+    chunk = resolve_chunk_tokens(chunk_tokens, hidden.shape[0], bytes_per_token, hidden.device)
+    # Grad mode is always off inside a Function's forward, so it is read here.
+    gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    options = {
+        "ignore_index": ignore_index,
+        "softcap": softcap,
+        "z_loss": z_loss,
+        "label_smoothing": label_smoothing,
+        "gradient": gradient,
+    }
+    loss_sum: Tensor = _MiniSequenceCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, labels, chunk, options
+    )
+    return loss_sum, (labels != ignore_index).sum()
+
+
+class _MiniSequenceCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        chunk_tokens: int,
+        options: dict,  # type: ignore[type-arg]
+    ) -> Tensor:
+        tokens = hidden_ND.shape[0]
+        chunks = -(-tokens // chunk_tokens)
+        hidden_needed, weight_needed = (
+            options["gradient"] and needed
+            for needed in ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        )
+        weight_gradient = WeightGradient(weight_VD, needed=weight_needed, chunks=chunks)
+        dhidden_ND = torch.empty_like(hidden_ND) if hidden_needed else None
+        # Summed once at the end, so that the loss does not depend on the chunk size.
+        loss_N = hidden_ND.new_empty(tokens, dtype=_loss_dtype(hidden_ND))
+        logits = hidden_ND.new_empty(chunk_tokens, weight_VD.shape[0])
+        for chunk in chunk_slices(tokens, chunk_tokens):
+            hidden_CD = hidden_ND[chunk]
+            logits_CV = logits[: hidden_CD.shape[0]]
+            torch.mm(hidden_CD, weight_VD.t(), out=logits_CV)
+            loss_N[chunk] = cross_entropy_(logits_CV, labels_N[chunk], **options)
+            dlogits_CV = logits_CV
+            weight_gradient.add(dlogits_CV, hidden_CD)
+            if dhidden_ND is not None:
+                torch.mm(dlogits_CV, weight_VD, out=dhidden_ND[chunk])
+        ctx.gradients = (dhidden_ND, weight_gradient.result())  # type: ignore[attr-defined]
+        return loss_N.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale):  # type: ignore[no-untyped-def]
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "a second backward through mini_sequence_cross_entropy: its gradients were handed "
+                "over in the first; run the forward again"
+            )
+        dhidden_ND, dweight_VD = ctx.gradients
+        ctx.gradients = None
+        for gradient in (dhidden_ND, dweight_VD):
+            if gradient is not None:
+                gradient *= scale
+        return dhidden_ND, dweight_VD, None, None, None
+
+
+def _loss_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit: expected "
+            f"[N, D] and [V, D]"
+        )
+    if labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"labels {tuple(labels.shape)} do not fit hidden {tuple(hidden.shape)}: expected "
+            f"[{hidden.shape[0]}]"
+        )

@@ -1,0 +1,165 @@
+"""The gated MLP in mini-sequences.
+
+    y = (act(x Wg^T) * (x Wu^T)) Wd^T
+
+Its intermediates (gate, up, their product) are ``intermediate_size`` wide, 3.5 times the hidden
+state in Llama3-8B, and every token's are independent of every other token's. So both passes go
+through the tokens in chunks: the forward keeps nothing but its input, and the backward rebuilds one
+chunk's intermediates at a time (Mini-Sequence Transformer, section 3.1).
+
+Legend: N tokens, C tokens of a chunk, D hidden, F intermediate.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from mst_kernels import glu_backward_, glu_forward
+from mst_train.mst.accumulate import WeightGradient
+from mst_train.mst.chunking import chunk_slices, resolve_chunk_tokens
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+BACKWARD_INTERMEDIATES = 3
+"""Arrays of [C, F] alive at once in the backward: gate, up and their product."""
+
+
+def gated_mlp(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    *,
+    activation: str = "silu",
+) -> Tensor:
+    """The same MLP as one piece, the standard way: autograd keeps every intermediate.
+
+    Shapes and types as in ``mini_sequence_mlp``.
+    """
+    gate = F.linear(x, gate_weight)
+    if activation == "silu":
+        gate = F.silu(gate)
+    elif activation == "gelu_tanh":
+        gate = F.gelu(gate, approximate="tanh")
+    else:
+        raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    return F.linear(gate * F.linear(x, up_weight), down_weight)
+
+
+def mini_sequence_mlp(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    *,
+    chunk_tokens: int | str = "auto",
+    activation: str = "silu",
+) -> Tensor:
+    """The gated MLP, computed in chunks of tokens in the forward and in the backward.
+
+    Exact: the result and all gradients are those of ``gated_mlp`` up to rounding, whatever the
+    chunk size, and each weight's gradient reaches autograd once.
+
+    Args:
+        x: [..., D], floating point.
+        gate_weight, up_weight: [F, D] as in ``nn.Linear``, of x's type.
+        down_weight: [D, F], of x's type.
+        chunk_tokens: tokens computed at a time; "auto" bounds the intermediates by bytes.
+        activation: "silu" (SwiGLU) or "gelu_tanh" (GeGLU).
+
+    Returns:
+        [..., D], of x's type.
+
+    Raises:
+        ValueError: shapes that do not fit each other, an unknown activation or chunk size.
+
+    Memory: input and output, and the intermediates of one chunk (two arrays of [C, F] in the
+    forward, three in the backward); the backward also holds the weights' gradients, in fp32 while
+    they are summed. Recomputation: the gate and up products, so 11 products in all where the
+    standard MLP has 9.
+    """
+    intermediate, hidden = gate_weight.shape
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    if (
+        x.shape[-1] != hidden
+        or up_weight.shape != gate_weight.shape
+        or down_weight.shape != (hidden, intermediate)
+    ):
+        raise ValueError(
+            f"x {tuple(x.shape)}, gate_weight {tuple(gate_weight.shape)}, up_weight "
+            f"{tuple(up_weight.shape)} and down_weight {tuple(down_weight.shape)} do not fit: "
+            f"expected x [..., D], gate and up [F, D], down [D, F]"
+        )
+    x_ND = x.reshape(-1, hidden)
+    bytes_per_token = BACKWARD_INTERMEDIATES * intermediate * x.element_size()
+    chunk = resolve_chunk_tokens(chunk_tokens, x_ND.shape[0], bytes_per_token, x.device)
+    y_ND: Tensor = _MiniSequenceMLP.apply(  # type: ignore[no-untyped-call]
+        x_ND, gate_weight, up_weight, down_weight, chunk, activation
+    )
+    return y_ND.view(x.shape)
+
+
+class _MiniSequenceMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x_ND: Tensor,
+        gate_weight: Tensor,
+        up_weight: Tensor,
+        down_weight: Tensor,
+        chunk_tokens: int,
+        activation: str,
+    ) -> Tensor:
+        y_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
+        buffers = x_ND.new_empty(2, chunk_tokens, gate_weight.shape[0])
+        for chunk in chunk_slices(x_ND.shape[0], chunk_tokens):
+            x_CD = x_ND[chunk]
+            gate_CF, up_CF = buffers[:, : x_CD.shape[0]]
+            torch.mm(x_CD, gate_weight.t(), out=gate_CF)
+            torch.mm(x_CD, up_weight.t(), out=up_CF)
+            product_CF = glu_forward(gate_CF, up_CF, activation, out=gate_CF)
+            torch.mm(product_CF, down_weight.t(), out=y_ND[chunk])
+        ctx.save_for_backward(x_ND, gate_weight, up_weight, down_weight)
+        ctx.chunk_tokens = chunk_tokens  # type: ignore[attr-defined]
+        ctx.activation = activation  # type: ignore[attr-defined]
+        return y_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_ND):  # type: ignore[no-untyped-def]
+        x_ND, gate_weight, up_weight, down_weight = ctx.saved_tensors
+        tokens, chunk_tokens = x_ND.shape[0], ctx.chunk_tokens
+        x_needed, *weights_needed = ctx.needs_input_grad[:4]
+        chunks = -(-tokens // chunk_tokens)
+        gate_gradient, up_gradient, down_gradient = (
+            WeightGradient(weight, needed=needed, chunks=chunks)
+            for weight, needed in zip(
+                (gate_weight, up_weight, down_weight), weights_needed, strict=True
+            )
+        )
+        dx_ND = torch.empty_like(x_ND) if x_needed else None
+        buffers = x_ND.new_empty(3, chunk_tokens, gate_weight.shape[0])
+        for chunk in chunk_slices(tokens, chunk_tokens):
+            x_CD, dy_CD = x_ND[chunk], dy_ND[chunk]
+            gate_CF, up_CF, dproduct_CF = buffers[:, : x_CD.shape[0]]
+            torch.mm(x_CD, gate_weight.t(), out=gate_CF)
+            torch.mm(x_CD, up_weight.t(), out=up_CF)
+            torch.mm(dy_CD, down_weight, out=dproduct_CF)
+            glu_backward_(dproduct_CF, gate_CF, up_CF, ctx.activation)
+            product_CF, dgate_CF, dup_CF = dproduct_CF, gate_CF, up_CF
+            down_gradient.add(dy_CD, product_CF)
+            gate_gradient.add(dgate_CF, x_CD)
+            up_gradient.add(dup_CF, x_CD)
+            if dx_ND is not None:
+                torch.mm(dgate_CF, gate_weight, out=dx_ND[chunk])
+                dx_ND[chunk].addmm_(dup_CF, up_weight)
+        return (
+            dx_ND,
+            gate_gradient.result(),
+            up_gradient.result(),
+            down_gradient.result(),
+            None,
+            None,
+        )

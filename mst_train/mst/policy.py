@@ -1,0 +1,30 @@
+"""What a memory policy means for the pieces of a step."""
+
+from dataclasses import dataclass
+
+from mst_train.config import AUTO, MemoryConfig
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a decoder computes: which intermediates exist, and in what portions.
+
+    recompute: keep only each block's input for the backward.
+    mini_sequence: MLP and LM head go through the tokens in chunks.
+    mlp_chunk_tokens, head_chunk_tokens: tokens in a chunk, or "auto".
+    """
+
+    recompute: bool = False
+    mini_sequence: bool = False
+    mlp_chunk_tokens: int | str = AUTO
+    head_chunk_tokens: int | str = AUTO
+
+    @classmethod
+    def from_config(cls, memory: MemoryConfig) -> "Policy":
+        """The policy that ``memory.policy`` names."""
+        return cls(
+            recompute=memory.policy in ("recompute", "mst"),
+            mini_sequence=memory.policy == "mst",
+            mlp_chunk_tokens=memory.mlp_chunk_tokens,
+            head_chunk_tokens=memory.head_chunk_tokens,
+        )
