@@ -1,0 +1,1 @@
+"""What a step holds in memory: measured, and bounded from below before it starts."""
