@@ -1,0 +1,6 @@
+"""The decoder: its layers, its attention and what it costs."""
+
+from mst_train.model.attention import Attention, select_attention
+from mst_train.model.transformer import Transformer, build_model
+
+__all__ = ["Attention", "Transformer", "build_model", "select_attention"]
