@@ -1,0 +1,275 @@
+"""The training run, from a configuration to a trained model: read it from top to bottom.
+
+train        the run: set up, loop over steps, evaluate, save, report
+train_step   one optimizer step
+evaluate     the validation loss
+"""
+
+import dataclasses
+import logging
+import math
+import random
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mst_train.checkpoint import load_part, save_checkpoint
+from mst_train.config import Config
+from mst_train.data import Batch, Data, Loader, fixed_batches, load_data
+from mst_train.errors import TrainingError, UserError
+from mst_train.memory.budget import require_fit
+from mst_train.memory.tracker import process_peak_bytes
+from mst_train.metrics import Metrics, Progress
+from mst_train.model import Transformer, build_model, select_attention
+from mst_train.model.flops import peak_flops, training_flops
+from mst_train.mst import Policy
+from mst_train.optim import Optimizer, learning_rate
+from mst_train.run_folder import RunFolder, check_continuation
+
+IGNORED = -100
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train as configured and return the summary that is written to summary.json.
+
+    Raises UserError where the run cannot start and TrainingError where it cannot go on.
+    """
+    # What can be refused is refused before anything is written.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    require_fit(config, _count_parameters(config), device)
+    folder = RunFolder(config)
+    finished = folder.finished()
+    if finished is not None:
+        log.info("the run in %s is finished: set train.steps higher to go on", folder.path)
+        return finished
+    data = load_data(config.data)
+    _require_vocabulary(config, data)
+
+    # Model and optimizer, at their first step or where a checkpoint left them.
+    model = _build(config, device)
+    optimizer = Optimizer(model, config.optimizer, master_weights=config.precision == "bf16_master")
+    step = tokens = position = 0
+    _seed_everything(config.train.seed)
+    folder.open()
+    if folder.resume_from is not None:
+        trainer = load_part(folder.resume_from, "trainer")
+        check_continuation(trainer["config"], config, folder.resume_from)
+        _require_same_data(trainer, data, folder.resume_from)
+        model.load_state_dict(load_part(folder.resume_from, "model"))
+        optimizer.load_state_dict(load_part(folder.resume_from, "optimizer"))
+        _restore_random_state(load_part(folder.resume_from, "random"))
+        step, tokens, position = trainer["step"], trainer["tokens"], trainer["position"]
+        log.info("continuing from %s", folder.resume_from)
+    loader = Loader(
+        data.training, config.train.micro_batch_size, seed=config.train.seed, position=position
+    )
+
+    metrics = Metrics(folder.metrics, config, step)
+    progress = Progress(step, config.train.steps)
+    flops_per_token = training_flops(config.model, config.data.sequence_length) / (
+        config.data.sequence_length
+    )
+    peak_rate = peak_flops(device)
+    exit_code = 1
+    try:
+        record: dict[str, Any] = {}
+        validation: dict[str, Any] = {}
+        if step == 0 and config.train.eval_every and data.validation:
+            validation = _validate(model, data, config, step=0)
+            metrics.log(validation)
+            progress.say(f"step 0: validation loss {validation['val_loss']:.4f}")
+
+        while step < config.train.steps:
+            step += 1
+            started = time.perf_counter()
+            rate = learning_rate(step, config.train.steps, config.optimizer)
+            batches = [next(loader) for _ in range(config.train.accumulation_steps)]
+            loss, gradient_norm, step_tokens = train_step(
+                model, optimizer, batches, rate, config.optimizer.max_grad_norm
+            )
+            seconds = time.perf_counter() - started
+            tokens += step_tokens
+            speed = step_tokens / seconds
+            record = {
+                "step": step,
+                "loss": loss,
+                "learning_rate": rate,
+                "grad_norm": gradient_norm,
+                "tokens": tokens,
+                "tokens_per_second": speed,
+                "step_seconds": seconds,
+                "model_flops_utilization": peak_rate and speed * flops_per_token / peak_rate,
+                "peak_memory_bytes": process_peak_bytes(device),
+            }
+            metrics.log(record)
+            progress.update(record)
+
+            if data.validation and _due(step, config.train.eval_every, config):
+                validation = _validate(model, data, config, step)
+                metrics.log(validation)
+                progress.say(f"step {step}: validation loss {validation['val_loss']:.4f}")
+            if _due(step, config.checkpoint.every, config):
+                state = {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "random": _random_state(),
+                    "trainer": {
+                        "step": step,
+                        "tokens": tokens,
+                        "position": loader.state(),
+                        "config": dataclasses.asdict(config),
+                        "corpus": data.corpus_fingerprint,
+                    },
+                }
+                save_checkpoint(folder.checkpoints, step, state, config.checkpoint.keep)
+
+        summary = {**record, "val_loss": validation.get("val_loss"), "run_dir": str(folder.path)}
+        metrics.finish(summary)
+        exit_code = 0
+        return summary
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(_out_of_memory(config)) from error
+    finally:
+        progress.close()
+        metrics.close(exit_code)
+        folder.close()
+
+
+def train_step(
+    model: Transformer,
+    optimizer: Optimizer,
+    batches: Sequence[Batch],
+    rate: float,
+    max_grad_norm: float | None,
+) -> tuple[float, float, int]:
+    """One optimizer step over the micro-batches ``batches``, at learning rate ``rate``.
+
+    The loss is the sum over the step's valid tokens divided by their number, so it does not depend
+    on how the step is cut into micro-batches. Returns loss, gradient norm and number of tokens;
+    raises TrainingError, with the weights untouched, where loss or gradient is not finite.
+    """
+    device = model.embedding.weight.device
+    valid_tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in batches:
+        tokens, labels, positions = _move(batch, device)
+        batch_loss_sum, _ = model(tokens, labels, positions)
+        (batch_loss_sum / valid_tokens).backward()
+        loss_sum += batch_loss_sum.detach()
+    norm = optimizer.gradient_norm()
+    loss, gradient_norm = loss_sum.item() / valid_tokens, norm.item()
+    if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+        raise TrainingError(
+            f"the loss is {loss} and the gradient's norm {gradient_norm}: the weights were not "
+            f"updated. Continue from the last checkpoint with a lower optimizer.learning_rate, a "
+            f"longer optimizer.warmup_steps or a smaller optimizer.max_grad_norm"
+        )
+    if max_grad_norm is not None:
+        optimizer.clip(max_grad_norm, norm)
+    optimizer.step(rate)
+    return loss, gradient_norm, sum(batch.tokens.numel() for batch in batches)
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, batches: Iterable[Batch]) -> float:
+    """The mean loss per valid token over all batches."""
+    device = model.embedding.weight.device
+    loss_sum, valid_tokens = 0.0, 0
+    for batch in batches:
+        batch_loss_sum, batch_valid_tokens = model(*_move(batch, device))
+        loss_sum += batch_loss_sum.item()
+        valid_tokens += int(batch_valid_tokens)
+    return loss_sum / valid_tokens
+
+
+def _due(step: int, every: int, config: Config) -> bool:
+    return every > 0 and (step % every == 0 or step == config.train.steps)
+
+
+def _validate(model: Transformer, data: Data, config: Config, step: int) -> dict[str, Any]:
+    assert data.validation is not None
+    batches = fixed_batches(
+        data.validation, config.train.micro_batch_size, config.train.eval_sequences
+    )
+    return {"step": step, "val_loss": evaluate(model, batches)}
+
+
+def _build(config: Config, device: torch.device) -> Transformer:
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    return build_model(
+        config.model,
+        policy=Policy.from_config(config.memory),
+        attention=select_attention(config.kernel.attention, device, dtype),
+        device=device,
+        dtype=dtype,
+        seed=config.train.seed,
+    )
+
+
+def _count_parameters(config: Config) -> int:
+    return sum(p.numel() for p in build_model(config.model, device="meta").parameters())
+
+
+def _require_vocabulary(config: Config, data: Data) -> None:
+    if data.tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
+            f"vocabulary of {data.tokenizer.vocab_size}: raise it to that at least"
+        )
+
+
+def _require_same_data(trainer: dict[str, Any], data: Data, checkpoint: Path) -> None:
+    if trainer["corpus"] != data.corpus_fingerprint:
+        raise UserError(
+            f"data.source holds other documents than when {checkpoint} was made, so the run's "
+            f"place in them is lost: restore them, or start anew with another run.dir"
+        )
+
+
+def _move(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    return batch.tokens.to(device), batch.labels.to(device), batch.positions.to(device)
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _random_state() -> dict[str, Any]:
+    algorithm, keys, *rest = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [algorithm, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    algorithm, keys, *rest = state["numpy"]
+    np.random.set_state((algorithm, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].clone())
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _out_of_memory(config: Config) -> str:
+    advice = "a smaller data.sequence_length or train.micro_batch_size"
+    if config.memory.policy != "mst":
+        advice = f"memory.policy=mst or {advice}"
+    return (
+        f"the device ran out of memory at data.sequence_length={config.data.sequence_length}, "
+        f"train.micro_batch_size={config.train.micro_batch_size} with "
+        f"memory.policy={config.memory.policy}: try {advice}"
+    )

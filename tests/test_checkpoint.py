@@ -1,0 +1,147 @@
+"""Checkpoints are whole or not there."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from mst_train.checkpoint import (
+    complete_checkpoints,
+    find_checkpoint,
+    load_part,
+    save_checkpoint,
+)
+from mst_train.errors import TrainingError, UserError
+
+
+def save(folder, step, keep=10):
+    state = {"model": {"w": torch.full((10,), float(step))}, "trainer": {"step": step}}
+    return save_checkpoint(folder, step, state, keep)
+
+
+def names(folder):
+    return [path.name for path in complete_checkpoints(folder)]
+
+
+def test_round_trip(tmp_path):
+    path = save(tmp_path, 50)
+    assert path.name == "step_00000050"
+    assert (tmp_path / "latest").read_text().strip() == "step_00000050"
+    assert torch.equal(load_part(path, "model")["w"], torch.full((10,), 50.0))
+    assert load_part(path, "trainer") == {"step": 50}
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def test_keeps_the_newest(tmp_path):
+    for step in range(1, 6):
+        save(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["step_00000004", "step_00000005"]
+    assert find_checkpoint(tmp_path).name == "step_00000005"
+
+
+def test_overwrites_a_checkpoint_of_the_same_step(tmp_path):
+    save(tmp_path, 5)
+    (tmp_path / "step_00000005" / "COMPLETE").unlink()
+    save(tmp_path, 5)
+    assert names(tmp_path) == ["step_00000005"]
+
+
+def cut_marker(path):
+    (path / "COMPLETE").unlink()
+
+
+def cut_file(path):
+    file = path / "model.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def lose_file(path):
+    (path / "model.pt").unlink()
+
+
+def garble_marker(path):
+    (path / "COMPLETE").write_text('{"files": ')
+
+
+@pytest.mark.parametrize("damage", [cut_marker, cut_file, lose_file, garble_marker])
+def test_a_checkpoint_cut_off_is_ignored_with_a_warning(tmp_path, caplog, damage):
+    save(tmp_path, 10)
+    damage(save(tmp_path, 20))
+    with caplog.at_level(logging.WARNING):
+        assert names(tmp_path) == ["step_00000010"]
+    assert "ignoring the checkpoint" in caplog.text
+    assert "step_00000020" in caplog.text
+
+
+def test_a_damaged_checkpoint_named_by_hand_is_refused(tmp_path):
+    path = save(tmp_path, 10)
+    lose_file(path)
+    with pytest.raises(UserError, match=r"is not whole: model\.pt is missing"):
+        find_checkpoint(path)
+
+
+def test_a_folder_without_checkpoints_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        find_checkpoint(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("stage", ["first file", "marker", "latest"])
+def test_a_write_cut_off_anywhere_leaves_the_one_before(tmp_path, monkeypatch, stage):
+    """An interruption (here an exception nobody handles) at each stage of the writing."""
+    save(tmp_path, 10)
+    import mst_train.checkpoint as module
+
+    class Killed(BaseException):
+        pass
+
+    def interrupt(*_):
+        raise Killed
+
+    if stage == "first file":
+        monkeypatch.setattr(module.torch, "save", interrupt)
+    else:
+        replace = module._replace
+        target = "COMPLETE" if stage == "marker" else "latest"
+        monkeypatch.setattr(
+            module, "_replace", lambda p, t: interrupt() if p.name == target else replace(p, t)
+        )
+    with pytest.raises(Killed):
+        save(tmp_path, 20)
+    monkeypatch.undo()
+    # With the marker written the checkpoint is whole, even where ``latest`` lags behind.
+    expected = ["step_00000010"] + ["step_00000020"] * (stage == "latest")
+    assert names(tmp_path) == expected
+    save(tmp_path, 30)
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def test_a_full_disk_is_reported_and_costs_nothing(tmp_path, monkeypatch):
+    save(tmp_path, 10)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainingError, match=r"cannot write the checkpoint .*No space left"):
+        save(tmp_path, 20)
+    assert names(tmp_path) == ["step_00000010"]
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    path = save(tmp_path, 10)
+    torch.save(Payload(), path / "model.pt")
+    with pytest.raises(UserError, match="cannot read"):
+        load_part(path, "model")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_marker_lists_the_files(tmp_path):
+    marker = json.loads((save(tmp_path, 10) / "COMPLETE").read_text())
+    assert marker["step"] == 10
+    assert set(marker["files"]) == {"model.pt", "trainer.pt"}

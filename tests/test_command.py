@@ -1,0 +1,134 @@
+"""python -m mst_train, as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "mst_train", *arguments]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(folder, *arguments, environment=ENVIRONMENT):
+    return subprocess.run(
+        command(*arguments),
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.fixture
+def arguments(corpus, cache):
+    return [
+        f"data.source={corpus}",
+        f"data.cache_dir={cache}",
+        "data.sequence_length=64",
+        "data.validation_fraction=0.05",
+        "data.tokenizer_vocab_size=512",
+        "model.vocab_size=512",
+        "model.hidden_size=32",
+        "model.intermediate_size=88",
+        "model.num_layers=2",
+        "logging=wandb_disabled",
+        "train.steps=40",
+        "checkpoint.every=5",
+    ]
+
+
+def losses(path):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {r["step"]: r["loss"] for r in lines if "loss" in r}
+
+
+def test_it_trains_and_says_where(tmp_path, arguments):
+    result = run(tmp_path, *arguments, "train.steps=4", "run.name=short")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "The run's folder: runs/short"
+    assert "step 4/4: loss" in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
+    again = run(tmp_path, *arguments, "train.steps=4", "run.name=short")
+    assert again.returncode == 0
+    assert "is finished" in again.stderr
+
+
+def test_killed_and_resumed_it_gives_the_same_losses(tmp_path, arguments):
+    whole = run(tmp_path, *arguments, "run.dir=whole")
+    assert whole.returncode == 0, whole.stderr
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    process = subprocess.Popen(
+        command(*arguments, "run.dir=cut"),
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count('"loss"') < 17:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert max(losses(metrics)) < 40
+    resumed = run(tmp_path, *arguments, "run.dir=cut", "run.resume=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "continuing from cut/checkpoints/step_" in resumed.stderr
+    assert losses(metrics) == losses(tmp_path / "whole" / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (
+            ["train.stepz=1", "data.sequence_length=no"],
+            ["train.stepz is not a setting: did you mean train.steps?", "data.sequence_length=no"],
+        ),
+        (["data.sequence_length=0", "model.num_heads=5"], ["data.sequence_length=0", "num_heads"]),
+        (["data.source=./missing.txt"], ["./missing.txt"]),
+        (["+experiment=llama3_8b_seq60k"], ["llama3_8b_seq60k does not fit", "weights"]),
+    ],
+)
+def test_bad_input_is_one_clear_message(tmp_path, arguments, messages):
+    result = run(tmp_path, *arguments)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert all(line.startswith("error: ") for line in result.stderr.splitlines())
+    for message in messages:
+        assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_corpus_is_refused(tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "blank.txt").write_text("\n \n")
+    result = run(tmp_path, "data.source=./text", f"data.cache_dir={tmp_path / 'cache'}")
+    assert result.returncode == 2
+    assert "./text" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_and_config(tmp_path):
+    help_page = run(tmp_path, "--help").stdout
+    assert "llama3_8b_seq60k" in help_page
+    assert "sequence_length: 1024" in help_page
+    shown = run(tmp_path, "--config", "train.steps=3").stdout
+    assert "steps: 3" in shown
+
+
+def test_without_a_terminal_or_home(tmp_path, arguments):
+    """A scheduler's environment: no terminal, no home folder, another working folder."""
+    environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("HOME", "XDG_CACHE_HOME")}
+    run_dir = f"run.dir={tmp_path / 'run'}"
+    result = run("/", *arguments, "train.steps=2", run_dir, environment=environment)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,80 @@
+"""The direction of imports, read from the syntax trees (imports inside functions included)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted([*ROOT.glob("mst_train/**/*.py"), *ROOT.glob("kernels/mst_kernels/**/*.py")])
+
+FORBIDDEN = {
+    "mst_kernels": ("mst_train",),
+    "mst_train.errors": ("mst_train", "torch"),
+    "mst_train.config": ("mst_train", "torch", "hydra", "omegaconf"),
+    "mst_train.mst": ("mst_train.model", "mst_train.train", "mst_train.data", "mst_train.optim"),
+    "mst_train.model": ("mst_train.train", "mst_train.data", "mst_train.optim"),
+    "mst_train.data": ("mst_train.model", "mst_train.train", "mst_train.mst"),
+    "mst_train.optim": ("mst_train.model", "mst_train.train"),
+    "mst_train.checkpoint": ("mst_train.model", "mst_train.train"),
+    "mst_train.metrics": ("mst_train.model", "mst_train.train"),
+    "mst_train.train": ("mst_train.__main__", "mst_train.compose"),
+}
+
+HOMES = {
+    "hydra": ("mst_train.compose",),
+    "wandb": ("mst_train.metrics",),
+    "datasets": ("mst_train.data.huggingface",),
+    "flash_attn": ("mst_train.model.attention",),
+    "sentencepiece": ("mst_train.data.tokenizer",),
+    "triton": ("mst_kernels",),
+    "deepspeed": (),
+}
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "kernels":
+        parts = parts[1:]
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name, package):
+    return name == package or name.startswith(package + ".")
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_downwards(path):
+    name = module_name(path)
+    for package, forbidden in FORBIDDEN.items():
+        if not within(name, package):
+            continue
+        for imported in imports(path):
+            wrong = [f for f in forbidden if within(imported, f) and not within(imported, package)]
+            assert not wrong, f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_each_heavy_package_has_one_home(path):
+    name = module_name(path)
+    for package, homes in HOMES.items():
+        if any(within(name, home) for home in homes):
+            continue
+        assert not any(within(imported, package) for imported in imports(path)), name
+
+
+def test_config_needs_the_standard_library_alone():
+    import sys
+
+    found = {i.partition(".")[0] for i in imports(ROOT / "mst_train/config.py")}
+    assert found <= set(sys.stdlib_module_names)

@@ -1,0 +1,275 @@
+"""The run as a whole: the same curve under every policy, resuming, refusing."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import mst_train.train as training
+from mst_train.data import Batch
+from mst_train.errors import TrainingError, UserError
+from mst_train.model import build_model
+from mst_train.mst import Policy
+from mst_train.optim import Optimizer
+from mst_train.train import evaluate, train, train_step
+
+
+def records(config):
+    lines = Path(config.run.dir, "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses(config):
+    return {r["step"]: r["loss"] for r in records(config) if "loss" in r}
+
+
+def test_a_run_leaves_what_it_promises(small_config):
+    summary = train(small_config)
+    folder = Path(small_config.run.dir)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 6
+    steps = [r for r in records(small_config) if "loss" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
+    assert set(steps[0]) == {
+        "step",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "step_seconds",
+        "model_flops_utilization",
+        "peak_memory_bytes",
+    }
+    assert [r["tokens"] for r in steps] == [100, 200, 300, 400, 500, 600]
+    assert steps[0]["learning_rate"] == pytest.approx(1.5e-3)
+    assert steps[0]["peak_memory_bytes"] > 10e6
+    validations = [r for r in records(small_config) if "val_loss" in r]
+    assert [r["step"] for r in validations] == [0, 3, 6]
+    assert all(set(r) == {"step", "val_loss"} for r in validations)
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert summary["val_loss"] == validations[-1]["val_loss"]
+    assert (folder / "checkpoints/latest").read_text().strip() == "step_00000006"
+    kept = sorted(p.name for p in (folder / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000004", "step_00000006"]
+
+
+def test_it_learns(small_config, change):
+    config = change(small_config, **{"train.steps": 60, "checkpoint.every": 60})
+    train(config)
+    curve = losses(config)
+    assert curve[60] < curve[1] - 1.0
+    validations = [r["val_loss"] for r in records(config) if "val_loss" in r]
+    assert validations[-1] < validations[0] - 1.0
+
+
+def test_every_policy_gives_the_same_curve(small_config, change):
+    """50 steps in fp32: vanilla, recompute and mst with several chunk sizes, one ragged."""
+    curves = {}
+    for name, memory in {
+        "vanilla": {"memory.policy": "vanilla"},
+        "recompute": {"memory.policy": "recompute"},
+        "mst 25": {"memory.mlp_chunk_tokens": 25, "memory.head_chunk_tokens": 50},
+        "mst 33": {"memory.mlp_chunk_tokens": 33, "memory.head_chunk_tokens": 7},
+        "mst auto": {"memory.mlp_chunk_tokens": "auto", "memory.head_chunk_tokens": "auto"},
+    }.items():
+        config = change(small_config, **memory)
+        config = change(config, **{"run.dir": f"{small_config.run.dir} {name}"})
+        config = change(config, **{"train.steps": 50, "checkpoint.every": 50})
+        train(config)
+        curves[name] = losses(config)
+    reference = curves.pop("vanilla")
+    assert len(reference) == 50
+    for name, curve in curves.items():
+        worst = max(abs(curve[s] - reference[s]) / reference[s] for s in reference)
+        assert worst < 1e-5, name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_master"])
+def test_resuming_continues_bit_for_bit(small_config, change, precision):
+    whole = change(small_config, precision=precision, **{"train.accumulation_steps": 2})
+    train(whole)
+    cut = change(whole, **{"run.dir": small_config.run.dir + "_cut"})
+    with pytest.MonkeyPatch.context() as patch:
+        step = training.train_step
+
+        def stop_at_four(*arguments):
+            if len(losses(cut)) == 4:
+                raise KeyboardInterrupt
+            return step(*arguments)
+
+        patch.setattr(training, "train_step", stop_at_four)
+        with pytest.raises(KeyboardInterrupt):
+            train(cut)
+    torch.manual_seed(12345)
+    train(cut)
+    assert losses(cut) == losses(whole)
+    a, b = (torch.load(Path(c.run.dir, "checkpoints/step_00000006/model.pt")) for c in (whole, cut))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_records_of_lost_work_are_replaced(small_config, change):
+    """Steps done after the last checkpoint are done again, and counted once."""
+    train(small_config)
+    expected = losses(small_config)
+    folder = Path(small_config.run.dir)
+    (folder / "checkpoints/step_00000006/COMPLETE").unlink()
+    (folder / "summary.json").unlink()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    train(small_config)
+    assert [r["step"] for r in records(small_config) if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert losses(small_config) == expected
+
+
+def test_a_finished_run_says_so(small_config, caplog):
+    summary = train(small_config)
+    before = (Path(small_config.run.dir) / "metrics.jsonl").stat().st_mtime_ns
+    with caplog.at_level(logging.INFO, "mst_train"):
+        assert train(small_config) == summary
+    assert "is finished" in caplog.text
+    assert (Path(small_config.run.dir) / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_finished_run_goes_on_with_more_steps(small_config, change):
+    train(small_config)
+    train(change(small_config, **{"train.steps": 8}))
+    assert list(losses(small_config)) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_resume_never_refuses_a_used_folder(small_config, change):
+    config = change(small_config, **{"run.resume": "never"})
+    train(config)
+    with pytest.raises(UserError, match=r"holds a run already.*choose another run\.dir"):
+        train(config)
+
+
+def test_resume_from_another_run(small_config, change):
+    train(small_config)
+    other = change(
+        small_config,
+        **{
+            "run.dir": small_config.run.dir + "_other",
+            "run.resume": small_config.run.dir + "/checkpoints/step_00000004",
+        },
+    )
+    train(other)
+    first = losses(small_config)
+    assert losses(other) == {5: first[5], 6: first[6]}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("model.num_layers", 3), ("data.sequence_length", 50), ("precision", "bf16")],
+)
+def test_resuming_as_another_run_is_refused(small_config, change, setting, value):
+    train(change(small_config, **{"train.steps": 2}))
+    with pytest.raises(UserError, match=f"{setting}={value}, but .* was made with"):
+        train(change(small_config, **{setting: value}))
+
+
+def test_a_harmless_change_is_a_warning(small_config, change, caplog):
+    train(change(small_config, **{"train.steps": 2}))
+    train(change(small_config, **{"train.steps": 4, "memory.policy": "recompute"}))
+    assert "memory.policy is recompute now and was mst" in caplog.text
+
+
+def test_other_documents_are_refused(small_config, change, tmp_path):
+    import shutil
+
+    source = tmp_path / "documents"
+    shutil.copytree(small_config.data.source, source)
+    config = change(small_config, **{"data.source": str(source), "train.steps": 2})
+    train(config)
+    (source / "document_00.txt").write_text("something else entirely " * 500)
+    with pytest.raises(UserError, match=r"data\.source holds other documents"):
+        train(change(config, **{"train.steps": 4}))
+
+
+def test_two_processes_do_not_share_a_folder(small_config):
+    from mst_train.run_folder import RunFolder
+
+    first, second = RunFolder(small_config), RunFolder(small_config)
+    first.open()
+    with pytest.raises(UserError, match="in use by another process"):
+        second.open()
+    first.close()
+    second.open()
+    second.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model.vocab_size": 100}, r"model\.vocab_size=100 is smaller than the tokenizer's"),
+        ({"data.source": "/nowhere/at/all.txt"}, "/nowhere/at/all.txt"),
+        ({"data.sequence_length": 10**7}, "data.sequence_length"),
+        ({"kernel.attention": "flash"}, "kernel.attention=flash cannot be used"),
+        ({"memory.device_budget_gib": 1e-5}, "memory.device_budget_gib allows"),
+    ],
+)
+def test_a_refused_run_leaves_no_folder(small_config, change, settings, message):
+    with pytest.raises(UserError, match=message):
+        train(change(small_config, **settings))
+    assert not Path(small_config.run.dir).exists()
+
+
+def make_step(small_config, dtype=torch.float64, policy=None):
+    model = build_model(small_config.model, policy=policy, dtype=dtype)
+    optimizer = Optimizer(model, small_config.optimizer, master_weights=False)
+    tokens = torch.randint(512, (4, 41), generator=torch.Generator().manual_seed(0))
+    labels = tokens[:, 1:].clone()
+    labels[0, :30] = -100
+    labels[1] = -100
+    positions = torch.arange(40).expand(4, -1)
+    return model, optimizer, Batch(tokens[:, :-1], labels, positions)
+
+
+def rows(batch, *which):
+    return [Batch(batch.tokens[r], batch.labels[r], batch.positions[r]) for r in which]
+
+
+@pytest.mark.parametrize("policy", [None, Policy(True, True, 16, 24)])
+def test_the_step_does_not_depend_on_its_micro_batches(small_config, policy):
+    """Rows with 10, 0, 40 and 40 valid tokens: a mean of means would differ."""
+    updated = []
+    for parts in ([slice(0, 4)], [slice(0, 2), slice(2, 4)], [slice(i, i + 1) for i in range(4)]):
+        model, optimizer, batch = make_step(small_config, policy=policy)
+        loss, norm, tokens = train_step(model, optimizer, rows(batch, *parts), 1e-3, 0.5)
+        assert tokens == 160
+        updated.append([loss, norm, *(p.detach() for p in model.parameters())])
+    for other in updated[1:]:
+        assert other[:2] == pytest.approx(updated[0][:2], rel=1e-12)
+        torch.testing.assert_close(other[2:], updated[0][2:], rtol=1e-10, atol=1e-13)
+
+
+def test_the_loss_is_the_mean_over_valid_tokens(small_config):
+    model, optimizer, batch = make_step(small_config)
+    logits = model.logits(batch.tokens).flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, batch.labels.flatten()).item()
+    assert evaluate(model, [batch]) == pytest.approx(expected, rel=1e-12)
+    assert evaluate(model, rows(batch, slice(0, 3), slice(3, 4))) == pytest.approx(expected)
+    loss, _, _ = train_step(model, optimizer, [batch], 1e-3, None)
+    assert loss == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights_alone(small_config):
+    model, optimizer, batch = make_step(small_config)
+    with torch.no_grad():
+        model.norm.weight[0] = float("nan")
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(TrainingError, match=r"the loss is nan.*weights were not updated"):
+        train_step(model, optimizer, [batch], 1e-3, 1.0)
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert torch.equal(old, new.detach()) or old.isnan().any()
+
+
+def test_running_out_of_memory_is_explained(small_config, change, monkeypatch):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "train_step", exhausted)
+    with pytest.raises(TrainingError, match=r"sequence_length=100.*policy=recompute: try memory"):
+        train(change(small_config, **{"memory.policy": "recompute"}))
