@@ -1,0 +1,104 @@
+"""Which tokens train and which validate.
+
+A stream is a list of spans, [spans, 2] int64: token ranges [start, end) of the corpus, in order.
+Whole documents are held out where that is possible; where it is not (one huge document, or
+documents that are all longer than what may be held out), the end of the corpus is.
+
+The choice depends on the documents' lengths and on ``data.validation_fraction`` and
+``data.sequence_length``, not on ``train.seed``: runs with other seeds validate on the same text.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mst_train.data.order import pseudo_random_order
+from mst_train.errors import UserError
+
+Ints = NDArray[np.int64]
+
+SPLIT_KEY = 0x7370_6C69_7400
+
+
+def split_documents(lengths: Ints, fraction: float, minimum_tokens: int) -> tuple[Ints, Ints]:
+    """Hold out about ``fraction`` of the tokens, at least ``minimum_tokens``, in whole documents.
+
+    Documents that are no longer than the target, max(fraction * total, minimum_tokens), are taken
+    in a fixed pseudo-random order while they fit into it. One more is taken where they would come
+    to less than ``minimum_tokens``, so that less than twice the target is ever held out.
+
+    Args:
+        lengths: [documents] int64, tokens of each with its end-of-document token.
+
+    Returns:
+        (training ids, validation ids), both ascending int64. No validation ids where the documents
+        cannot give ``minimum_tokens`` to both streams.
+    """
+    total = int(lengths.sum())
+    target = max(int(fraction * total), minimum_tokens)
+    order = pseudo_random_order(len(lengths), SPLIT_KEY)
+    order = order[lengths[order] <= target]
+    held_out = np.cumsum(lengths[order])
+    count = max(
+        int(np.searchsorted(held_out, target, side="right")),
+        int(np.searchsorted(held_out, minimum_tokens)) + 1,
+    )
+    count = min(count, len(order))
+    tokens = int(held_out[count - 1]) if count else 0
+    if tokens < minimum_tokens or total - tokens < minimum_tokens:
+        count = 0
+    is_validation = np.zeros(len(lengths), bool)
+    is_validation[order[:count]] = True
+    return np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
+
+
+def split_stream(offsets: Ints, fraction: float, sequence_length: int) -> tuple[Ints, Ints | None]:
+    """The spans of the training stream and of the validation stream (none where fraction is 0).
+
+    Every token of the corpus is in one span of one stream. Each stream is long enough for one
+    sequence of ``sequence_length`` + 1 tokens.
+
+    Args:
+        offsets: [documents + 1] int64, where documents start and the last one ends.
+
+    Raises:
+        UserError: the corpus is too short for that.
+    """
+    total = int(offsets[-1])
+    minimum = sequence_length + 1
+    if total < (2 * minimum if fraction else minimum):
+        raise _too_short(total, fraction, sequence_length)
+    spans = np.stack([offsets[:-1], offsets[1:]], axis=1)
+    if not fraction:
+        return merged(spans), None
+    training, validation = split_documents(np.diff(offsets), fraction, minimum)
+    if len(validation):
+        return merged(spans[training]), merged(spans[validation])
+    border = total - min(max(int(fraction * total), minimum), total - minimum)
+    return np.array([[0, border]]), np.array([[border, total]])
+
+
+def merged(spans: Ints) -> Ints:
+    """``spans`` with those joined that follow each other without a gap."""
+    follows = spans[1:, 0] == spans[:-1, 1]
+    starts = spans[np.concatenate([[True], ~follows]), 0]
+    ends = spans[np.concatenate([~follows, [True]]), 1]
+    return np.stack([starts, ends], axis=1)
+
+
+def _too_short(total: int, fraction: float, sequence_length: int) -> UserError:
+    asked = f"data.source holds {total} tokens, but data.sequence_length={sequence_length}"
+    remedies = []
+    if fraction:
+        asked += (
+            f" needs {2 * (sequence_length + 1)}: a sequence of {sequence_length + 1} (one token "
+            f"more, to predict) for training and one for validation"
+        )
+        if total >= 4:
+            remedies.append(f"set data.sequence_length to {total // 2 - 1} or less")
+        if total > sequence_length:
+            remedies.append("set data.validation_fraction=0")
+    else:
+        asked += f" needs {sequence_length + 1} (one token more, to predict)"
+        if total >= 2:
+            remedies.append(f"set data.sequence_length to {total - 1} or less")
+    return UserError(f"{asked}: {', or '.join([*remedies, 'give more text'])}")

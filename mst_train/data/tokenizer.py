@@ -1,0 +1,214 @@
+"""Text to token ids and back: byte-pair encoding by sentencepiece.
+
+A tokenizer trained here loses nothing: decode(encode(text)) == text for every text that has a
+UTF-8 form. Spaces, tabs, newlines and NUL are kept as they are, the usual runs of spaces are single
+tokens, and what is not in the vocabulary is spelt in bytes. A sentencepiece model that the user
+brings keeps its own rules (Llama's, for one, puts a space before the text).
+"""
+
+import hashlib
+import io
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from mst_train.errors import UserError
+
+SAMPLE_CHARACTERS = 8_000_000
+"""The most text a tokenizer is trained on."""
+SAMPLE_PART_CHARACTERS = 16_384
+"""The unit of the sample; sentencepiece holds positions in a word in 16 bits."""
+ENCODE_PART_CHARACTERS = 262_144
+"""Longer texts are encoded part by part: sentencepiece needs 40 bytes per character of the part,
+and its time per character grows with the part's length."""
+SMALLEST_VOCABULARY = 300
+"""What the configuration accepts as data.tokenizer_vocab_size."""
+
+# sentencepiece writes a space as U+2581, so that a real U+2581 would come back as a space.
+_SPACE_SYMBOL = "\u2581"
+_SPACE_SYMBOLS = re.compile(f"({_SPACE_SYMBOL}+)")
+# sentencepiece trains on no text that has its mark for unknown characters in it.
+_RESERVED = "\u2585"
+
+
+class Tokenizer:
+    """A sentencepiece model.
+
+    Attributes:
+        vocab_size: the number of token ids.
+        eod: the id that ends a document; no text encodes to it.
+        fingerprint: stands for the model's bytes.
+    """
+
+    def __init__(self, model: bytes, name: str) -> None:
+        """``name`` says in messages where ``model`` is from.
+
+        Raises:
+            UserError: not a sentencepiece model, or one without an end-of-sequence id.
+        """
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.vocab_size: int = self._processor.vocab_size()
+        except RuntimeError as error:
+            raise UserError(f"{name} is not a sentencepiece model: give a .model file") from error
+        if self.vocab_size == 0:
+            raise UserError(f"{name} is not a sentencepiece model: give a .model file")
+        self.eod: int = self._processor.eos_id()
+        if self.eod < 0:
+            raise UserError(
+                f"{name} has no end-of-sequence id, which ends a document: give a sentencepiece "
+                f"model that was trained with one (eos_id)"
+            )
+        self.fingerprint = hashlib.sha256(model).hexdigest()[:32]
+        self._threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else -1
+        # A model that puts a space before each text would put one before each part of a text.
+        first_piece = self._processor.encode("a", out_type=str)[0]
+        self._divisible = not first_piece.startswith(_SPACE_SYMBOL)
+        self._space_symbol_ids = self._in_bytes(_SPACE_SYMBOL)
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """The tokenizer in a .model file; ``UserError`` where there is none."""
+        try:
+            model = path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"data.tokenizer={path} cannot be read ({error.strerror or error}): give a "
+                f"sentencepiece .model file, or null to have one trained"
+            ) from error
+        return cls(model, f"data.tokenizer={path}")
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The token ids of each text, without an end-of-document id; threaded over the texts."""
+        parts = [list(self._parts(text)) for text in texts]
+        flat = [part for text in parts for part in text]
+        encoded = iter(self._processor.encode(flat, num_threads=self._threads))
+        results = []
+        for text in parts:
+            tokens: list[int] = []
+            for part in text:
+                tokens += self._substitute(part, next(encoded))
+            results.append(tokens)
+        return results
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of token ids; end-of-document ids have none."""
+        text: str = self._processor.decode(tokens)
+        return text
+
+    def _parts(self, text: str) -> Iterator[str]:
+        if not self._divisible:
+            yield text
+            return
+        for part in cut(text, ENCODE_PART_CHARACTERS):
+            if self._space_symbol_ids and _SPACE_SYMBOL in part:
+                yield from _SPACE_SYMBOLS.split(part)
+            else:
+                yield part
+
+    def _substitute(self, part: str, tokens: list[int]) -> list[int]:
+        """``tokens``, unless ``part`` is a run of U+2581 cut out by ``_parts``."""
+        if self._divisible and self._space_symbol_ids and part.startswith(_SPACE_SYMBOL):
+            return self._space_symbol_ids * len(part)
+        return tokens
+
+    def _in_bytes(self, text: str) -> list[int]:
+        """``text`` spelt in byte tokens; empty where the model has none."""
+        tokens = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+        return tokens if all(self._processor.is_byte(token) for token in tokens) else []
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int, destination: Path) -> Tokenizer:
+    """Train a tokenizer, write it to ``destination`` in one step, and return it.
+
+    The model depends on the documents, their order and ``vocab_size`` alone. It learns from at most
+    SAMPLE_CHARACTERS of text, spread evenly over the documents, and holds no more than that plus
+    one document in memory. Newlines join other characters in a token, spaces only start one.
+
+    Raises:
+        UserError: the text is too little, or has too many distinct characters, for ``vocab_size``.
+        OSError: ``destination`` cannot be written.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(part.replace(_RESERVED, " ") for part in sample(documents)),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=8 * SAMPLE_PART_CHARACTERS,
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            num_threads=16,  # recorded in the model, so not the number of cores
+            minloglevel=4,
+        )
+    except RuntimeError as error:
+        raise _training_problem(str(error), vocab_size) from error
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".tokenizer-") as folder:
+        written = Path(folder, destination.name)
+        written.write_bytes(model.getvalue())
+        written.replace(destination)
+    return Tokenizer(model.getvalue(), str(destination))
+
+
+def sample(documents: Iterable[str]) -> list[str]:
+    """At most SAMPLE_CHARACTERS of the documents' text, in parts spread evenly over all of it.
+
+    One pass, whatever the length: every ``stride``-th part is kept, and when they grow too many,
+    every second one of them is dropped and the stride doubles.
+    """
+    kept: list[str] = []
+    characters, stride = 0, 1
+    parts = (part for text in documents for part in cut(text, SAMPLE_PART_CHARACTERS))
+    for index, part in enumerate(parts):
+        if index % stride:
+            continue
+        kept.append(part)
+        characters += len(part)
+        while characters > SAMPLE_CHARACTERS and len(kept) > 1:
+            kept = kept[::2]
+            characters, stride = sum(map(len, kept)), 2 * stride
+    return kept
+
+
+def cut(text: str, limit: int) -> Iterator[str]:
+    """``text`` in parts of at most ``limit`` characters, cut after a newline where there is one."""
+    start = 0
+    while len(text) - start > limit:
+        end = text.rfind("\n", start, start + limit) + 1 or start + limit
+        yield text[start:end]
+        start = end
+    yield text[start:] if start else text
+
+
+def _training_problem(reason: str, vocab_size: int) -> UserError:
+    key = f"data.tokenizer_vocab_size={vocab_size}"
+    if largest := re.search(r"value <= (\d+)", reason):
+        if int(largest[1]) < SMALLEST_VOCABULARY:
+            return UserError(
+                f"data.source holds too little text to train a tokenizer ({key}): give more text, "
+                f"or a trained sentencepiece model as data.tokenizer"
+            )
+        return UserError(
+            f"{key} is more than the text of data.source can fill: set it to {largest[1]} or less, "
+            f"or give more text"
+        )
+    if smallest := re.search(r"required_chars\. \d+ vs (\d+)", reason):
+        return UserError(
+            f"{key} is too small for the distinct characters of data.source: set it to "
+            f"{smallest[1]} or more"
+        )
+    return UserError(f"no tokenizer can be trained on data.source ({key}): {reason}")

@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mst_train.data import PackedSequences, split_stream
+from mst_train.errors import UserError
+
+
+class Recorder:
+    """Tokens that remember which of them were read."""
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.tokens, self.read = tokens, []
+
+    def __getitem__(self, key: slice) -> np.ndarray:
+        self.read.extend(range(key.start, key.stop))
+        return self.tokens[key]
+
+
+def test_item() -> None:
+    tokens = np.arange(100, 120, dtype=np.uint16)
+    sequences = PackedSequences(tokens, np.array([[0, 3], [5, 12]]), 4)
+    assert (len(sequences), sequences.stream_tokens) == (2, 10)
+    inputs, labels, positions = sequences[1]
+    assert sequences[0][0].tolist() == [100, 101, 102, 105]
+    assert sequences[0][1].tolist() == [101, 102, 105, 106]
+    assert inputs.tolist() == [106, 107, 108, 109]
+    assert labels.tolist() == [107, 108, 109, 110]
+    assert positions.tolist() == [0, 1, 2, 3]
+    assert inputs.dtype == labels.dtype == positions.dtype == torch.int64
+    for index in (-1, 2):
+        with pytest.raises(IndexError, match=f"sequence {index} of 2"):
+            sequences[index]
+
+
+@given(
+    st.lists(st.integers(1, 30), min_size=3, max_size=40),
+    st.integers(1, 12),
+    st.sampled_from([0.0, 0.1, 0.5]),
+)
+def test_every_token_is_a_label_once(
+    lengths: list[int], sequence_length: int, fraction: float
+) -> None:
+    """Over both streams: no token twice, and no more missing than the first and a ragged end."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.arange(offsets[-1], dtype=np.uint32)  # each token is its own position
+    try:
+        streams = split_stream(offsets, fraction, sequence_length)
+    except UserError:
+        return
+    seen: list[int] = []
+    for spans in streams:
+        if spans is None:
+            continue
+        stream = [token for start, end in spans for token in range(start, end)]
+        sequences = PackedSequences(tokens, spans, sequence_length)
+        inputs = [token for i in range(len(sequences)) for token in sequences[i][0].tolist()]
+        labels = [token for i in range(len(sequences)) for token in sequences[i][1].tolist()]
+        assert inputs == stream[: len(inputs)]
+        assert labels == stream[1 : len(labels) + 1]
+        assert 0 <= len(stream) - 1 - len(labels) < sequence_length
+        seen += stream[: len(labels) + 1]
+    assert len(seen) == len(set(seen))
+
+
+def test_only_the_sequence_is_read() -> None:
+    tokens = Recorder(np.arange(1000, dtype=np.uint16))
+    spans = np.array([[0, 300], [310, 340], [400, 1000]])
+    sequences = PackedSequences(tokens, spans, 50)  # type: ignore[arg-type]
+    assert tokens.read == []
+    sequences[6]
+    assert tokens.read == [*range(310, 340), *range(400, 421)]
+
+
+def test_short_stream_is_refused() -> None:
+    tokens = np.zeros(10, np.uint16)
+    assert len(PackedSequences(tokens, np.array([[0, 10]]), 9)) == 1
+    with pytest.raises(UserError) as caught:
+        PackedSequences(tokens, np.array([[0, 10]]), 10)
+    assert str(caught.value) == (
+        "a stream of 10 tokens is shorter than one sequence of data.sequence_length=10 and the "
+        "token after it: set data.sequence_length to 9 or less, or give more text"
+    )
