@@ -55,18 +55,55 @@ def wandb_config(small_config, change, monkeypatch):
     return change(small_config, **{"logging.wandb.mode": "offline"})
 
 
+def wandb_messages(file):
+    """The messages of an offline run's file: LevelDB's log format behind a header of 7 bytes."""
+    data, block, message = file.read_bytes(), 32768, b""
+    position = 7
+    while position + 7 <= len(data):
+        room = block - position % block
+        length = int.from_bytes(data[position + 4 : position + 6], "little")
+        kind = data[position + 6]  # 1 whole, 2 first part, 3 middle, 4 last; 0 padding
+        if room < 7 or kind == 0:
+            position += room
+            continue
+        message += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            yield message
+            message = b""
+
+
+def read_wandb(file):
+    """(settings, history) of an offline run's file."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    settings, history = {}, []
+    for message in wandb_messages(file):
+        record = Record.FromString(message)
+        for update in record.run.config.update:
+            settings[update.key] = json.loads(update.value_json)
+        if record.HasField("history"):
+            items = record.history.item
+            history.append(
+                {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+            )
+    return settings, history
+
+
 def test_wandb_offline_keeps_its_run_across_restarts(path, wandb_config):
     pytest.importorskip("wandb")
     for start in (0, 1):
         metrics = Metrics(path, wandb_config, start)
-        assert metrics._wandb.config["train"]["steps"] == wandb_config.train.steps
         metrics.log({**RECORD, "step": start + 1})
-        assert metrics._wandb.summary["loss"] == RECORD["loss"]
         metrics.close(0)
     identity = (path.parent / "wandb_run_id").read_text().strip()
     files = sorted(path.parent.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 2
-    assert all(file.name == f"run-{identity}.wandb" for file in files)
+    for step, file in enumerate(files, 1):
+        assert file.name == f"run-{identity}.wandb"
+        settings, history = read_wandb(file)
+        assert settings["train"]["steps"] == wandb_config.train.steps
+        assert [(h["_step"], h["loss"]) for h in history] == [(step, RECORD["loss"])]
 
 
 def without_wandb(monkeypatch):
