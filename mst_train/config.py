@@ -11,7 +11,17 @@ from dataclasses import dataclass, field
 
 POLICIES = ("vanilla", "recompute", "mst")
 PRECISIONS = ("fp32", "bf16", "bf16_master")
-ATTENTION_BACKENDS = ("auto", "flash", "sdpa", "reference")
+ATTENTION_BACKENDS = (
+    "auto",
+    "cpu",
+    "torch_flash",
+    "cudnn",
+    "flash_attn",
+    "sdpa",
+    "reference",
+)
+KERNEL_BACKENDS = ("auto", "triton", "torch")
+OFFLOADS = ("none", "host")
 WANDB_MODES = ("offline", "online", "disabled")
 AUTO = "auto"
 
@@ -88,11 +98,17 @@ class ModelConfig:
 class MemoryConfig:
     policy: str = "mst"
     """vanilla: keep every intermediate. recompute: keep each block's input, recompute the rest in
-    the backward. mst: recompute, with MLP and LM head in mini-sequences."""
+    the backward. mst: MLP and LM head in mini-sequences, and recompute only what is read."""
     mlp_chunk_tokens: int | str = AUTO
     head_chunk_tokens: int | str = AUTO
+    keep_attention: bool = True
+    """Under mst: keep attention's result and log-sum-exp rather than compute them again."""
+    offload: str = "none"
+    """Under mst, where the kept tensors wait. none: on the device. host: in host memory."""
     device_budget_gib: float | None = None
     """Memory the run may use on its device; none: all of it."""
+    host_budget_gib: float | None = None
+    """Host memory that offload may take; none: no bound."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +149,11 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class KernelConfig:
+    backend: str = AUTO
+    """What computes activations, losses, norms and rotary embeddings. auto: triton on CUDA where it
+    is installed, torch elsewhere."""
     attention: str = AUTO
-    """auto: the fastest that works here. flash: the flash-attn package. sdpa: torch's fused
-    kernels. reference: plain matrix products, which hold the whole score matrix."""
+    """auto: the fastest that works here; the others are described in model/attention.py."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +187,7 @@ def _run_problems(config: Config) -> Iterator[str]:
     train, checkpoint = config.train, config.checkpoint
     yield from _one_of("precision", config.precision, PRECISIONS)
     yield from _one_of("kernel.attention", config.kernel.attention, ATTENTION_BACKENDS)
+    yield from _one_of("kernel.backend", config.kernel.backend, KERNEL_BACKENDS)
     yield from _one_of("logging.wandb.mode", config.logging.wandb.mode, WANDB_MODES)
     for key, text in (
         ("run.name", config.run.name),
@@ -247,8 +266,16 @@ def _memory_problems(memory: MemoryConfig) -> Iterator[str]:
             yield f"memory.{name}={tokens} must be a number of tokens, at least 1, or {AUTO}"
         elif isinstance(tokens, int):
             yield from _at_least(f"memory.{name}", tokens, 1)
-    if memory.device_budget_gib is not None:
-        yield from _positive("memory.device_budget_gib", memory.device_budget_gib)
+    yield from _one_of("memory.offload", memory.offload, OFFLOADS)
+    if memory.offload != "none" and memory.policy != "mst":
+        yield (
+            f"memory.offload={memory.offload} works with memory.policy=mst alone, and it is "
+            f"{memory.policy}: change one of them"
+        )
+    for name in ("device_budget_gib", "host_budget_gib"):
+        budget = getattr(memory, name)
+        if budget is not None:
+            yield from _positive(f"memory.{name}", budget)
 
 
 def _optimizer_problems(optimizer: OptimizerConfig) -> Iterator[str]:

@@ -18,16 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mst_kernels import set_backend, use_triton
 from mst_train.checkpoint import load_part, save_checkpoint
 from mst_train.config import Config
 from mst_train.data import Batch, Data, Loader, fixed_batches, load_data
 from mst_train.errors import TrainingError, UserError
-from mst_train.memory.budget import require_fit
+from mst_train.memory.budget import GIB, require_fit
 from mst_train.memory.tracker import process_peak_bytes
 from mst_train.metrics import Metrics, Progress
 from mst_train.model import Transformer, build_model, select_attention
 from mst_train.model.flops import peak_flops, training_flops
-from mst_train.mst import Policy
+from mst_train.mst import HostBudgetError, Offload, Policy
 from mst_train.optim import Optimizer, learning_rate
 from mst_train.run_folder import RunFolder, check_continuation
 
@@ -136,6 +137,8 @@ def train(config: Config) -> dict[str, Any]:
         return summary
     except torch.OutOfMemoryError as error:
         raise TrainingError(_out_of_memory(config)) from error
+    except HostBudgetError as error:
+        raise TrainingError(str(error)) from error
     finally:
         progress.close()
         metrics.close(exit_code)
@@ -203,7 +206,14 @@ def _validate(model: Transformer, data: Data, config: Config, step: int) -> dict
 
 def _build(config: Config, device: torch.device) -> Transformer:
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    return build_model(
+    try:
+        set_backend(config.kernel.backend)
+        use_triton(torch.empty(0, device=device, dtype=dtype))
+    except ValueError as error:
+        raise UserError(
+            f"kernel.backend={config.kernel.backend} cannot be used: {error}"
+        ) from error
+    model = build_model(
         config.model,
         policy=Policy.from_config(config.memory),
         attention=select_attention(config.kernel.attention, device, dtype),
@@ -211,6 +221,10 @@ def _build(config: Config, device: torch.device) -> Transformer:
         dtype=dtype,
         seed=config.train.seed,
     )
+    if config.memory.offload == "host":
+        budget = config.memory.host_budget_gib
+        model.offload = Offload(device, None if budget is None else int(budget * GIB))
+    return model
 
 
 def _count_parameters(config: Config) -> int:

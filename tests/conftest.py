@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from mst_kernels import backend
 from mst_train.config import (
     CheckpointConfig,
     Config,
@@ -21,6 +22,13 @@ from mst_train.config import (
 
 # The tests' arrays are too small for a second thread to be worth waiting for.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def kernel_backend():
+    """Each test starts with the default backend."""
+    with backend("auto"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,9 @@ def test_defaults_are_valid():
         ("memory.policy", "magic", "memory.policy=magic is not one of vanilla, recompute, mst"),
         ("memory.mlp_chunk_tokens", "many", "memory.mlp_chunk_tokens=many must be a number"),
         ("memory.head_chunk_tokens", 0, "memory.head_chunk_tokens=0 must be at least 1"),
+        ("memory.offload", "disk", "memory.offload=disk is not one of none, host"),
+        ("memory.host_budget_gib", 0.0, "memory.host_budget_gib=0.0 must be greater"),
+        ("kernel.backend", "cuda", "kernel.backend=cuda is not one of auto, triton, torch"),
         ("memory.device_budget_gib", -1.0, "memory.device_budget_gib=-1.0 must be greater"),
         ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate=nan must be greater"),
         ("optimizer.beta2", 1.0, "optimizer.beta2=1.0 must be at least 0 and below 1"),
@@ -46,6 +49,11 @@ def test_what_is_refused(change, key, value, message):
     problems = validate(change(Config(), **{key: value}))
     assert len(problems) == 1
     assert problems[0].startswith(message)
+
+
+def test_offload_needs_the_method(change):
+    config = change(Config(), **{"memory.policy": "recompute", "memory.offload": "host"})
+    assert "memory.offload=host works with memory.policy=mst alone" in validate(config)[0]
 
 
 def test_all_problems_are_listed_at_once(change):

@@ -73,6 +73,8 @@ def test_every_policy_gives_the_same_curve(small_config, change):
         "recompute": {"memory.policy": "recompute"},
         "mst 25": {"memory.mlp_chunk_tokens": 25, "memory.head_chunk_tokens": 50},
         "mst 33": {"memory.mlp_chunk_tokens": 33, "memory.head_chunk_tokens": 7},
+        "mst offloaded": {"memory.offload": "host"},
+        "mst without keeping attention": {"memory.keep_attention": False},
         "mst auto": {"memory.mlp_chunk_tokens": "auto", "memory.head_chunk_tokens": "auto"},
     }.items():
         config = change(small_config, **memory)
@@ -206,11 +208,13 @@ def test_two_processes_do_not_share_a_folder(small_config):
         ({"model.vocab_size": 100}, r"model\.vocab_size=100 is smaller than the tokenizer's"),
         ({"data.source": "/nowhere/at/all.txt"}, "/nowhere/at/all.txt"),
         ({"data.sequence_length": 10**7}, "data.sequence_length"),
-        ({"kernel.attention": "flash"}, "kernel.attention=flash cannot be used"),
+        ({"kernel.attention": "cudnn"}, "kernel.attention=cudnn cannot be used"),
+        ({"kernel.backend": "triton"}, "kernel.backend=triton cannot be used: .* needs CUDA"),
         ({"memory.device_budget_gib": 1e-5}, "memory.device_budget_gib allows"),
     ],
 )
-def test_a_refused_run_leaves_no_folder(small_config, change, settings, message):
+def test_a_refused_run_leaves_no_folder(small_config, change, settings, message, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError, match=message):
         train(change(small_config, **settings))
     assert not Path(small_config.run.dir).exists()

@@ -130,11 +130,7 @@ def _open(folder: Path, tokenizer: Tokenizer) -> Corpus | None:
         manifest = json.loads((folder / MANIFEST).read_text())
         tokens = np.memmap(folder / TOKENS, dtype=manifest["dtype"], mode="r")
         offsets = np.load(folder / OFFSETS, mmap_mode="r")
-        whole = (
-            len(tokens) == manifest["tokens"]
-            and len(offsets) == manifest["documents"] + 1
-            and offsets[-1] == len(tokens)
-        )
+        whole = len(tokens) == offsets[-1] == manifest["tokens"]
         return Corpus(tokens, offsets, tokenizer, manifest["fingerprint"]) if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

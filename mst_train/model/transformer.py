@@ -8,12 +8,15 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mst_kernels import rms_norm
 from mst_train.config import ModelConfig
 from mst_train.model.attention import Attention, reference_attention
 from mst_train.model.rope import rope, rotary_angles
 from mst_train.mst import (
+    Documents,
+    Offload,
     Policy,
     cross_entropy,
     gated_mlp,
@@ -49,13 +52,15 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, key_size, bias=False)
         self.output = nn.Linear(query_size, config.hidden_size, bias=False)
 
-    def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None
+    ) -> Tensor:
         heads = (*x_BSD.shape[:2], -1, self.head_dim)
         q_BSHE = self.query(x_BSD).view(heads)
         k_BSKE = self.key(x_BSD).view(heads)
         v_BSKE = self.value(x_BSD).view(heads)
         q_BSHE, k_BSKE = rope(q_BSHE, k_BSKE, cos, sin)
-        out_BSHE = self.attention(q_BSHE, k_BSKE, v_BSKE)
+        out_BSHE = self.attention(q_BSHE, k_BSKE, v_BSKE, documents)
         return self.output(out_BSHE.flatten(2))
 
 
@@ -85,16 +90,23 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor, policy: Policy) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos, sin)
+    def forward(
+        self,
+        x_BSD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        documents: Documents | None,
+        policy: Policy,
+    ) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos, sin, documents)
         return x_BSD + self.mlp(self.mlp_norm(x_BSD), policy)
 
 
 class Transformer(nn.Module):
     """A Llama decoder language model.
 
-    ``policy`` may be replaced between steps: it changes what the model keeps and recomputes, never
-    its result.
+    ``policy`` and ``offload`` may be replaced between steps: they change what the model keeps,
+    where, and what it recomputes, never its result.
     """
 
     def __init__(
@@ -106,6 +118,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.policy = policy or Policy()
+        self.offload: Offload | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
@@ -114,7 +127,11 @@ class Transformer(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(
-        self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The summed cross-entropy of a batch.
 
@@ -122,12 +139,13 @@ class Transformer(nn.Module):
             tokens: [B, S] int64.
             labels: [B, S] int64, already shifted; -100 where there is nothing to predict.
             positions: [B, S] int64; None: 0 to S - 1 in every row.
+            documents: confines attention to each document; None: to each row.
 
         Returns:
             loss_sum: fp32 scalar (fp64 for an fp64 model), the sum over valid tokens.
             valid_tokens: int64 scalar.
         """
-        hidden_ND = self.hidden(tokens, positions).flatten(0, 1)
+        hidden_ND = self.hidden(tokens, positions, documents).flatten(0, 1)
         labels_N = labels.flatten()
         if self.policy.mini_sequence:
             return mini_sequence_cross_entropy(
@@ -139,7 +157,12 @@ class Transformer(nn.Module):
         """The logits of every token, [B, S] int64 -> [B, S, V] in the model's type."""
         return self.head(self.hidden(tokens, positions))
 
-    def hidden(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """The hidden states that the head reads, [B, S] int64 -> [B, S, D]."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -148,11 +171,24 @@ class Transformer(nn.Module):
             positions, self.config.head_dim, self.config.rope_theta, x_BSD.dtype
         )
         for block in self.blocks:
-            if self.policy.recompute:
-                x_BSD = recompute_block(block, x_BSD, cos, sin, self.policy)
-            else:
-                x_BSD = block(x_BSD, cos, sin, self.policy)
+            x_BSD = self._run(block, x_BSD, cos, sin, documents, self.policy)
         return self.norm(x_BSD)
+
+    def _run(self, block: nn.Module, x_BSD: Tensor, *arguments: object) -> Tensor:
+        """One block, under the policy."""
+        if not self.policy.recompute:
+            return block(x_BSD, *arguments)
+        if not self.policy.mini_sequence:  # the standard implementation
+            return checkpoint(
+                block, x_BSD, *arguments, use_reentrant=False, preserve_rng_state=False
+            )
+        return recompute_block(
+            block,
+            x_BSD,
+            *arguments,
+            keep_attention=self.policy.keep_attention,
+            offload=self.offload,
+        )
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:

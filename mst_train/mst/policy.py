@@ -9,15 +9,18 @@ from mst_train.config import AUTO, MemoryConfig
 class Policy:
     """How a decoder computes: which intermediates exist, and in what portions.
 
-    recompute: keep only each block's input for the backward.
-    mini_sequence: MLP and LM head go through the tokens in chunks.
+    recompute: keep only each block's input for the backward, and run the block again.
+    mini_sequence: MLP and LM head go through the tokens in chunks, and a block that is run again
+        computes only what the backward reads.
     mlp_chunk_tokens, head_chunk_tokens: tokens in a chunk, or "auto".
+    keep_attention: with both of the above, do not compute attention again.
     """
 
     recompute: bool = False
     mini_sequence: bool = False
     mlp_chunk_tokens: int | str = AUTO
     head_chunk_tokens: int | str = AUTO
+    keep_attention: bool = True
 
     @classmethod
     def from_config(cls, memory: MemoryConfig) -> "Policy":
@@ -27,4 +30,5 @@ class Policy:
             mini_sequence=memory.policy == "mst",
             mlp_chunk_tokens=memory.mlp_chunk_tokens,
             head_chunk_tokens=memory.head_chunk_tokens,
+            keep_attention=memory.keep_attention,
         )

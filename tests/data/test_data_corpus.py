@@ -31,10 +31,11 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return texts
 
 
-def corpus_folder(data: DataConfig) -> Path:
-    """The one corpus in the cache, with nothing unfinished beside it."""
-    (folder,) = Path(str(data.cache_dir), "corpora").iterdir()
-    return folder
+def corpus_folder(data: DataConfig, unfinished: int = 0) -> Path:
+    """The one corpus in the cache, with so many unfinished ones beside it."""
+    folders = sorted(Path(str(data.cache_dir), "corpora").iterdir())
+    assert [folder.name[0] == "." for folder in folders] == [True] * unfinished + [False]
+    return folders[-1]
 
 
 def test_documents_are_stored_with_their_ends(configure: Configure) -> None:
@@ -126,6 +127,18 @@ def test_given_tokenizer_is_used(configure: Configure, tmp_path: Path) -> None:
     corpus = load_corpus(configure(tokenizer=str(tmp_path / "given.model")))
     assert corpus.tokenizer.fingerprint == given.fingerprint
     assert not (tmp_path / "cache" / "tokenizers").exists()
+
+
+def test_other_text_with_the_same_tokenizer_is_another_corpus(
+    configure: Configure, folder: Path, tmp_path: Path
+) -> None:
+    train_tokenizer(find_documents(configure()).documents(), 320, tmp_path / "given.model")
+    data = configure(tokenizer=str(tmp_path / "given.model"))
+    first = load_corpus(data)
+    (folder / "00.txt").write_text((folder / "01.txt").read_text())
+    second = load_corpus(data)
+    assert len(second.tokens) != len(first.tokens)
+    assert second.fingerprint != first.fingerprint
 
 
 def test_large_vocabulary_takes_four_bytes(configure: Configure, tmp_path: Path) -> None:
@@ -228,20 +241,21 @@ def test_another_process_finishes_first(
         load_corpus(configure())
         truncate(corpus_folder(configure()))
     write = module._write
-    others = []
+    others, kept = [], []
 
     def write_late(*args: Any) -> dict[str, Any]:
         manifest = write(*args)
         with monkeypatch.context() as patched:
             patched.setattr(module, "_write", write)
             others.append(load_corpus(configure()))
+        kept.append(corpus_folder(configure(), unfinished=1).stat().st_ino)
         return manifest
 
     monkeypatch.setattr(module, "_write", write_late)
     corpus = load_corpus(configure())
     assert corpus.tokens.filename == others[0].tokens.filename
     assert np.array_equal(corpus.tokens, others[0].tokens)
-    corpus_folder(configure())
+    assert [corpus_folder(configure()).stat().st_ino] == kept
 
 
 # ---------------------------------------------------------------- the cache folder

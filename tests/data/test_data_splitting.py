@@ -72,6 +72,9 @@ def test_at_least_a_sequence_is_held_out() -> None:
     assert validation is not None and validation.tolist() == [[9899, 10_000]]
     _, validation = split_stream(np.arange(0, 10_001, 10), 0.001, 100)
     assert validation is not None and len(covered(validation)) == 110
+    # Documents longer than the fraction, but not than a sequence, are held out whole.
+    _, validation = split_stream(np.arange(0, 10_001, 50), 0.001, 100)
+    assert validation is not None and len(covered(validation)) == 150
 
 
 def test_training_keeps_at_least_a_sequence() -> None:

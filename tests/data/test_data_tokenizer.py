@@ -118,7 +118,7 @@ def test_sample_is_bounded_and_evenly_spread(monkeypatch: pytest.MonkeyPatch) ->
     gap = kept[1] - kept[0]
     assert kept == list(range(0, 1000, gap))
     assert 100 <= 5 * len(kept) <= 200
-    assert len(module.sample(["x" * 10_000])) <= 20
+    assert 100 <= sum(map(len, module.sample(["x" * 10_000]))) <= 200
 
 
 def test_special_characters_do_not_keep_text_from_training(tmp_path: Path) -> None:

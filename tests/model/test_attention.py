@@ -1,15 +1,20 @@
 """Attention backends against the formula, and what they hold in memory."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 
 from mst_train.errors import UserError
 from mst_train.memory.tracker import MemoryTracker
-from mst_train.model.attention import reference_attention, sdpa_attention, select_attention
+from mst_train.model.attention import KERNELS, CpuKernel, ReferenceKernel, select_attention
+from mst_train.mst import Documents
 
 CPU = torch.device("cpu")
+BACKENDS = {
+    name: select_attention(name, CPU, torch.float64) for name in ("reference", "cpu", "sdpa")
+}
 
 
 def make_inputs(heads, kv_heads, sequence=13, size=6, batch=2, dtype=torch.float64):
@@ -19,34 +24,32 @@ def make_inputs(heads, kv_heads, sequence=13, size=6, batch=2, dtype=torch.float
     return [t.clone().requires_grad_() for t in (q, k, v)]
 
 
-def textbook(q, k, v):
-    """Row by row and head by head."""
-    out = torch.empty_like(q)
+def make_documents(boundaries):
+    return boundaries and Documents(torch.tensor(boundaries, dtype=torch.int32))
+
+
+def textbook(q, k, v, boundaries):
+    """Row by row and head by head; boundaries of documents in the flattened batch."""
+    q_, k_, v_ = (t.flatten(0, 1) for t in (q, k, v))
     group = q.shape[2] // k.shape[2]
-    for b in range(q.shape[0]):
-        for h in range(q.shape[2]):
-            for s in range(q.shape[1]):
-                keys, values = k[b, : s + 1, h // group], v[b, : s + 1, h // group]
-                weights = (keys @ q[b, s, h] / math.sqrt(q.shape[3])).softmax(0)
-                out[b, s, h] = weights @ values
-    return out
+    rows = []
+    for start, end in pairwise(boundaries):
+        for s in range(start, end):
+            for h in range(q.shape[2]):
+                keys, values = k_[start : s + 1, h // group], v_[start : s + 1, h // group]
+                weights = (keys @ q_[s, h] / math.sqrt(q.shape[3])).softmax(0)
+                rows.append(weights @ values)
+    return torch.stack(rows).view(q.shape)
 
 
+@pytest.mark.parametrize("boundaries", [None, [0, 4, 5, 13, 26], [0, 13, 14, 20, 26]])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1), (1, 1)])
-def test_reference_is_the_formula(heads, kv_heads):
-    q, k, v = (t.detach() for t in make_inputs(heads, kv_heads))
-    torch.testing.assert_close(
-        reference_attention(q, k, v), textbook(q, k, v), rtol=1e-12, atol=1e-12
-    )
-
-
-@pytest.mark.parametrize("sequence", [1, 13, 64])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
-def test_sdpa_equals_the_reference(heads, kv_heads, sequence):
-    inputs = make_inputs(heads, kv_heads, sequence)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backends_are_the_formula(name, heads, kv_heads, boundaries):
+    inputs = make_inputs(heads, kv_heads)
     dout = torch.randn_like(inputs[0])
-    expected = reference_attention(*inputs)
-    actual = sdpa_attention(*inputs)
+    expected = textbook(*inputs, boundaries or [0, 13, 26])
+    actual = BACKENDS[name](*inputs, make_documents(boundaries))
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
         torch.autograd.grad(actual, inputs, dout),
@@ -56,19 +59,57 @@ def test_sdpa_equals_the_reference(heads, kv_heads, sequence):
     )
 
 
-def test_sdpa_holds_no_score_matrix():
+@pytest.mark.parametrize("sequence", [1, 64, 200])
+def test_lengths(sequence):
+    inputs = make_inputs(4, 2, sequence)
+    torch.testing.assert_close(
+        BACKENDS["cpu"](*inputs), BACKENDS["reference"](*inputs), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_kernels_give_the_log_sum_exp():
+    q, k, v = (t.detach() for t in make_inputs(1, 1, batch=1))
+    future = torch.ones(13, 13).triu(1).bool()
+    scores = (q[0, :, 0] @ k[0, :, 0].t() / math.sqrt(6)).masked_fill(future, -math.inf)
+    for kernel in (CpuKernel(), ReferenceKernel()):
+        _, lse = kernel.forward(q, k, v, None)
+        torch.testing.assert_close(lse.flatten(), scores.logsumexp(-1))
+
+
+@pytest.mark.parametrize("name", ["torch_flash", "cudnn"])
+@pytest.mark.parametrize("boundaries", [None, [0, 13, 20, 26]])
+def test_cuda_kernels_take_and_give_the_right_shapes(name, boundaries):
+    """Without a device: torch's own shape functions of these operators."""
+    documents = make_documents(boundaries)
+    q = torch.empty(2, 13, 4, 64, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(2, 13, 2, 64, dtype=torch.bfloat16, device="meta")
+    kernel = KERNELS[name]()
+    out, lse = kernel.forward(q, k, k, documents)
+    assert out.shape == q.shape
+    assert out.is_contiguous()
+    gradients = kernel.backward(q, q, k, k, out, lse, documents)
+    assert [g.shape for g in gradients] == [q.shape, k.shape, k.shape]
+
+
+@pytest.mark.parametrize("name", ["cpu", "sdpa"])
+def test_no_score_matrix_is_held(name):
     sequence, heads, size = 512, 4, 16
     inputs = make_inputs(heads, 2, sequence, size, batch=1, dtype=torch.float32)
     with MemoryTracker() as tracker:
-        sdpa_attention(*inputs).sum().backward()
+        BACKENDS[name](*inputs).sum().backward()
     one_head_of_scores = sequence**2 * 4
     assert tracker.peak_bytes < one_head_of_scores
 
 
 def test_selection():
-    assert select_attention("auto", CPU, torch.float32) is sdpa_attention
-    assert select_attention("reference", CPU, torch.float64) is reference_attention
-    with pytest.raises(UserError, match=r"kernel\.attention=flash cannot be used: .* is cpu"):
-        select_attention("flash", CPU, torch.bfloat16)
-    with pytest.raises(UserError, match="set precision=bf16"):
-        select_attention("flash", torch.device("cuda"), torch.float32)
+    assert isinstance(select_attention("auto", CPU, torch.float32).args[0], CpuKernel)
+    assert isinstance(select_attention("reference", CPU, torch.float64).args[0], ReferenceKernel)
+    cuda = torch.device("cuda")
+    for name, device, dtype, message in (
+        ("flash_attn", CPU, torch.bfloat16, r"kernel\.attention=flash_attn cannot .* is cpu"),
+        ("cudnn", CPU, torch.bfloat16, "is cpu"),
+        ("cpu", cuda, torch.float32, "it runs on the CPU"),
+        ("torch_flash", cuda, torch.float32, "set precision=bf16"),
+    ):
+        with pytest.raises(UserError, match=message):
+            select_attention(name, device, dtype)

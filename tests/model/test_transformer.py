@@ -1,6 +1,7 @@
 """The decoder: the same result under every policy, and the properties of a causal model."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from mst_train.config import ModelConfig
 from mst_train.memory.tracker import MemoryTracker
 from mst_train.model import build_model, select_attention
 from mst_train.model.flops import matrix_parameters, training_flops
-from mst_train.mst import Policy
+from mst_train.mst import Documents, Offload, Policy
 
 CONFIG = ModelConfig(
     vocab_size=97,
@@ -25,8 +26,8 @@ VANILLA = Policy()
 RECOMPUTE = Policy(recompute=True)
 
 
-def mst(mlp_chunk, head_chunk, recompute=True):
-    return Policy(recompute, True, mlp_chunk, head_chunk)
+def mst(mlp_chunk, head_chunk, recompute=True, keep_attention=True):
+    return Policy(recompute, True, mlp_chunk, head_chunk, keep_attention)
 
 
 def make_model(config=CONFIG, policy=VANILLA, dtype=torch.float64):
@@ -59,6 +60,7 @@ def step(model, tokens, labels, positions=None):
         mst(1, 1),
         mst(1000, 5),
         mst(7, 11, recompute=False),
+        mst(7, 11, keep_attention=False),
     ],
 )
 def test_every_policy_gives_the_plain_gradients(policy, tie_embeddings):
@@ -70,6 +72,26 @@ def test_every_policy_gives_the_plain_gradients(policy, tie_embeddings):
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("policy", [VANILLA, RECOMPUTE, mst(7, 11), mst(7, 11, True, False)])
+@pytest.mark.parametrize("offload", [False, True])
+def test_packed_documents_equal_each_document_alone(policy, offload):
+    """Attention confined to documents: loss and gradients are the sums over single documents."""
+    tokens, labels = make_batch(rows=1)
+    offsets = [0, 4, 5, 20, SEQUENCE]
+    model = make_model(policy=policy)
+    model.offload = Offload(torch.device("cpu")) if offload else None
+    model.zero_grad()
+    for start, end in pairwise(offsets):
+        model(tokens[:, start:end], labels[:, start:end])[0].backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    positions = torch.cat([torch.arange(end - start) for start, end in pairwise(offsets)])
+    documents = Documents(torch.tensor(offsets, dtype=torch.int32))
+    model(tokens, labels, positions[None], documents)[0].backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-11, atol=1e-11, msg=name)
 
 
 def test_every_attention_gives_the_same_loss():

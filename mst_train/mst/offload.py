@@ -1,0 +1,200 @@
+"""Kept tensors in host memory, copied while the device computes.
+
+``store`` sends what a block keeps to the host and ``load`` brings it back, beside the computation.
+On CUDA, copies run on streams of their own, out of and into pinned buffers. Blocks give up their
+tensors in the order of the forward and want them back in the opposite order, so each ``load`` also
+starts to bring back what the blocks before it will want.
+
+Buffers are made the first time a size is seen and used again from then on: a step takes what the
+step before gave back. Together they never pass the budget.
+
+On a CPU the same code runs with ordinary buffers and copies that are done when they return. The
+CUDA streams have so far not been run on a GPU.
+"""
+
+import logging
+import weakref
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+AHEAD = 2
+"""How many blocks' tensors are on their way at once, in each direction."""
+
+log = logging.getLogger(__name__)
+
+
+class HostBudgetError(RuntimeError):
+    """The host buffers would pass their budget."""
+
+
+class Offload:
+    """Sends tensors of one device to host memory and back.
+
+    Args:
+        device: the device whose tensors are stored.
+        budget_bytes: the most host memory to take; None: no bound.
+    """
+
+    def __init__(self, device: torch.device, budget_bytes: int | None = None) -> None:
+        cuda = device.type == "cuda"
+        self._buffers = HostBuffers(pinned=cuda, budget_bytes=budget_bytes)
+        self._copies = _OverlappedCopies(device) if cuda else _ImmediateCopies(device)
+        self._order: list[weakref.ref[Stored]] = []
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory taken so far."""
+        return self._buffers.allocated_bytes
+
+    def store(self, tensors: Sequence[Tensor]) -> "Stored":
+        """Start to copy ``tensors`` to the host; the caller may forget them.
+
+        Raises HostBudgetError where the budget is too small for all that is stored at once.
+        """
+        stored = Stored(self, self._buffers, tensors)
+        self._copies.out(stored.places, tensors)
+        self._order = [reference for reference in self._order if reference() is not None]
+        self._order.append(weakref.ref(stored))
+        return stored
+
+    def bring_back(self, stored: "Stored") -> None:
+        """Start the copies of ``stored`` and of the ``AHEAD`` blocks stored before it."""
+        index = next(i for i, reference in enumerate(self._order) if reference() is stored)
+        for reference in reversed(self._order[max(index - AHEAD, 0) : index + 1]):
+            block = reference()
+            if block is not None and block.returning is None:
+                block.returning = self._copies.back(block.places)
+        del self._order[index]
+
+
+class Stored:
+    """Tensors that wait on the host; their buffers go back when this object goes."""
+
+    def __init__(self, offload: Offload, buffers: "HostBuffers", tensors: Sequence[Tensor]) -> None:
+        self.places = [buffers.take(tensor) for tensor in tensors]
+        self.returning: _Returning | None = None
+        self._offload = offload
+        weakref.finalize(self, buffers.give_back, self.places)
+
+    def load(self) -> list[Tensor]:
+        """The tensors on their device, ready for the current stream."""
+        self._offload.bring_back(self)
+        assert self.returning is not None
+        if self.returning.arrived is not None:
+            torch.cuda.current_stream().wait_event(self.returning.arrived)
+        return self.returning.tensors
+
+
+class HostBuffers:
+    """Host memory in buffers that are made once and reused."""
+
+    def __init__(self, *, pinned: bool, budget_bytes: int | None) -> None:
+        self.allocated_bytes = 0
+        self._pinned = pinned
+        self._budget_bytes = budget_bytes
+        self._free: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+
+    def take(self, like: Tensor) -> Tensor:
+        """A host tensor of ``like``'s shape and type."""
+        free = self._free[self._key(like)]
+        return free.pop() if free else self._allocate(like)
+
+    def give_back(self, buffers: list[Tensor]) -> None:
+        """These are free again."""
+        for buffer in buffers:
+            self._free[self._key(buffer)].append(buffer)
+
+    def _allocate(self, like: Tensor) -> Tensor:
+        size = like.numel() * like.element_size()
+        if self._budget_bytes is not None and self.allocated_bytes + size > self._budget_bytes:
+            self._release_unused()
+        if self._budget_bytes is not None and self.allocated_bytes + size > self._budget_bytes:
+            raise HostBudgetError(
+                f"offloading needs more host memory than its budget of "
+                f"{self._budget_bytes / 2**30:.2f} GiB: raise memory.host_budget_gib, shorten "
+                f"data.sequence_length, or set memory.keep_attention=false or memory.offload=none"
+            )
+        self.allocated_bytes += size
+        if self._pinned:
+            try:
+                return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+            except RuntimeError as error:
+                log.warning("host memory cannot be pinned (%s): copies will not overlap", error)
+                self._pinned = False
+        return torch.empty(like.shape, dtype=like.dtype)
+
+    def _release_unused(self) -> None:
+        """Give up buffers of sizes that are not in use now."""
+        for free in self._free.values():
+            self.allocated_bytes -= sum(buffer.nbytes for buffer in free)
+            free.clear()
+
+    @staticmethod
+    def _key(tensor: Tensor) -> tuple[Any, ...]:
+        return tuple(tensor.shape), tensor.dtype
+
+
+@dataclass
+class _Returning:
+    """Tensors on their way back to the device; ``arrived`` is the event to wait for, if any."""
+
+    tensors: list[Tensor]
+    arrived: Any = None
+
+
+class _ImmediateCopies:
+    """Copies that are done when they return."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def out(self, places: list[Tensor], tensors: Sequence[Tensor]) -> None:
+        for place, tensor in zip(places, tensors, strict=True):
+            place.copy_(tensor)
+
+    def back(self, places: list[Tensor]) -> _Returning:
+        return _Returning([place.to(self._device, copy=True) for place in places])
+
+
+class _OverlappedCopies:
+    """Copies that run beside the computation, on one stream in each direction.
+
+    A tensor that is being copied out is held until its copy is done as the current stream sees it:
+    the allocator may then use its memory for what the current stream does next. The stream waits
+    only for copies that were started ``AHEAD`` blocks ago.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._out = torch.cuda.Stream(device)
+        self._back = torch.cuda.Stream(device)
+        self._leaving: list[tuple[Sequence[Tensor], Any]] = []
+
+    def out(self, places: list[Tensor], tensors: Sequence[Tensor]) -> None:
+        self._out.wait_stream(torch.cuda.current_stream())
+        self._out.wait_stream(self._back)  # a buffer may have been given up on its way back
+        with torch.cuda.stream(self._out):
+            for place, tensor in zip(places, tensors, strict=True):
+                place.copy_(tensor, non_blocking=True)
+            self._leaving.append((tensors, self._out.record_event()))
+        self._forget_leaving(AHEAD)
+
+    def back(self, places: list[Tensor]) -> _Returning:
+        self._forget_leaving(0)  # the forward is over: nothing is left to overlap with
+        # Memory of the current stream: the copies may begin when what it held before is done.
+        tensors = [torch.empty_like(place, device=self._device) for place in places]
+        self._back.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._back):
+            for place, tensor in zip(places, tensors, strict=True):
+                tensor.copy_(place, non_blocking=True)
+            return _Returning(tensors, self._back.record_event())
+
+    def _forget_leaving(self, but: int) -> None:
+        while len(self._leaving) > but:
+            _, done = self._leaving.pop(0)
+            torch.cuda.current_stream().wait_event(done)
