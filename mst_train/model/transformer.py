@@ -8,10 +8,12 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from mst_kernels import rms_norm
 from mst_train.config import ModelConfig
+from mst_train.memory.tracker import BLOCK_RANGE, HEAD_RANGE
 from mst_train.model.attention import Attention, reference_attention
 from mst_train.model.rope import rope, rotary_angles
 from mst_train.mst import (
@@ -147,11 +149,13 @@ class Transformer(nn.Module):
         """
         hidden_ND = self.hidden(tokens, positions, documents).flatten(0, 1)
         labels_N = labels.flatten()
-        if self.policy.mini_sequence:
+        with record_function(HEAD_RANGE):
+            if not self.policy.mini_sequence:
+                return cross_entropy(hidden_ND, self.head.weight, labels_N)
+            chunk_tokens = self.policy.head_chunk_tokens
             return mini_sequence_cross_entropy(
-                hidden_ND, self.head.weight, labels_N, chunk_tokens=self.policy.head_chunk_tokens
+                hidden_ND, self.head.weight, labels_N, chunk_tokens=chunk_tokens
             )
-        return cross_entropy(hidden_ND, self.head.weight, labels_N)
 
     def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """The logits of every token, [B, S] int64 -> [B, S, V] in the model's type."""
@@ -171,7 +175,8 @@ class Transformer(nn.Module):
             positions, self.config.head_dim, self.config.rope_theta, x_BSD.dtype
         )
         for block in self.blocks:
-            x_BSD = self._run(block, x_BSD, cos, sin, documents, self.policy)
+            with record_function(BLOCK_RANGE):
+                x_BSD = self._run(block, x_BSD, cos, sin, documents, self.policy)
         return self.norm(x_BSD)
 
     def _run(self, block: nn.Module, x_BSD: Tensor, *arguments: object) -> Tensor:
@@ -232,8 +237,16 @@ def build_model(
         torch.set_default_dtype(previous)
     if torch.device(device).type == "meta":
         return model
-    model.to_empty(device=device)
-    if config.tie_embeddings:
-        model.head.weight = model.embedding.weight
+    _materialize(model, device)
     model.initialize(seed)
     return model
+
+
+def _materialize(model: nn.Module, device: torch.device | str) -> None:
+    """Give every parameter memory on ``device``; a tied one once."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in made:
+                made[parameter] = nn.Parameter(torch.empty_like(parameter, device=device))
+            setattr(module, name, made[parameter])

@@ -22,8 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-AHEAD = 2
-"""How many blocks' tensors are on their way at once, in each direction."""
+AHEAD = 1
+"""How many blocks' tensors are on their way at once, in each direction.
+
+A block computes for longer than its tensors take to travel, at the lengths that need offloading:
+one is enough, and each more would hold its tensors on the device."""
 
 log = logging.getLogger(__name__)
 
