@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
-from mst_kernels import rms_norm
+from mst_kernels import add_rms_norm, rms_norm
 from mst_train.config import ModelConfig
 from mst_train.memory.tracker import BLOCK_RANGE, HEAD_RANGE
 from mst_train.model.attention import Attention, reference_attention
@@ -38,6 +38,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.epsilon)
+
+    def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of the sum, the sum), in one pass."""
+        return add_rms_norm(x, residual, self.weight, self.epsilon)
 
 
 class SelfAttention(nn.Module):
@@ -100,8 +104,9 @@ class Block(nn.Module):
         documents: Documents | None,
         policy: Policy,
     ) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos, sin, documents)
-        return x_BSD + self.mlp(self.mlp_norm(x_BSD), policy)
+        attention_BSD = self.attention(self.attention_norm(x_BSD), cos, sin, documents)
+        normed_BSD, x_BSD = self.mlp_norm.after_adding(attention_BSD, x_BSD)
+        return x_BSD + self.mlp(normed_BSD, policy)
 
 
 class Transformer(nn.Module):
