@@ -27,8 +27,8 @@ DEFAULT_EXPERIMENT = "tiny"
 def compose(arguments: Sequence[str]) -> Config:
     """The configuration that command-line overrides such as ``train.steps=40`` ask for.
 
-    Without an ``+experiment=NAME`` among them, it is the experiment "tiny". Raises UserError with
-    every problem found.
+    Without a ``+experiment=NAME`` or ``+bench=NAME`` among them, it is the experiment "tiny". Raises
+    UserError with every problem found.
     """
     folder = config_folder()
     tree = _compose_tree(folder, _overrides(folder, arguments))
@@ -74,7 +74,7 @@ def _overrides(folder: Path, arguments: Sequence[str]) -> list[str]:
     """The arguments as Hydra takes them, with unknown keys let through to our own check."""
     groups = {path.name for path in folder.iterdir() if path.is_dir()}
     parser = OverridesParser.create()
-    overrides, problems, experiment = [], [], False
+    overrides, problems, chosen = [], [], False
     for argument in arguments:
         try:
             override = parser.parse_override(argument)
@@ -82,16 +82,16 @@ def _overrides(folder: Path, arguments: Sequence[str]) -> list[str]:
             problems.append(f"cannot read {argument!r}: expected key=value ({_first_line(error)})")
             continue
         key = override.key_or_group
-        if key == "experiment":
-            experiment = True
-            overrides.append("+experiment=" + argument.partition("=")[2])
+        if key in ("experiment", "bench"):
+            chosen = True
+            overrides.append(f"+{key}=" + argument.partition("=")[2])
         elif key in groups and isinstance(override.value(), str):
             overrides.append(argument.lstrip("+"))
         else:
             overrides.append("++" + argument.lstrip("+") if argument[0] != "~" else argument)
     if problems:
         raise UserError(problems)
-    return overrides if experiment else [f"+experiment={DEFAULT_EXPERIMENT}", *overrides]
+    return overrides if chosen else [f"+experiment={DEFAULT_EXPERIMENT}", *overrides]
 
 
 def _compose_tree(folder: Path, overrides: list[str]) -> Any:

@@ -22,7 +22,10 @@ ATTENTION_BACKENDS = (
 )
 KERNEL_BACKENDS = ("auto", "triton", "torch")
 OFFLOADS = ("none", "host")
+DATA_ATTENTIONS = ("stream", "documents")
 WANDB_MODES = ("offline", "online", "disabled")
+BENCHES = ("none", "step", "systems", "peers", "short")
+BENCH_OUTPUTS = ("table", "json")
 AUTO = "auto"
 
 
@@ -57,6 +60,9 @@ class DataConfig:
     """stdlib (Python's own source files), a folder or glob of .txt, .jsonl and .parquet files, or
     the name of a Hugging Face data set."""
     sequence_length: int = 1024
+    attention: str = "stream"
+    """What a token in a packed sequence sees. stream: all that is before it, other documents too.
+    documents: its own document alone, with positions from 0."""
     text_field: str = "text"
     """The field that holds a document in .jsonl, .parquet and data set rows."""
     split: str = "train"
@@ -126,6 +132,12 @@ class OptimizerConfig:
     """Applied to matrices alone: one-dimensional parameters (norms, biases) have none."""
     max_grad_norm: float | None = 1.0
     """Clip the gradient to this global norm; none: no clipping."""
+    in_backward: bool = False
+    """Update each parameter in the backward and free its gradient, so that all gradients never
+    exist together; without clipping and accumulation."""
+    offload: str = "none"
+    """Where AdamW's states, master weights and gradients are and the update is computed. none: on
+    the device. host: in host memory, by DeepSpeed's CPUAdam."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +169,30 @@ class KernelConfig:
 
 
 @dataclass(frozen=True)
+class BenchConfig:
+    """What python -m mst_train.bench measures; dimensions and type are the model's settings."""
+
+    kind: str = "none"
+    """step: memory policies. systems: other implementations of whole steps. peers: other
+    implementations of the head and the MLP. short: what the method costs where it is not needed."""
+    name: str = "${bench.kind}"
+    dir: str = "runs/bench/${bench.name}"
+    output: str = "table"
+    """What is printed. table: a readable one. json: one JSON object."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens in a sequence (peers: tokens), each measured; none: data.sequence_length."""
+    variants: list[str] = field(default_factory=list)
+    """What to compare, by the names in the results; none: everything."""
+    repetitions: int = 3
+    threads: int | None = None
+    """CPU threads; none: torch's choice."""
+    optimizer: bool = False
+    """Make AdamW's step (at a learning rate of zero) part of the step."""
+    loss_tile_mib: int = 1024
+    """DeepSpeed's tiled loss: MiB of fp32 logits in a tile (ArcticTraining's: 1024)."""
+
+
+@dataclass(frozen=True)
 class Config:
     precision: str = "fp32"
     """fp32; bf16: weights, gradients and optimizer states in bf16; bf16_master: bf16 weights with
@@ -170,6 +206,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
 
 
 def validate(config: Config) -> list[str]:
@@ -180,6 +217,8 @@ def validate(config: Config) -> list[str]:
         *_data_problems(config.data),
         *_memory_problems(config.memory),
         *_optimizer_problems(config.optimizer),
+        *_update_problems(config),
+        *_bench_problems(config.bench),
     ]
 
 
@@ -249,6 +288,7 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
 def _data_problems(data: DataConfig) -> Iterator[str]:
     yield from _at_least("data.sequence_length", data.sequence_length, 1)
     yield from _at_least("data.tokenizer_vocab_size", data.tokenizer_vocab_size, 300)
+    yield from _one_of("data.attention", data.attention, DATA_ATTENTIONS)
     if not data.source.strip():
         yield "data.source is empty: name stdlib, a folder, a glob or a Hugging Face data set"
     if not 0 <= data.validation_fraction < 1:
@@ -295,6 +335,47 @@ def _optimizer_problems(optimizer: OptimizerConfig) -> Iterator[str]:
         yield f"optimizer.weight_decay={optimizer.weight_decay} must be 0 or more"
     if optimizer.max_grad_norm is not None:
         yield from _positive("optimizer.max_grad_norm", optimizer.max_grad_norm)
+
+
+def _bench_problems(bench: BenchConfig) -> Iterator[str]:
+    yield from _one_of("bench.kind", bench.kind, BENCHES)
+    yield from _one_of("bench.output", bench.output, BENCH_OUTPUTS)
+    yield from _at_least("bench.repetitions", bench.repetitions, 1)
+    yield from _at_least("bench.loss_tile_mib", bench.loss_tile_mib, 1)
+    if bench.threads is not None:
+        yield from _at_least("bench.threads", bench.threads, 1)
+    for length in bench.lengths:
+        yield from _at_least("bench.lengths", length, 2)
+    if not bench.dir.strip():
+        yield "bench.dir is empty: give it a value"
+
+
+def _update_problems(config: Config) -> Iterator[str]:
+    """Where and when weights are updated, against what else is asked for."""
+    optimizer, accumulation_steps = config.optimizer, config.train.accumulation_steps
+    yield from _one_of("optimizer.offload", optimizer.offload, OFFLOADS)
+    if optimizer.in_backward and optimizer.max_grad_norm is not None:
+        yield (
+            f"optimizer.in_backward=true updates weights before the gradient's global norm is "
+            f"known, so optimizer.max_grad_norm={optimizer.max_grad_norm} cannot be kept: set "
+            f"optimizer.max_grad_norm=null or optimizer.in_backward=false"
+        )
+    if optimizer.in_backward and accumulation_steps > 1:
+        yield (
+            f"optimizer.in_backward=true updates weights in every backward, so "
+            f"train.accumulation_steps={accumulation_steps} gradients cannot add up: set "
+            f"train.accumulation_steps=1 or optimizer.in_backward=false"
+        )
+    if optimizer.offload == "host" and optimizer.in_backward:
+        yield (
+            "optimizer.offload=host takes each gradient off the device in the backward already, "
+            "and updates after it: set optimizer.in_backward=false or optimizer.offload=none"
+        )
+    if optimizer.offload == "host" and config.precision == "bf16":
+        yield (
+            "optimizer.offload=host keeps fp32 weights and states on the host, and precision=bf16 "
+            "asks for bf16: set precision=bf16_master or optimizer.offload=none"
+        )
 
 
 def _one_of(key: str, value: str, choices: Sequence[str]) -> Iterator[str]:

@@ -1,12 +1,31 @@
-"""AdamW, its learning-rate schedule, and the weights' precision."""
+"""AdamW: its learning-rate schedule, the weights' precision, where and when weights are updated.
 
+    Optimizer              on the device, after the backward
+    InBackwardOptimizer    on the device, each parameter as soon as its gradient is there
+    HostOptimizer          on the host, after the backward; the device holds no states
+
+All three are used in the same way and save the same state, so a run may change from one to another
+at a checkpoint:
+
+    optimizer.begin_step(rate)
+    loss.backward()
+    norm = optimizer.gradient_norm()
+    optimizer.clip(max_norm, norm)
+    optimizer.step()
+"""
+
+import importlib.util
 import math
+import os
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mst_train.config import OptimizerConfig
+from mst_train.errors import TrainingError, UserError
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -19,88 +38,340 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     return config.learning_rate * (floor + (1 - floor) * cosine)
 
 
-class Optimizer:
-    """AdamW over a model's parameters.
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, *, master_weights: bool
+) -> "Optimizer":
+    """The optimizer that ``optimizer.in_backward`` and ``optimizer.offload`` ask for.
 
-    With ``master_weights`` it updates fp32 copies and rounds them into the model after each step.
-    Gradients then move to the copies as the backward produces them, so that micro-batches add up in
-    fp32 and the model's own gradients never exist together.
+    Raises UserError where DeepSpeed is asked for and cannot be used.
+    """
+    if config.in_backward:
+        return InBackwardOptimizer(model, config, master_weights=master_weights)
+    if config.offload == "host":
+        return HostOptimizer(model, config, master_weights=master_weights)
+    return Optimizer(model, config, master_weights=master_weights)
+
+
+class Optimizer:
+    """AdamW over a model's parameters, on their device, after the backward.
+
+    Args:
+        model: its parameters that require a gradient are updated, whatever their type.
+        config: ``learning_rate`` is not read: each step is given its own.
+        master_weights: update fp32 copies and round them into the model after each step. Gradients
+            then move to the copies as the backward produces them, so that micro-batches add up in
+            fp32 and the model's own gradients never exist together.
+
+    Memory: all gradients and two states, in the parameters' type; with ``master_weights`` all three
+    in fp32, and the fp32 copies.
     """
 
+    after_bad_gradient = "the weights were not updated"
+    """What a gradient that is not finite has done, known once ``gradient_norm`` is."""
+
+    remedies = (
+        "a lower optimizer.learning_rate, a longer optimizer.warmup_steps or a smaller "
+        "optimizer.max_grad_norm"
+    )
+
     def __init__(self, model: nn.Module, config: OptimizerConfig, *, master_weights: bool) -> None:
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._weights = self._parameters
-        if master_weights:
-            self._weights = [
-                nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in self._parameters
-            ]
-            for parameter, master in zip(self._parameters, self._weights, strict=True):
-                _move_gradient(parameter, master)
-        decayed = [w for w in self._weights if w.ndim > 1]
-        others = [w for w in self._weights if w.ndim <= 1]
-        self._adamw = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.epsilon,
-            fused=True,
-        )
+        self._config = config
+        self._has_masters = master_weights
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._weights = {n: self._weight(p) for n, p in self._parameters.items()}
+        """What AdamW updates: the parameters themselves or copies of them, by name."""
+        self._adamw = self._build_adamw()
+        if self._takes_gradients():
+            for name, parameter in self._parameters.items():
+                parameter.register_post_accumulate_grad_hook(partial(self._take, name))
+
+    def begin_step(self, rate: float) -> None:
+        """Before the step's first backward: the learning rate of the step."""
+        for group in self._adamw.param_groups:
+            group["lr"] = rate
 
     def gradient_norm(self) -> Tensor:
-        """The global norm of the gradient, fp32 at least, on the weights' device."""
-        norms = [
-            torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32))
-            for g in self._gradients()
-        ]
-        return torch.linalg.vector_norm(torch.stack(norms))
+        """The global norm of the step's gradient: a scalar, fp32 at least."""
+        return _norm(_norm([w.grad]) for w in self._weights.values() if w.grad is not None)
 
     def clip(self, max_norm: float, norm: Tensor) -> None:
         """Scale the gradient, whose global norm is ``norm``, to at most ``max_norm``."""
-        nn.utils.clip_grads_with_norm_(self._weights, max_norm, norm)
+        nn.utils.clip_grads_with_norm_(self._weights.values(), max_norm, norm)
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """Update the weights with this learning rate and forget the gradient."""
-        for group in self._adamw.param_groups:
-            group["lr"] = rate
+    def step(self) -> None:
+        """Update the weights and forget the gradient: the step is done."""
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
-        if self._weights is not self._parameters:
-            self._round_masters()
+        self._write_back(self._parameters)
 
-    def state_dict(self) -> dict[str, Any]:
-        """AdamW's state, and the master weights where there are any."""
-        masters = self._weights if self._weights is not self._parameters else []
-        return {"adamw": self._adamw.state_dict(), "masters": [m.detach() for m in masters]}
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """For each parameter, by name: AdamW's step, exp_avg and exp_avg_sq, and its master weight.
+
+        The first three are missing before the first update, the master where there are none. The
+        tensors are those in use, not copies, except for step (a scalar, fp32).
+        """
+        saved: dict[str, dict[str, Tensor]] = {}
+        for name, weight in self._weights.items():
+            state = self._adamw.state.get(weight, {})
+            saved[name] = {key: state[key] for key in ("exp_avg", "exp_avg_sq") if key in state}
+            if state:
+                saved[name]["step"] = torch.tensor(float(state["step"]))
+            if self._has_masters:
+                saved[name]["master"] = weight.detach()
+        return saved
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state saved by ``state_dict``."""
-        self._adamw.load_state_dict(state["adamw"])
-        for master, saved in zip(self._weights, state["masters"], strict=False):
-            master.copy_(saved)
+    def load_state_dict(self, saved: dict[str, dict[str, Tensor]]) -> None:
+        """Take over a state saved by any of the optimizers; the model has its weights already.
 
-    def _gradients(self) -> list[Tensor]:
-        return [w.grad for w in self._weights if w.grad is not None]
+        Raises UserError where it belongs to other parameters.
+        """
+        masters = all("master" in state for state in saved.values())
+        if saved.keys() != self._weights.keys() or masters != self._has_masters:
+            raise UserError(
+                "the optimizer's state in the checkpoint belongs to other parameters or another "
+                "precision than this run's: start anew with another run.dir"
+            )
+        for name, weight in self._weights.items():
+            weight.copy_(saved[name].get("master", self._parameters[name]))
+            if "step" in saved[name]:
+                self._adamw.state[weight] = self._state(weight, saved[name])
 
-    def _round_masters(self) -> None:
-        for parameter, master in zip(self._parameters, self._weights, strict=True):
-            parameter.copy_(master)
+    # --- what differs between the three -------------------------------------------------------
 
+    def _weight(self, parameter: nn.Parameter) -> nn.Parameter:
+        if self._has_masters:
+            return nn.Parameter(parameter.detach().to(torch.float32, copy=True))
+        return parameter
 
-def _move_gradient(parameter: nn.Parameter, master: nn.Parameter) -> None:
-    """Add each gradient that ``parameter`` receives to ``master``'s, and free it."""
+    def _build_adamw(self) -> torch.optim.Optimizer:
+        weights = self._weights.values()
+        return torch.optim.AdamW(
+            [
+                {
+                    "params": [w for w in weights if w.ndim > 1],
+                    "weight_decay": self._config.weight_decay,
+                },
+                {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0},
+            ],
+            lr=0.0,  # until begin_step
+            betas=(self._config.beta1, self._config.beta2),
+            eps=self._config.epsilon,
+            fused=True,
+        )
 
-    def move(parameter: Tensor) -> None:
-        gradient = parameter.grad
-        parameter.grad = None
-        assert gradient is not None
-        if master.grad is None:
-            master.grad = gradient.float()
+    def _state(self, weight: Tensor, saved: dict[str, Tensor]) -> dict[str, Any]:
+        """A state as ``_adamw`` holds it."""
+        return {
+            "step": saved["step"].to(weight.device, copy=True),
+            "exp_avg": saved["exp_avg"].to(weight, copy=True),
+            "exp_avg_sq": saved["exp_avg_sq"].to(weight, copy=True),
+        }
+
+    def _takes_gradients(self) -> bool:
+        """Whether gradients leave the parameters as the backward produces them."""
+        return self._has_masters
+
+    def _receive(self, name: str, gradient: Tensor) -> None:
+        """In the backward: a gradient that ``parameter.grad`` holds no longer."""
+        weight = self._weights[name]
+        if weight.grad is None:
+            weight.grad = gradient.to(weight.dtype)
         else:
-            master.grad += gradient
+            weight.grad += gradient
 
-    parameter.register_post_accumulate_grad_hook(move)
+    # --- what does not ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _take(self, name: str, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        self._receive(name, gradient)
+
+    def _write_back(self, names: Iterable[str]) -> None:
+        """Round the updated weights into the model, where they are copies."""
+        for name in names:
+            parameter, weight = self._parameters[name], self._weights[name]
+            if weight is not parameter:
+                parameter.copy_(weight, non_blocking=True)
+
+
+class InBackwardOptimizer(Optimizer):
+    """AdamW that updates each parameter in the backward, as soon as its gradient is there.
+
+    The numbers are those of ``Optimizer``: once a parameter's gradient is complete, nothing else in
+    the backward reads the parameter. There is one backward per step, and no clipping, because the
+    gradient's norm is known only when all weights are updated.
+
+    Memory: two states (and fp32 copies) as in ``Optimizer``, but one parameter's gradient at a time
+    (after LOMO, Lv et al. 2023, and PyTorch's tutorial on optimizer steps in the backward).
+
+    Raises:
+        RuntimeError: a second backward in a step, or clipping.
+        TrainingError: ``state_dict`` in the middle of a step, or after one that was not finished
+            because its gradient was not finite.
+    """
+
+    after_bad_gradient = (
+        "with optimizer.in_backward=true the weights were updated before it was known, so this "
+        "step's weights are damaged; the last checkpoint is whole"
+    )
+    remedies = (
+        "a lower optimizer.learning_rate, a longer optimizer.warmup_steps, or "
+        "optimizer.in_backward=false and a small optimizer.max_grad_norm"
+    )
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, *, master_weights: bool) -> None:
+        super().__init__(model, config, master_weights=master_weights)
+        self._norms: dict[str, Tensor] = {}
+        """The gradient's norm of each parameter that this step has updated."""
+
+    def gradient_norm(self) -> Tensor:
+        return _norm(self._norms[name] for name in self._weights if name in self._norms)
+
+    def clip(self, max_norm: float, norm: Tensor) -> None:
+        raise RuntimeError("weights that are updated in the backward leave nothing to clip")
+
+    def step(self) -> None:
+        """The step is done; its gradient was finite."""
+        self._norms.clear()
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        if self._norms:
+            raise TrainingError(
+                "this step's weights are damaged or not complete, and cannot be saved: continue "
+                "from the last checkpoint"
+            )
+        return super().state_dict()
+
+    def _takes_gradients(self) -> bool:
+        return True
+
+    def _receive(self, name: str, gradient: Tensor) -> None:
+        if name in self._norms:
+            raise RuntimeError("weights that are updated in the backward allow one per step")
+        weight = self._weights[name]
+        weight.grad = gradient.to(weight.dtype)
+        self._norms[name] = _norm([weight.grad])
+        self._adamw.step()  # of this weight: it alone has a gradient
+        weight.grad = None
+        self._write_back([name])
+
+
+class HostOptimizer(Optimizer):
+    """AdamW on the host's processors, by DeepSpeed's CPUAdam: ZeRO-Offload, Ren et al. 2021.
+
+    Gradients move to the host as the backward produces them, and add up there in fp32; updated
+    weights are copied back. The numbers are those of ``Optimizer`` in fp32 but for the rounding of
+    each operation.
+
+    Memory: nothing on the device but one gradient at a time; on the host 16 bytes per parameter
+    (fp32 weights, gradients and two states). On CUDA, weights and gradients are pinned, for which
+    torch rounds each of them up to a power of two.
+
+    Raises UserError where DeepSpeed is not installed or cannot build CPUAdam.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, *, master_weights: bool) -> None:
+        super().__init__(model, config, master_weights=master_weights)
+        self._gradients = {n: _host_copy(w) for n, w in self._parameters.items()}
+        self._device = next(iter(self._parameters.values())).device
+
+    def begin_step(self, rate: float) -> None:
+        """Before the step's first backward: the learning rate of the step.
+
+        CPUAdam multiplies the powers of beta in its bias correction up from step to step, and would
+        not continue a resumed run to the last digit. So it is told to correct nothing, and gets the
+        correction from here. With c1 = 1 - beta1^t and c2 = 1 - beta2^t,
+
+            rate / c1 * m / (sqrt(v / c2) + epsilon)
+                = rate * sqrt(c2) / c1 * m / (sqrt(v) + epsilon * sqrt(c2)).
+        """
+        for group in self._adamw.param_groups:
+            (weight,) = group["params"]
+            step = self._adamw.state.get(weight, {}).get("step", 0) + 1
+            first = 1 - self._config.beta1**step
+            second = math.sqrt(1 - self._config.beta2**step)
+            decay = self._config.weight_decay if weight.ndim > 1 else 0.0
+            group["lr"] = rate * second / first
+            group["eps"] = self._config.epsilon * second
+            group["weight_decay"] = decay * first / second  # CPUAdam multiplies it by "lr"
+
+    def gradient_norm(self) -> Tensor:
+        self._wait()
+        return super().gradient_norm()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self._wait()
+        super().step()
+
+    def _weight(self, parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(_host_copy(parameter))
+
+    def _build_adamw(self) -> torch.optim.Optimizer:
+        return _cpu_adam(
+            # One group each, because its bias correction is its own.
+            [{"params": [weight]} for weight in self._weights.values()],
+            betas=(self._config.beta1, self._config.beta2),
+            bias_correction=False,
+            adamw_mode=True,
+        )
+
+    def _state(self, weight: Tensor, saved: dict[str, Tensor]) -> dict[str, Any]:
+        return super()._state(weight, saved) | {"step": int(saved["step"])}
+
+    def _takes_gradients(self) -> bool:
+        return True
+
+    def _receive(self, name: str, gradient: Tensor) -> None:
+        weight = self._weights[name]
+        if weight.grad is None:
+            weight.grad = self._gradients[name]
+            weight.grad.copy_(gradient, non_blocking=True)
+        else:
+            self._wait()
+            weight.grad += gradient.to("cpu")
+
+    def _wait(self) -> None:
+        """Until the gradients that are on their way have arrived."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+
+def _norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The norm of tensors (or of their norms) taken together: a scalar, fp32 at least."""
+    norms = [
+        torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
+        for t in tensors
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    """A copy in fp32 on the host, pinned where the tensor is on CUDA."""
+    copy = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor.detach())
+
+
+def _cpu_adam(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+    """DeepSpeed's CPUAdam, compiled the first time (about a minute)."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "optimizer.offload=host needs the package deepspeed, which is not installed: "
+            "pip install 'mst-train[distributed]', or set optimizer.offload=none"
+        )
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, **options)
+    except Exception as error:
+        cause = str(error.__cause__ or error).strip().splitlines()
+        raise UserError(
+            f"optimizer.offload=host cannot be used, because DeepSpeed cannot build its CPUAdam "
+            f"here ({cause[0] if cause else type(error).__name__}): install a C++ compiler and "
+            f"ninja, or set optimizer.offload=none"
+        ) from error

@@ -26,6 +26,7 @@ FIXED = (
     "train.seed",
     "data.source",
     "data.sequence_length",
+    "data.attention",
     "data.validation_fraction",
     "data.tokenizer",
     "data.tokenizer_vocab_size",

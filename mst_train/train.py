@@ -21,18 +21,16 @@ from torch import Tensor
 from mst_kernels import set_backend, use_triton
 from mst_train.checkpoint import load_part, save_checkpoint
 from mst_train.config import Config
-from mst_train.data import Batch, Data, Loader, fixed_batches, load_data
+from mst_train.data import IGNORED, Batch, Data, Loader, fixed_batches, load_data
 from mst_train.errors import TrainingError, UserError
 from mst_train.memory.budget import GIB, require_fit
 from mst_train.memory.tracker import process_peak_bytes
 from mst_train.metrics import Metrics, Progress
 from mst_train.model import Transformer, build_model, select_attention
 from mst_train.model.flops import peak_flops, training_flops
-from mst_train.mst import HostBudgetError, Offload, Policy
-from mst_train.optim import Optimizer, learning_rate
+from mst_train.mst import Documents, HostBudgetError, Offload, Policy
+from mst_train.optim import Optimizer, build_optimizer, learning_rate
 from mst_train.run_folder import RunFolder, check_continuation
-
-IGNORED = -100
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +53,9 @@ def train(config: Config) -> dict[str, Any]:
 
     # Model and optimizer, at their first step or where a checkpoint left them.
     model = _build(config, device)
-    optimizer = Optimizer(model, config.optimizer, master_weights=config.precision == "bf16_master")
+    optimizer = build_optimizer(
+        model, config.optimizer, master_weights=config.precision == "bf16_master"
+    )
     step = tokens = position = 0
     _seed_everything(config.train.seed)
     folder.open()
@@ -156,28 +156,32 @@ def train_step(
 
     The loss is the sum over the step's valid tokens divided by their number, so it does not depend
     on how the step is cut into micro-batches. Returns loss, gradient norm and number of tokens;
-    raises TrainingError, with the weights untouched, where loss or gradient is not finite.
+    raises TrainingError, which says how the weights are left, where loss or gradient is not finite.
     """
     device = model.embedding.weight.device
     valid_tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    loss_sum = 0.0
+    optimizer.begin_step(rate)
     for batch in batches:
-        tokens, labels, positions = _move(batch, device)
-        batch_loss_sum, _ = model(tokens, labels, positions)
+        batch_loss_sum, _ = model(*_move(batch, device))
+        loss_sum += batch_loss_sum.item()
+        if not math.isfinite(loss_sum):  # checked here: the backward may update weights
+            raise TrainingError(
+                f"the loss is {loss_sum}: the weights were not updated. Continue from the last "
+                f"checkpoint with {optimizer.remedies}"
+            )
         (batch_loss_sum / valid_tokens).backward()
-        loss_sum += batch_loss_sum.detach()
     norm = optimizer.gradient_norm()
-    loss, gradient_norm = loss_sum.item() / valid_tokens, norm.item()
-    if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+    gradient_norm = norm.item()
+    if not math.isfinite(gradient_norm):
         raise TrainingError(
-            f"the loss is {loss} and the gradient's norm {gradient_norm}: the weights were not "
-            f"updated. Continue from the last checkpoint with a lower optimizer.learning_rate, a "
-            f"longer optimizer.warmup_steps or a smaller optimizer.max_grad_norm"
+            f"the gradient's norm is {gradient_norm}: {optimizer.after_bad_gradient}. Continue "
+            f"from the last checkpoint with {optimizer.remedies}"
         )
     if max_grad_norm is not None:
         optimizer.clip(max_grad_norm, norm)
-    optimizer.step(rate)
-    return loss, gradient_norm, sum(batch.tokens.numel() for batch in batches)
+    optimizer.step()
+    return loss_sum / valid_tokens, gradient_norm, sum(batch.tokens.numel() for batch in batches)
 
 
 @torch.no_grad()
@@ -247,8 +251,15 @@ def _require_same_data(trainer: dict[str, Any], data: Data, checkpoint: Path) ->
         )
 
 
-def _move(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    return batch.tokens.to(device), batch.labels.to(device), batch.positions.to(device)
+def _move(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Documents | None]:
+    """What the model takes, on its device."""
+    documents = None if batch.boundaries is None else Documents(batch.boundaries)
+    return (
+        batch.tokens.to(device),
+        batch.labels.to(device),
+        batch.positions.to(device),
+        documents,
+    )
 
 
 def _seed_everything(seed: int) -> None:

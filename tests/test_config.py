@@ -39,6 +39,7 @@ def test_defaults_are_valid():
         ("optimizer.beta2", 1.0, "optimizer.beta2=1.0 must be at least 0 and below 1"),
         ("optimizer.max_grad_norm", 0.0, "optimizer.max_grad_norm=0.0 must be greater than 0"),
         ("optimizer.weight_decay", -0.1, "optimizer.weight_decay=-0.1 must be 0 or more"),
+        ("optimizer.offload", "disk", "optimizer.offload=disk is not one of none, host"),
         ("checkpoint.every", 0, "checkpoint.every=0 must be at least 1"),
         ("checkpoint.keep", 0, "checkpoint.keep=0 must be at least 1"),
         ("kernel.attention", "fast", "kernel.attention=fast is not one of"),
@@ -54,6 +55,56 @@ def test_what_is_refused(change, key, value, message):
 def test_offload_needs_the_method(change):
     config = change(Config(), **{"memory.policy": "recompute", "memory.offload": "host"})
     assert "memory.offload=host works with memory.policy=mst alone" in validate(config)[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "both", "way_out"),
+    [
+        (
+            {"optimizer.in_backward": True},
+            ("optimizer.in_backward=true", "optimizer.max_grad_norm=1.0"),
+            "set optimizer.max_grad_norm=null",
+        ),
+        (
+            {
+                "optimizer.in_backward": True,
+                "optimizer.max_grad_norm": None,
+                "train.accumulation_steps": 2,
+            },
+            ("optimizer.in_backward=true", "train.accumulation_steps=2"),
+            "set train.accumulation_steps=1",
+        ),
+        (
+            {
+                "optimizer.in_backward": True,
+                "optimizer.max_grad_norm": None,
+                "optimizer.offload": "host",
+            },
+            ("optimizer.offload=host", "optimizer.in_backward=false"),
+            "set optimizer.in_backward=false",
+        ),
+        (
+            {"optimizer.offload": "host", "precision": "bf16"},
+            ("optimizer.offload=host", "precision=bf16"),
+            "set precision=bf16_master",
+        ),
+    ],
+)
+def test_what_the_optimizers_cannot_do(change, settings, both, way_out):
+    (problem,) = validate(change(Config(), **settings))
+    assert all(key in problem for key in both)
+    assert way_out in problem
+
+
+def test_what_the_optimizers_can_do(change):
+    in_backward = change(
+        Config(), **{"optimizer.in_backward": True, "optimizer.max_grad_norm": None}
+    )
+    for precision in ("fp32", "bf16", "bf16_master"):
+        assert validate(change(in_backward, precision=precision)) == []
+    offload = change(Config(), **{"optimizer.offload": "host", "train.accumulation_steps": 2})
+    assert validate(offload) == []
+    assert validate(change(offload, precision="bf16_master")) == []
 
 
 def test_all_problems_are_listed_at_once(change):

@@ -13,7 +13,7 @@ from mst_train.data import Batch
 from mst_train.errors import TrainingError, UserError
 from mst_train.model import build_model
 from mst_train.mst import Policy
-from mst_train.optim import Optimizer
+from mst_train.optim import InBackwardOptimizer, Optimizer
 from mst_train.train import evaluate, train, train_step
 
 
@@ -75,6 +75,8 @@ def test_every_policy_gives_the_same_curve(small_config, change):
         "mst 33": {"memory.mlp_chunk_tokens": 33, "memory.head_chunk_tokens": 7},
         "mst offloaded": {"memory.offload": "host"},
         "mst without keeping attention": {"memory.keep_attention": False},
+        "recompute, confined": {"memory.policy": "recompute", "data.attention": "documents"},
+        "mst, confined": {"data.attention": "documents"},
         "mst auto": {"memory.mlp_chunk_tokens": "auto", "memory.head_chunk_tokens": "auto"},
     }.items():
         config = change(small_config, **memory)
@@ -84,14 +86,21 @@ def test_every_policy_gives_the_same_curve(small_config, change):
         curves[name] = losses(config)
     reference = curves.pop("vanilla")
     assert len(reference) == 50
+    confined, also_confined = curves.pop("recompute, confined"), curves.pop("mst, confined")
+    assert max(abs(confined[s] / also_confined[s] - 1) for s in confined) < 1e-5
+    assert max(abs(confined[s] / reference[s] - 1) for s in confined) > 1e-3
     for name, curve in curves.items():
         worst = max(abs(curve[s] - reference[s]) / reference[s] for s in reference)
         assert worst < 1e-5, name
 
 
+IN_BACKWARD = {"optimizer.in_backward": True, "optimizer.max_grad_norm": None}
+
+
+@pytest.mark.parametrize("settings", [{"train.accumulation_steps": 2}, IN_BACKWARD])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_master"])
-def test_resuming_continues_bit_for_bit(small_config, change, precision):
-    whole = change(small_config, precision=precision, **{"train.accumulation_steps": 2})
+def test_resuming_continues_bit_for_bit(small_config, change, precision, settings):
+    whole = change(small_config, precision=precision, **settings)
     train(whole)
     cut = change(whole, **{"run.dir": small_config.run.dir + "_cut"})
     with pytest.MonkeyPatch.context() as patch:
@@ -110,6 +119,23 @@ def test_resuming_continues_bit_for_bit(small_config, change, precision):
     assert losses(cut) == losses(whole)
     a, b = (torch.load(Path(c.run.dir, "checkpoints/step_00000006/model.pt")) for c in (whole, cut))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_may_change_when_its_weights_are_updated(small_config, change):
+    """In fp32 without clipping it makes no difference, not even to the last digit."""
+    whole = change(
+        small_config,
+        **{
+            "optimizer.max_grad_norm": None,
+            "optimizer.min_learning_rate_ratio": 1.0,  # another length is not another schedule
+            "train.steps": 8,
+        },
+    )
+    train(whole)
+    parts = change(whole, **{"run.dir": small_config.run.dir + "_parts"})
+    for steps, in_backward in ((2, True), (4, False), (6, True), (8, False)):
+        train(change(parts, **{"train.steps": steps, "optimizer.in_backward": in_backward}))
+    assert losses(parts) == losses(whole)
 
 
 def test_records_of_lost_work_are_replaced(small_config, change):
@@ -220,9 +246,9 @@ def test_a_refused_run_leaves_no_folder(small_config, change, settings, message,
     assert not Path(small_config.run.dir).exists()
 
 
-def make_step(small_config, dtype=torch.float64, policy=None):
+def make_step(small_config, dtype=torch.float64, policy=None, kind=Optimizer):
     model = build_model(small_config.model, policy=policy, dtype=dtype)
-    optimizer = Optimizer(model, small_config.optimizer, master_weights=False)
+    optimizer = kind(model, small_config.optimizer, master_weights=False)
     tokens = torch.randint(512, (4, 41), generator=torch.Generator().manual_seed(0))
     labels = tokens[:, 1:].clone()
     labels[0, :30] = -100
@@ -259,15 +285,55 @@ def test_the_loss_is_the_mean_over_valid_tokens(small_config):
     assert loss == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_loss_that_is_not_finite_leaves_the_weights_alone(small_config):
-    model, optimizer, batch = make_step(small_config)
+@pytest.mark.parametrize("kind", [Optimizer, InBackwardOptimizer])
+def test_a_loss_that_is_not_finite_leaves_the_weights_alone(small_config, kind):
+    model, optimizer, batch = make_step(small_config, kind=kind)
     with torch.no_grad():
         model.norm.weight[0] = float("nan")
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(TrainingError, match=r"the loss is nan.*weights were not updated"):
-        train_step(model, optimizer, [batch], 1e-3, 1.0)
+    with pytest.raises(TrainingError, match=r"the loss is nan: the weights were not updated"):
+        train_step(model, optimizer, [batch], 1e-3, None)
     for old, new in zip(before, model.parameters(), strict=True):
         assert torch.equal(old, new.detach()) or old.isnan().any()
+
+
+def spoil_the_gradient(model):
+    """The loss stays as it is; the gradient of the first block's query weights is infinite."""
+    model.blocks[0].attention.query.weight.register_hook(lambda gradient: gradient / 0)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(small_config):
+    model, optimizer, batch = make_step(small_config)
+    spoil_the_gradient(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(TrainingError, match=r"the gradient's norm is inf: the weights were not"):
+        train_step(model, optimizer, [batch], 1e-3, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_weights_damaged_in_the_backward_are_not_saved(small_config, change, monkeypatch):
+    config = change(small_config, **IN_BACKWARD, **{"checkpoint.every": 1})
+    whole = change(config, **{"run.dir": small_config.run.dir + "_whole"})
+    train(whole)
+
+    step = training.train_step
+
+    def spoiled_at_four(model, *arguments):
+        if len(losses(config)) == 3:
+            spoil_the_gradient(model)
+        return step(model, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_step", spoiled_at_four)
+        with pytest.raises(TrainingError) as caught:
+            train(config)
+    assert "this step's weights are damaged; the last checkpoint is whole" in str(caught.value)
+    assert "optimizer.in_backward=false" in str(caught.value)
+    checkpoints = Path(config.run.dir, "checkpoints")
+    assert (checkpoints / "latest").read_text().strip() == "step_00000003"
+    assert not (checkpoints / "step_00000004").exists()
+    train(config)  # goes on from step 3
+    assert losses(config) == losses(whole)
 
 
 def test_running_out_of_memory_is_explained(small_config, change, monkeypatch):

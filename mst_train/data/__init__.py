@@ -8,7 +8,7 @@
 3. ``corpus``: documents and tokenizer -> a ``Corpus``: one memory-mapped file of tokens, each
    document with its end-of-document id, and the documents' offsets; built once and cached.
 4. ``splitting``: the documents' lengths -> which token ranges train and which validate.
-5. ``packing``: token ranges -> ``PackedSequences``: item i is inputs, labels and positions, [S].
+5. ``packing``: token ranges -> ``PackedSequences``: inputs, labels and positions, [S] each.
 6. ``loader``: sequences -> ``Batch`` after ``Batch``, [B, S]: an endless shuffled stream for
    training whose state is one integer (``Loader``), the same few sequences each time for
    validation (``fixed_batches``).
@@ -18,15 +18,19 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mst_train.config import DataConfig
 from mst_train.data.corpus import Corpus, load_corpus
 from mst_train.data.documents import Source, find_documents
 from mst_train.data.loader import Batch, Loader, fixed_batches
-from mst_train.data.packing import PackedSequences
+from mst_train.data.packing import IGNORED, PackedSequences
 from mst_train.data.splitting import split_documents, split_stream
 from mst_train.data.tokenizer import Tokenizer, train_tokenizer
 
 __all__ = [
+    "IGNORED",
     "Batch",
     "Corpus",
     "Data",
@@ -65,11 +69,14 @@ def load_data(data: DataConfig) -> Data:
     training, validation = split_stream(
         corpus.offsets, data.validation_fraction, data.sequence_length
     )
+    confine_to = corpus.eod if data.attention == "documents" else None
+
+    def pack(spans: NDArray[np.int64]) -> PackedSequences:
+        return PackedSequences(corpus.tokens, spans, data.sequence_length, confine_to)
+
     return Data(
         tokenizer=corpus.tokenizer,
-        training=PackedSequences(corpus.tokens, training, data.sequence_length),
-        validation=None
-        if validation is None
-        else PackedSequences(corpus.tokens, validation, data.sequence_length),
+        training=pack(training),
+        validation=None if validation is None else pack(validation),
         corpus_fingerprint=corpus.fingerprint,
     )

@@ -20,9 +20,12 @@ class Batch:
     tokens: Tensor
     """[B, S] int64, the model's input."""
     labels: Tensor
-    """[B, S] int64, the token after each: already shifted."""
+    """[B, S] int64, the token after each: already shifted. -100 where there is none."""
     positions: Tensor
     """[B, S] int64, for the rotary embedding."""
+    boundaries: Tensor | None = None
+    """[documents + 1] int32, 0 to B * S: documents in the batch's rows, one row after the other;
+    None where attention takes no notice of documents."""
 
 
 class Loader:
@@ -81,5 +84,12 @@ def fixed_batches(sequences: PackedSequences, batch_size: int, limit: int) -> It
 def collate(sequences: PackedSequences, indices: list[int]) -> Batch:
     """The sequences at ``indices`` as one batch, in that order."""
     rows = [sequences[index] for index in indices]
-    tokens, labels, positions = (torch.stack(column) for column in zip(*rows, strict=True))
-    return Batch(tokens, labels, positions)
+    length = sequences.sequence_length
+    starts = [row * length + s.starts for row, s in enumerate(rows) if s.starts is not None]
+    end = torch.tensor([len(rows) * length])
+    return Batch(
+        torch.stack([row.tokens for row in rows]),
+        torch.stack([row.labels for row in rows]),
+        torch.stack([row.positions for row in rows]),
+        torch.cat([*starts, end]).to(torch.int32) if starts else None,
+    )

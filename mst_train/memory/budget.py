@@ -1,10 +1,11 @@
-"""Whether a run can fit its device at all, from its dimensions alone.
+"""Whether a run can fit its device and its host at all, from its dimensions alone.
 
-What is added up here is certainly alive at one moment of every step, so a run that is refused could
-not have worked. A run that passes may still be too large by what is not counted.
+What is added up here is certainly alive at one moment of every step but the first, so a run that is
+refused could not have worked. A run that passes may still be too large by what is not counted.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,51 +22,133 @@ STATE_BYTES = {
 }
 """Bytes per parameter; fp32 master weights count as optimizer states."""
 
+HOST_STATE_BYTES = {"gradients on the host": 4, "optimizer states on the host": 12}
+"""Bytes per parameter with optimizer.offload=host: fp32, weights counted as states."""
+
 
 def minimum_bytes(config: Config, parameters: int) -> dict[str, int]:
-    """Bytes that are alive together at one moment of every step, by part.
+    """Bytes that are alive together on the device at one moment of every step, by part.
 
     ``parameters`` is the model's number of parameters. The moment is the larger of two: the end of
-    the forward, when all kept activations exist, and the optimizer's update, when all gradients do.
+    the forward, when all kept activations exist, and the optimizer's update, when all gradients do
+    (unless each parameter is updated in the backward, or gradients move to the host).
     """
-    states = {name: size * parameters for name, size in STATE_BYTES[config.precision].items()}
-    end_of_forward = states | _kept_activations(config)
+    sizes = STATE_BYTES[config.precision]
+    states = {name: size * parameters for name, size in sizes.items()}
+    if config.optimizer.offload == "host":
+        del states["gradients"], states["optimizer states"]
+    elif config.optimizer.in_backward:
+        del states["gradients"]
+    end_of_forward = states | _logits(config)
+    if config.memory.offload == "none":
+        end_of_forward |= {"kept activations": _kept_activations(config)}
     if config.train.accumulation_steps == 1:
-        del end_of_forward["gradients"]
+        end_of_forward.pop("gradients", None)
     return max(end_of_forward, states, key=lambda parts: sum(parts.values()))
 
 
-def _kept_activations(config: Config) -> dict[str, int]:
+def minimum_host_bytes(config: Config, parameters: int) -> dict[str, int]:
+    """Bytes that are alive together in the host's memory for what is offloaded, by part."""
+    parts = {}
+    if config.optimizer.offload == "host":
+        parts = {name: size * parameters for name, size in HOST_STATE_BYTES.items()}
+    if config.memory.offload == "host":
+        parts["kept activations on the host"] = _kept_activations(config)
+    return parts
+
+
+def _kept_activations(config: Config) -> int:
+    """What the blocks keep between forward and backward."""
     model, policy = config.model, config.memory.policy
     element = 4 if config.precision == "fp32" else 2
-    tokens = config.train.micro_batch_size * config.data.sequence_length
-    width = model.hidden_size
+    query_size = model.num_heads * model.head_dim
+    bytes_per_token = model.hidden_size * element
     if policy == "vanilla":
-        heads = 2 * model.num_heads + 2 * model.num_kv_heads
-        width += heads * model.head_dim + 4 * model.intermediate_size
-    kept = {"kept activations": model.num_layers * tokens * width * element}
-    if policy != "mst":
-        kept["logits in fp32"] = tokens * model.vocab_size * 4
-    return kept
+        width = 2 * query_size + 2 * model.num_kv_heads * model.head_dim
+        bytes_per_token += (width + 4 * model.intermediate_size) * element
+    elif policy == "mst" and config.memory.keep_attention and _attention_is_a_kernel(config):
+        log_sum_exp = 4 * model.num_heads
+        bytes_per_token += query_size * element + log_sum_exp
+    return model.num_layers * _tokens(config) * bytes_per_token
+
+
+def _attention_is_a_kernel(config: Config) -> bool:
+    """Whether attention certainly has a result to keep (see model/attention.py)."""
+    if config.kernel.attention == "auto":
+        return config.precision != "fp32"  # in fp32 it depends on the device
+    return config.kernel.attention in ("cpu", "torch_flash", "cudnn")
+
+
+def _logits(config: Config) -> dict[str, int]:
+    if config.memory.policy == "mst":
+        return {}
+    return {"logits in fp32": _tokens(config) * config.model.vocab_size * 4}
+
+
+def _tokens(config: Config) -> int:
+    return config.train.micro_batch_size * config.data.sequence_length
 
 
 def require_fit(config: Config, parameters: int, device: torch.device) -> None:
-    """Raise UserError where the run certainly does not fit its device or its budget."""
+    """Raise UserError where the run certainly fits not its device, its host or a budget of them."""
+    problems = [
+        *_device_problems(config, parameters, device),
+        *_host_problems(config, parameters, device),
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def _device_problems(config: Config, parameters: int, device: torch.device) -> Iterator[str]:
     available = device_bytes(device)
     budget = config.memory.device_budget_gib
     limit = available if budget is None else min(available, int(budget * GIB))
     parts = minimum_bytes(config, parameters)
-    needed = sum(parts.values())
-    if needed <= limit:
+    if sum(parts.values()) <= limit:
         return
-    listed = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in parts.items())
     whose = f"the {device.type} device has {available / GIB:.2f} GiB"
     if limit < available:
         whose = f"memory.device_budget_gib allows {limit / GIB:.2f} GiB"
-    raise UserError(
-        f"{config.run.name} does not fit: it needs at least {needed / GIB:.2f} GiB ({listed}) and "
-        f"{whose}. {_advice(config, parts, limit)}"
+    yield (
+        f"{config.run.name} does not fit: it needs at least {_listed(parts)} and {whose}. "
+        f"{_advice(config, parts, limit)}"
     )
+
+
+def _host_problems(config: Config, parameters: int, device: torch.device) -> Iterator[str]:
+    parts = minimum_host_bytes(config, parameters)
+    if not parts:
+        return
+    available, budget = device_bytes(torch.device("cpu")), config.memory.host_budget_gib
+    kept = parts.get("kept activations on the host", 0)
+    if device.type == "cpu":  # one memory for both
+        parts |= minimum_bytes(config, parameters)
+    if budget is not None and kept > budget * GIB:
+        yield (
+            f"{config.run.name} does not fit: memory.offload=host needs at least "
+            f"{kept / GIB:.2f} GiB of host memory and memory.host_budget_gib allows {budget:.2f}. "
+            f"Raise it, or set {_ways_to_keep_less(config)}."
+        )
+    if sum(parts.values()) > available:
+        ways = [_ways_to_keep_less(config)] if kept else []
+        ways += ["optimizer.offload=none"] if config.optimizer.offload == "host" else []
+        yield (
+            f"{config.run.name} does not fit: with what is offloaded it needs at least "
+            f"{_listed(parts)} of host memory and this machine has {available / GIB:.2f} GiB. Set "
+            f"{' or '.join(ways)}."
+        )
+
+
+def _listed(parts: dict[str, int]) -> str:
+    listed = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in parts.items())
+    return f"{sum(parts.values()) / GIB:.2f} GiB ({listed})"
+
+
+def _ways_to_keep_less(config: Config) -> str:
+    ways = ["a smaller data.sequence_length"]
+    if config.memory.keep_attention and _attention_is_a_kernel(config):
+        ways.append("memory.keep_attention=false")
+    return " or ".join(ways)
 
 
 def device_bytes(device: torch.device) -> int:
@@ -81,15 +164,25 @@ def device_bytes(device: torch.device) -> int:
 
 
 def _advice(config: Config, parts: dict[str, int], limit: int) -> str:
-    kept = sum(_kept_activations(config).values())
-    states = sum(parts.values()) - (kept if "kept activations" in parts else 0)
+    activations = {"kept activations", "logits in fp32"}
+    states = sum(size for name, size in parts.items() if name not in activations)
     if states > limit:
-        precision = "" if config.precision == "bf16" else " or precision=bf16"
+        ways = ["take a larger device", "a smaller model"]
+        if config.precision != "bf16" and config.optimizer.offload == "none":
+            ways.append("precision=bf16")
+        if "gradients" in parts and config.train.accumulation_steps == 1:
+            ways.append("optimizer.in_backward=true with optimizer.max_grad_norm=null")
+        if config.optimizer.offload == "none":
+            bf16 = " with precision=bf16_master" if config.precision == "bf16" else ""
+            ways.append(f"optimizer.offload=host{bf16}")
         return (
-            f"The weights and their states alone are too large: take a larger device, a smaller "
-            f"model{precision}."
+            f"The weights and their states alone are too large: {', '.join(ways[:-1])} or "
+            f"{ways[-1]}."
         )
     if config.memory.policy != "mst":
         return "Set memory.policy=mst or a smaller data.sequence_length."
+    kept = parts["kept activations"]
     longest = config.data.sequence_length * (limit - states) // kept
-    return f"Set data.sequence_length below {longest} or take a larger device."
+    return (
+        f"Set data.sequence_length below {longest} or memory.offload=host, or take a larger device."
+    )

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mst_train.data import PackedSequences, split_stream
+from mst_train.data import IGNORED, PackedSequences, split_stream
+from mst_train.data.loader import collate
 from mst_train.errors import UserError
 
 
@@ -23,7 +24,8 @@ def test_item() -> None:
     tokens = np.arange(100, 120, dtype=np.uint16)
     sequences = PackedSequences(tokens, np.array([[0, 3], [5, 12]]), 4)
     assert (len(sequences), sequences.stream_tokens) == (2, 10)
-    inputs, labels, positions = sequences[1]
+    inputs, labels, positions, starts = sequences[1]
+    assert starts is None
     assert sequences[0][0].tolist() == [100, 101, 102, 105]
     assert sequences[0][1].tolist() == [101, 102, 105, 106]
     assert inputs.tolist() == [106, 107, 108, 109]
@@ -83,3 +85,30 @@ def test_short_stream_is_refused() -> None:
         "a stream of 10 tokens is shorter than one sequence of data.sequence_length=10 and the "
         "token after it: set data.sequence_length to 9 or less, or give more text"
     )
+
+
+def test_documents_confined_to_themselves() -> None:
+    """Borders, positions that restart, and no label after the last token of a document."""
+    eod = 1
+    tokens = np.array([5, 6, eod, 7, eod, 8, 9, 10, 11, 12, eod, 13, 14], np.uint16)
+    spans = np.array([[0, len(tokens)]])
+    first, second = (PackedSequences(tokens, spans, 6, confine_to=eod)[i] for i in (0, 1))
+    assert first.tokens.tolist() == [5, 6, eod, 7, eod, 8]
+    assert first.labels.tolist() == [6, eod, IGNORED, eod, IGNORED, 9]
+    assert first.positions.tolist() == [0, 1, 2, 0, 1, 0]
+    assert first.starts.tolist() == [0, 3, 5]
+    assert second.tokens.tolist() == [9, 10, 11, 12, eod, 13]
+    assert second.labels.tolist() == [10, 11, 12, eod, IGNORED, 14]
+    assert second.positions.tolist() == [0, 1, 2, 3, 4, 0]
+    assert second.starts.tolist() == [0, 5]
+
+
+def test_a_batch_holds_the_borders_of_all_its_rows() -> None:
+    eod = 1
+    tokens = np.array([5, 6, eod, 7, eod, 8, 9, 10, 11, 12, eod, 13, 14], np.uint16)
+    sequences = PackedSequences(tokens, np.array([[0, len(tokens)]]), 6, confine_to=eod)
+    batch = collate(sequences, [1, 0])
+    assert batch.boundaries.dtype == torch.int32
+    assert batch.boundaries.tolist() == [0, 5, 6, 9, 11, 12]
+    plain = PackedSequences(tokens, np.array([[0, len(tokens)]]), 6)
+    assert collate(plain, [0]).boundaries is None

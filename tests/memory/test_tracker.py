@@ -96,7 +96,7 @@ def test_kinds_of_a_training_step():
             result[0].backward()
             del result
             after_backward = tracker.breakdown.copy()
-            optimizer.step(1e-3)
+            optimizer.step()
             after_step = tracker.breakdown.copy()
         # The blocks' results; the first block's input is the embedding's.
         assert after_forward["checkpoints"] == 3 * hidden
