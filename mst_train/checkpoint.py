@@ -2,12 +2,13 @@
 
     checkpoints/
         step_00000050/      model.pt, optimizer.pt, ... : one file per part of the state
-            COMPLETE        written last: the size of every file
+            COMPLETE        written last: size and checksum of every file
         latest              the name of the newest checkpoint, for people and scripts
 
 A checkpoint is written into a temporary folder, flushed to disk and renamed; its completion marker
 follows, and ``latest`` last. Whatever moment a run is cut off at, the checkpoints that carry a
-marker and files of the sizes it lists are whole, and every other folder is ignored.
+marker and files of the sizes it lists are whole, and every other folder is ignored. Checksums are
+compared when a file is read.
 
 Files are read with ``weights_only``: a checkpoint cannot carry code.
 """
@@ -16,8 +17,9 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -42,17 +44,15 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         for leftover in (final, *folder.glob(f"{TEMPORARY}*")):
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir()
-        for key, value in state.items():
-            with (temporary / f"{key}.pt").open("wb") as file:
-                torch.save(value, file)
-                _flush(file)
-        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        files = {f"{key}.pt": _write(temporary / f"{key}.pt", state[key]) for key in state}
         temporary.rename(final)
-        _replace(final / MARKER, json.dumps({"step": step, "files": sizes}, indent=1) + "\n")
+        _replace(final / MARKER, json.dumps({"step": step, "files": files}, indent=1) + "\n")
         _replace(folder / "latest", name + "\n")
-    except OSError as error:
+    # torch reports a disk that is full as a RuntimeError of its file writer.
+    except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise TrainingError(f"cannot write the checkpoint {final}: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise TrainingError(f"cannot write the checkpoint {final}: {reason}") from error
     for old in complete_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -85,9 +85,28 @@ def find_checkpoint(path: Path) -> Path:
         if complete:
             return complete[-1]
     raise UserError(
-        f"run.resume={path}: there is no whole checkpoint here; give a run's folder, or a folder "
-        f"step_NNNNNNNN that holds a file {MARKER}"
+        f"run.resume={path} is neither auto nor never nor a place with a whole checkpoint: give a "
+        f"run's folder, or a folder step_NNNNNNNN that holds a file {MARKER}"
     )
+
+
+def first_undamaged(checkpoints: list[Path]) -> Path | None:
+    """The first of these whose files are what was written; warns of those before it.
+
+    Reads every file of a checkpoint once. Raises UserError where all of them are damaged.
+    """
+    for checkpoint in checkpoints:
+        files = json.loads((checkpoint / MARKER).read_text())["files"]
+        damaged = [name for name, w in files.items() if _checksum(checkpoint / name) != w["crc32"]]
+        if not damaged:
+            return checkpoint
+        log.warning("the checkpoint %s is damaged: %s has changed", checkpoint, damaged[0])
+    if checkpoints:
+        raise UserError(
+            f"every checkpoint in {checkpoints[0].parent} is damaged: start anew with another "
+            f"run.dir, or from another run's checkpoint with run.resume"
+        )
+    return None
 
 
 def load_part(checkpoint: Path, key: str) -> Any:
@@ -95,28 +114,64 @@ def load_part(checkpoint: Path, key: str) -> Any:
     path = checkpoint / f"{key}.pt"
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # What the reader stumbles over in a file that is none of ours can be anything.
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"cannot read {path}: {reason}; remove {checkpoint} to use the checkpoint before it"
-        ) from error
+        raise UserError(f"{path} cannot be read: {reason}") from error
 
 
 def _incomplete(path: Path) -> str | None:
     """What is missing of a checkpoint; None where it is whole."""
     try:
         files = json.loads((path / MARKER).read_text())["files"]
+        sizes = {name: int(written["bytes"]) for name, written in files.items()}
+        whole = all(isinstance(written["crc32"], int) for written in files.values()) and sizes
     except FileNotFoundError:
         return f"it has no {MARKER} file, so its writing was cut off"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {MARKER} file cannot be read"
-    for name, size in files.items():
+    if not whole:
+        return f"its {MARKER} file does not list the checkpoint's files"
+    for name, size in sizes.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes where {size} were written"
     return None
+
+
+class _Checksummed:
+    """A file that is only written to, from start to end, and sums up what is written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.bytes = self.crc32 = 0
+
+    def write(self, data: Any) -> int:
+        self.crc32 = zlib.crc32(data, self.crc32)
+        self.bytes += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _write(path: Path, value: Any) -> dict[str, int]:
+    """Write a part to disk; its size and checksum."""
+    with path.open("wb") as file:
+        summed = _Checksummed(file)
+        torch.save(value, summed)  # type: ignore[arg-type]
+        _flush(file)
+    return {"bytes": summed.bytes, "crc32": summed.crc32}
+
+
+def _checksum(path: Path) -> int:
+    crc32 = 0
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            crc32 = zlib.crc32(block, crc32)
+    return crc32
 
 
 def _replace(path: Path, text: str) -> None:

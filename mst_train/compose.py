@@ -27,8 +27,8 @@ DEFAULT_EXPERIMENT = "tiny"
 def compose(arguments: Sequence[str]) -> Config:
     """The configuration that command-line overrides such as ``train.steps=40`` ask for.
 
-    Without a ``+experiment=NAME`` or ``+bench=NAME`` among them, it is the experiment "tiny". Raises
-    UserError with every problem found.
+    Without a ``+experiment=NAME`` or ``+bench=NAME`` among them, it is the experiment "tiny".
+    Raises UserError with every problem found.
     """
     folder = config_folder()
     tree = _compose_tree(folder, _overrides(folder, arguments))
@@ -54,10 +54,10 @@ def compose(arguments: Sequence[str]) -> Config:
 
 def config_folder() -> Path:
     """The folder of configuration files: the checkout's, or the installed copy."""
-    checkout = Path(__file__).parent.parent / "configs"
-    if checkout.is_dir():
-        return checkout
-    return Path(sysconfig.get_path("data")) / "share" / "mst_train" / "configs"
+    beside = Path(__file__).parent.parent
+    installed = Path("share", "mst_train", "configs")
+    places = [beside / "configs", beside / installed, Path(sysconfig.get_path("data")) / installed]
+    return next((place for place in places if place.is_dir()), places[0])
 
 
 def choices(group: str) -> list[str]:
@@ -76,10 +76,14 @@ def _overrides(folder: Path, arguments: Sequence[str]) -> list[str]:
     parser = OverridesParser.create()
     overrides, problems, chosen = [], [], False
     for argument in arguments:
+        argument = _quoted_where_needed(parser, argument)
         try:
             override = parser.parse_override(argument)
         except HydraException as error:
             problems.append(f"cannot read {argument!r}: expected key=value ({_first_line(error)})")
+            continue
+        if argument[0] == "~" or override.is_sweep_override():
+            problems.append(f"cannot use {argument!r}: give a setting one value (null for none)")
             continue
         key = override.key_or_group
         if key in ("experiment", "bench"):
@@ -88,10 +92,22 @@ def _overrides(folder: Path, arguments: Sequence[str]) -> list[str]:
         elif key in groups and isinstance(override.value(), str):
             overrides.append(argument.lstrip("+"))
         else:
-            overrides.append("++" + argument.lstrip("+") if argument[0] != "~" else argument)
+            overrides.append("++" + argument.lstrip("+"))
     if problems:
         raise UserError(problems)
     return overrides if chosen else [f"+experiment={DEFAULT_EXPERIMENT}", *overrides]
+
+
+def _quoted_where_needed(parser: OverridesParser, argument: str) -> str:
+    """``argument`` with its value in quotes where Hydra has no such bare word (~/texts)."""
+    key, equals, value = argument.partition("=")
+    try:
+        parser.parse_override(argument)
+    except HydraException:
+        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+        if equals and key and not key.startswith("-"):
+            return f"{key}='{quoted}'"
+    return argument
 
 
 def _compose_tree(folder: Path, overrides: list[str]) -> Any:
@@ -124,6 +140,8 @@ def _set(schema: Any, key: str, value: Any) -> str | None:
         close = difflib.get_close_matches(key, names, n=1)
         hint = f"did you mean {close[0]}?" if close else "see python -m mst_train --help"
         return f"{key} is not a setting: {hint}"
+    if isinstance(value, float) and value.is_integer() and _type_of(key) is int:
+        value = int(value)  # 1e3 is a whole number too
     try:
         OmegaConf.update(schema, key, value)
     except OmegaConfBaseException as error:
@@ -134,6 +152,13 @@ def _set(schema: Any, key: str, value: Any) -> str | None:
 def known_keys() -> list[str]:
     """Every setting's key."""
     return list(_keys(Config, ""))
+
+
+def _type_of(key: str) -> Any:
+    section: Any = Config
+    for name in key.split("."):
+        section = next(field.type for field in fields(section) if field.name == name)
+    return section
 
 
 def _keys(section: Any, prefix: str) -> Iterator[str]:

@@ -37,7 +37,8 @@ class RunConfig:
     dir: str = "runs/${run.name}"
     resume: str = AUTO
     """auto: continue from the newest whole checkpoint, if any. never: refuse a used folder.
-    Anything else: a checkpoint folder, or a run's folder, to start from."""
+    Anything else: a checkpoint folder, or a run's folder, to start from where run.dir has no
+    checkpoint of its own yet."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 500
-    """Steps between checkpoints (the last step always has one)."""
+    """Steps between checkpoints; the last step of a run has one too."""
     keep: int = 2
     """How many of the newest checkpoints to keep."""
 
@@ -238,6 +239,8 @@ def _run_problems(config: Config) -> Iterator[str]:
             yield f"{key} is empty: give it a value"
     yield from _at_least("train.steps", train.steps, 1)
     yield from _at_least("train.seed", train.seed, 0)
+    if train.seed >= 2**63:
+        yield f"train.seed={train.seed} must be below 2^63"
     yield from _at_least("train.micro_batch_size", train.micro_batch_size, 1)
     yield from _at_least("train.accumulation_steps", train.accumulation_steps, 1)
     yield from _at_least("train.eval_every", train.eval_every, 0)
@@ -389,5 +392,5 @@ def _at_least(key: str, value: int, smallest: int) -> Iterator[str]:
 
 
 def _positive(key: str, value: float) -> Iterator[str]:
-    if not (value > 0 and math.isfinite(value)):
-        yield f"{key}={value} must be greater than 0"
+    if not 0 < value < 1e12:
+        yield f"{key}={value} must be greater than 0 and below 10^12"

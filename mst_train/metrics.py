@@ -1,5 +1,6 @@
 """What a run reports: metrics.jsonl, summary.json, W&B and the terminal."""
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -22,13 +23,17 @@ log = logging.getLogger(__name__)
 class Metrics:
     """The records of a run, appended to a file and sent to W&B.
 
-    A run that continues at ``step`` drops the records of later steps first: they belong to work
-    that was lost and is about to be done again.
+    A run that continues after ``step`` drops the records of later steps first: they belong to work
+    that was lost and is about to be done again. A fresh start (None) sets a file that is there
+    already aside.
     """
 
-    def __init__(self, path: Path, config: Config, step: int) -> None:
+    def __init__(self, path: Path, config: Config, step: int | None) -> None:
         self._path = path
-        _drop_after(path, step)
+        if step is None:
+            _set_aside(path)
+        else:
+            _drop_after(path, step)
         self._file = path.open("a")
         self._wandb = _start_wandb(path.parent, config)
 
@@ -41,11 +46,7 @@ class Metrics:
             self._wandb.log(values, step=record["step"])
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write summary.json beside the records."""
-        text = json.dumps(summary, indent=2) + "\n"
-        temporary = self._path.with_name("summary.json.tmp")
-        temporary.write_text(text)
-        temporary.replace(self._path.with_name("summary.json"))
+        """Send the summary to W&B."""
         if self._wandb is not None:
             self._wandb.summary.update(summary)
 
@@ -61,7 +62,7 @@ class Progress:
 
     def __init__(self, step: int, steps: int) -> None:
         self._steps = steps
-        self._every = max(steps // 20, 1)
+        self._every = min(max(steps // 20, 1), 100)
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=steps, initial=step, unit="step", disable=not self._terminal, dynamic_ncols=True
@@ -73,19 +74,36 @@ class Progress:
             f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s, "
             f"peak {record['peak_memory_bytes'] / GIB:.2f} GiB"
         )
-        self._bar.set_postfix_str(shown, refresh=False)
-        self._bar.update()
+        with contextlib.suppress(OSError):  # a terminal that has gone does not stop the run
+            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.update()
         step = record["step"]
         if not self._terminal and (step == 1 or step % self._every == 0 or step == self._steps):
             self.say(f"step {step}/{self._steps}: {shown}")
 
     def say(self, line: str) -> None:
         """Print a line without breaking the bar."""
-        tqdm.write(line, file=sys.stderr)
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            tqdm.write(line, file=sys.stderr)
+            sys.stderr.flush()
 
     def close(self) -> None:
         self._bar.close()
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _set_aside(path: Path) -> None:
+    """Rename the records of an attempt that left no checkpoint."""
+    if path.exists() and path.stat().st_size:
+        aside = path.with_name(f"{path.name}.before")
+        path.replace(aside)
+        log.warning("there is no checkpoint to continue from: earlier records are in %s", aside)
 
 
 def _drop_after(path: Path, step: int) -> None:
@@ -93,7 +111,7 @@ def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")

@@ -8,7 +8,6 @@ wandb/            W&B's own files
 """
 
 import fcntl
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,8 @@ FIXED = (
     "model",
     "train.seed",
     "data.source",
+    "data.text_field",
+    "data.split",
     "data.sequence_length",
     "data.attention",
     "data.validation_fraction",
@@ -39,8 +40,8 @@ log = logging.getLogger(__name__)
 class RunFolder:
     """The folder of one run. Creating this object only looks; ``open`` writes.
 
-    ``resume_from`` is the checkpoint to continue from (None: a fresh start). Raises UserError where
-    the folder cannot be used with this configuration.
+    ``candidates`` are the checkpoints to continue from, the best first; none: a fresh start. Raises
+    UserError where the folder cannot be used with this configuration.
     """
 
     def __init__(self, config: Config) -> None:
@@ -48,19 +49,14 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"run.dir={self.path} is a file: name a folder")
-        self.resume_from = self._choose_checkpoint(config)
         self._config = config
         self._lock: TextIO | None = None
-
-    def finished(self) -> dict[str, Any] | None:
-        """The summary of the run that is here, if it has done all its steps already."""
-        try:
-            summary: dict[str, Any] = json.loads(self.summary.read_text())
-        except (OSError, ValueError):
-            return None
-        return summary if summary.get("step", 0) >= self._config.train.steps else None
+        for path in (self.path, self.checkpoints):
+            if path.exists() and not path.is_dir():
+                raise UserError(
+                    f"{path} is a file where a folder is needed: choose another run.dir"
+                )
+        self.candidates = self._find_checkpoints()
 
     def open(self) -> None:
         """Create the folder, take it for this process alone, and write config.yaml."""
@@ -77,6 +73,9 @@ class RunFolder:
                 f"run.dir={self.path} is in use by another process: wait for it, or choose "
                 f"another run.dir"
             ) from error
+        if self._find_checkpoints() != self.candidates:
+            self.close()
+            raise UserError(f"another process has just worked in run.dir={self.path}: start again")
         settings = yaml.safe_dump(asdict(self._config), sort_keys=False)
         (self.path / "config.yaml").write_text(settings)
 
@@ -85,18 +84,17 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
 
-    def _choose_checkpoint(self, config: Config) -> Path | None:
-        if config.run.resume == "never":
-            if self.metrics.exists() or self.checkpoints.exists():
-                raise UserError(
-                    f"run.dir={self.path} holds a run already, and run.resume=never forbids to "
-                    f"continue it: choose another run.dir or run.name, or set run.resume=auto"
-                )
-            return None
-        if config.run.resume != AUTO:
-            return find_checkpoint(Path(config.run.resume))
-        complete = complete_checkpoints(self.checkpoints)
-        return complete[-1] if complete else None
+    def _find_checkpoints(self) -> list[Path]:
+        resume = self._config.run.resume
+        if resume == "never" and (self.metrics.exists() or self.checkpoints.exists()):
+            raise UserError(
+                f"run.dir={self.path} holds a run already, and run.resume=never forbids to "
+                f"continue it: choose another run.dir or run.name, or set run.resume=auto"
+            )
+        own = complete_checkpoints(self.checkpoints)[::-1]
+        if own or resume in (AUTO, "never"):
+            return own
+        return [find_checkpoint(Path(resume).expanduser())]
 
 
 def check_continuation(before: dict[str, Any], config: Config, checkpoint: Path) -> None:

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from mst_kernels import set_backend, use_triton
-from mst_train.checkpoint import load_part, save_checkpoint
+from mst_train.checkpoint import first_undamaged, load_part, save_checkpoint
 from mst_train.config import Config
 from mst_train.data import IGNORED, Batch, Data, Loader, fixed_batches, load_data
 from mst_train.errors import TrainingError, UserError
 from mst_train.memory.budget import GIB, require_fit
 from mst_train.memory.tracker import process_peak_bytes
-from mst_train.metrics import Metrics, Progress
+from mst_train.metrics import Metrics, Progress, write_json
 from mst_train.model import Transformer, build_model, select_attention
-from mst_train.model.flops import peak_flops, training_flops
+from mst_train.model.flops import parameter_count, peak_flops, training_flops
 from mst_train.mst import Documents, HostBudgetError, Offload, Policy
 from mst_train.optim import Optimizer, build_optimizer, learning_rate
 from mst_train.run_folder import RunFolder, check_continuation
@@ -42,50 +42,48 @@ def train(config: Config) -> dict[str, Any]:
     """
     # What can be refused is refused before anything is written.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    require_fit(config, _count_parameters(config), device)
+    require_fit(config, parameter_count(config.model), device)
     folder = RunFolder(config)
-    finished = folder.finished()
-    if finished is not None:
+    checkpoint = first_undamaged(folder.candidates)
+    progress_made = _progress_at(checkpoint, config)
+    if progress_made["step"] >= config.train.steps:
         log.info("the run in %s is finished: set train.steps higher to go on", folder.path)
-        return finished
+        return _write_summary(folder, progress_made["summary"])
     data = load_data(config.data)
     _require_vocabulary(config, data)
+    _require_same_data(progress_made, data, checkpoint)
 
-    # Model and optimizer, at their first step or where a checkpoint left them.
+    # Model and optimizer, at their first step or where the checkpoint left them.
     model = _build(config, device)
     optimizer = build_optimizer(
         model, config.optimizer, master_weights=config.precision == "bf16_master"
     )
-    step = tokens = position = 0
     _seed_everything(config.train.seed)
     folder.open()
-    if folder.resume_from is not None:
-        trainer = load_part(folder.resume_from, "trainer")
-        check_continuation(trainer["config"], config, folder.resume_from)
-        _require_same_data(trainer, data, folder.resume_from)
-        model.load_state_dict(load_part(folder.resume_from, "model"))
-        optimizer.load_state_dict(load_part(folder.resume_from, "optimizer"))
-        _restore_random_state(load_part(folder.resume_from, "random"))
-        step, tokens, position = trainer["step"], trainer["tokens"], trainer["position"]
-        log.info("continuing from %s", folder.resume_from)
+    if checkpoint is not None:
+        model.load_state_dict(load_part(checkpoint, "model"))
+        optimizer.load_state_dict(load_part(checkpoint, "optimizer"))
+        _restore_random_state(load_part(checkpoint, "random"))
+        log.info("continuing from %s", checkpoint)
+    step, tokens = progress_made["step"], progress_made["tokens"]
     loader = Loader(
-        data.training, config.train.micro_batch_size, seed=config.train.seed, position=position
+        data.training,
+        config.train.micro_batch_size,
+        seed=config.train.seed,
+        position=progress_made["position"],
     )
 
-    metrics = Metrics(folder.metrics, config, step)
+    metrics = Metrics(folder.metrics, config, None if checkpoint is None else step)
     progress = Progress(step, config.train.steps)
     flops_per_token = training_flops(config.model, config.data.sequence_length) / (
         config.data.sequence_length
     )
     peak_rate = peak_flops(device)
+    summary: dict[str, Any] = progress_made["summary"]
     exit_code = 1
     try:
-        record: dict[str, Any] = {}
-        validation: dict[str, Any] = {}
-        if step == 0 and config.train.eval_every and data.validation:
-            validation = _validate(model, data, config, step=0)
-            metrics.log(validation)
-            progress.say(f"step 0: validation loss {validation['val_loss']:.4f}")
+        if checkpoint is None and data.validation and config.train.eval_every:
+            summary["val_loss"] = _validate(model, data, config, metrics, progress, step=0)
 
         while step < config.train.steps:
             step += 1
@@ -111,11 +109,10 @@ def train(config: Config) -> dict[str, Any]:
             }
             metrics.log(record)
             progress.update(record)
+            summary |= record
 
             if data.validation and _due(step, config.train.eval_every, config):
-                validation = _validate(model, data, config, step)
-                metrics.log(validation)
-                progress.say(f"step {step}: validation loss {validation['val_loss']:.4f}")
+                summary["val_loss"] = _validate(model, data, config, metrics, progress, step)
             if _due(step, config.checkpoint.every, config):
                 state = {
                     "model": model.state_dict(),
@@ -125,16 +122,16 @@ def train(config: Config) -> dict[str, Any]:
                         "step": step,
                         "tokens": tokens,
                         "position": loader.state(),
+                        "summary": summary,
                         "config": dataclasses.asdict(config),
                         "corpus": data.corpus_fingerprint,
                     },
                 }
                 save_checkpoint(folder.checkpoints, step, state, config.checkpoint.keep)
 
-        summary = {**record, "val_loss": validation.get("val_loss"), "run_dir": str(folder.path)}
         metrics.finish(summary)
         exit_code = 0
-        return summary
+        return _write_summary(folder, summary)
     except torch.OutOfMemoryError as error:
         raise TrainingError(_out_of_memory(config)) from error
     except HostBudgetError as error:
@@ -200,12 +197,37 @@ def _due(step: int, every: int, config: Config) -> bool:
     return every > 0 and (step % every == 0 or step == config.train.steps)
 
 
-def _validate(model: Transformer, data: Data, config: Config, step: int) -> dict[str, Any]:
+def _validate(
+    model: Transformer,
+    data: Data,
+    config: Config,
+    metrics: Metrics,
+    progress: Progress,
+    step: int,
+) -> float:
     assert data.validation is not None
     batches = fixed_batches(
         data.validation, config.train.micro_batch_size, config.train.eval_sequences
     )
-    return {"step": step, "val_loss": evaluate(model, batches)}
+    loss = evaluate(model, batches)
+    metrics.log({"step": step, "val_loss": loss})
+    progress.say(f"step {step}: validation loss {loss:.4f}")
+    return loss
+
+
+def _progress_at(checkpoint: Path | None, config: Config) -> dict[str, Any]:
+    """How far the run had come; its settings at the time must allow it to go on."""
+    if checkpoint is None:
+        return {"step": 0, "tokens": 0, "position": 0, "summary": {"val_loss": None}}
+    trainer: dict[str, Any] = load_part(checkpoint, "trainer")
+    check_continuation(trainer["config"], config, checkpoint)
+    return trainer
+
+
+def _write_summary(folder: RunFolder, summary: dict[str, Any]) -> dict[str, Any]:
+    summary = {**summary, "run_dir": str(folder.path)}
+    write_json(folder.summary, summary)
+    return summary
 
 
 def _build(config: Config, device: torch.device) -> Transformer:
@@ -231,10 +253,6 @@ def _build(config: Config, device: torch.device) -> Transformer:
     return model
 
 
-def _count_parameters(config: Config) -> int:
-    return sum(p.numel() for p in build_model(config.model, device="meta").parameters())
-
-
 def _require_vocabulary(config: Config, data: Data) -> None:
     if data.tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -243,8 +261,8 @@ def _require_vocabulary(config: Config, data: Data) -> None:
         )
 
 
-def _require_same_data(trainer: dict[str, Any], data: Data, checkpoint: Path) -> None:
-    if trainer["corpus"] != data.corpus_fingerprint:
+def _require_same_data(progress_made: dict[str, Any], data: Data, checkpoint: Path | None) -> None:
+    if checkpoint is not None and progress_made["corpus"] != data.corpus_fingerprint:
         raise UserError(
             f"data.source holds other documents than when {checkpoint} was made, so the run's "
             f"place in them is lost: restore them, or start anew with another run.dir"

@@ -9,6 +9,7 @@ import torch
 from mst_train.checkpoint import (
     complete_checkpoints,
     find_checkpoint,
+    first_undamaged,
     load_part,
     save_checkpoint,
 )
@@ -64,7 +65,17 @@ def garble_marker(path):
     (path / "COMPLETE").write_text('{"files": ')
 
 
-@pytest.mark.parametrize("damage", [cut_marker, cut_file, lose_file, garble_marker])
+def empty_marker(path):
+    (path / "COMPLETE").write_text('{"files": {}}')
+
+
+def list_in_marker(path):
+    (path / "COMPLETE").write_text('{"files": []}')
+
+
+@pytest.mark.parametrize(
+    "damage", [cut_marker, cut_file, lose_file, garble_marker, empty_marker, list_in_marker]
+)
 def test_a_checkpoint_cut_off_is_ignored_with_a_warning(tmp_path, caplog, damage):
     save(tmp_path, 10)
     damage(save(tmp_path, 20))
@@ -72,6 +83,21 @@ def test_a_checkpoint_cut_off_is_ignored_with_a_warning(tmp_path, caplog, damage
         assert names(tmp_path) == ["step_00000010"]
     assert "ignoring the checkpoint" in caplog.text
     assert "step_00000020" in caplog.text
+
+
+def test_changed_bytes_are_noticed(tmp_path, caplog):
+    """Of the same size: the sums differ, and the checkpoint before is used."""
+    paths = [save(tmp_path, 10), save(tmp_path, 20)]
+    assert first_undamaged(paths[::-1]) == paths[1]
+    file = paths[1] / "model.pt"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert first_undamaged(paths[::-1]) == paths[0]
+    assert "step_00000020 is damaged: model.pt has changed" in caplog.text
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
+        first_undamaged(paths[1:])
+    assert first_undamaged([]) is None
 
 
 def test_a_damaged_checkpoint_named_by_hand_is_refused(tmp_path):
@@ -82,7 +108,9 @@ def test_a_damaged_checkpoint_named_by_hand_is_refused(tmp_path):
 
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(
+        UserError, match="neither auto nor never nor a place with a whole checkpoint"
+    ):
         find_checkpoint(tmp_path / "nothing")
 
 
@@ -116,14 +144,18 @@ def test_a_write_cut_off_anywhere_leaves_the_one_before(tmp_path, monkeypatch, s
     assert not list(tmp_path.glob(".writing*"))
 
 
-def test_a_full_disk_is_reported_and_costs_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline]")]
+)
+def test_a_full_disk_is_reported_and_costs_nothing(tmp_path, monkeypatch, error):
+    """torch's writer reports it in its own way."""
     save(tmp_path, 10)
 
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(TrainingError, match=r"cannot write the checkpoint .*No space left"):
+    with pytest.raises(TrainingError, match=r"cannot write the checkpoint .*(No space left|fail)"):
         save(tmp_path, 20)
     assert names(tmp_path) == ["step_00000010"]
     assert not list(tmp_path.glob(".writing*"))
@@ -136,7 +168,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
     path = save(tmp_path, 10)
     torch.save(Payload(), path / "model.pt")
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_part(path, "model")
     assert not (tmp_path / "ran").exists()
 

@@ -60,6 +60,13 @@ def test_overrides_win_over_experiment_and_groups():
     assert config.run.dir == "runs/other"
 
 
+def test_values_that_hydra_would_want_quoted():
+    config = compose(["data.source=~/my 'texts'/[a-z]*.txt", "run.name=日本", "train.steps=1e3"])
+    assert config.data.source == "~/my 'texts'/[a-z]*.txt"
+    assert config.run.dir == "runs/日本"
+    assert config.train.steps == 1000
+
+
 def test_one_message_lists_every_problem():
     found = problems("train.stepz=4", "data.sequence_length=abc", "model.hiden_size=3")
     assert sorted(found) == [
@@ -82,6 +89,10 @@ def test_one_message_lists_every_problem():
         ("run.dir=null", "run.dir=None: "),
         ("run.dir=${nope}", "run.dir: Interpolation key 'nope' not found"),
         ("train.steps=0", "train.steps=0 must be at least 1"),
+        ("train.steps=1,2", "cannot use 'train.steps=1,2': give a setting one value"),
+        ("~train.steps", "cannot use '~train.steps': give a setting one value"),
+        ("train.seed=99999999999999999999999999", "train.seed=99999999999999999999999999 must be"),
+        ("--confg", "cannot read '--confg': expected key=value"),
     ],
 )
 def test_refusals(argument, message):

@@ -28,7 +28,12 @@ HOMES = {
     "flash_attn": ("mst_train.model.attention",),
     "sentencepiece": ("mst_train.data.tokenizer",),
     "triton": ("mst_kernels",),
-    "deepspeed": (),
+    "deepspeed": ("mst_train.optim", "mst_train.bench.systems", "mst_train.bench.peers"),
+    "transformers": ("mst_train.bench.systems",),
+    "liger_kernel": ("mst_train.bench.systems", "mst_train.bench.peers"),
+    "cut_cross_entropy": ("mst_train.bench.peers",),
+    "matplotlib": ("mst_train.bench.plot",),
+    "mst_train.bench": ("mst_train.bench",),
 }
 
 

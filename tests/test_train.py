@@ -167,6 +167,33 @@ def test_a_finished_run_goes_on_with_more_steps(small_config, change):
     assert list(losses(small_config)) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+def test_a_finished_run_does_not_answer_for_another(small_config, change):
+    train(small_config)
+    with pytest.raises(UserError, match=r"model\.num_layers=1, but .* was made with 2"):
+        train(change(small_config, **{"model.num_layers": 1}))
+
+
+def test_a_run_cut_off_before_its_summary(small_config):
+    """The last checkpoint holds all that the summary says."""
+    summary = train(small_config)
+    path = Path(small_config.run.dir, "summary.json")
+    path.unlink()
+    assert train(small_config) == summary
+    assert json.loads(path.read_text()) == summary
+
+
+def test_a_damaged_checkpoint_costs_the_work_since_the_one_before(small_config, caplog):
+    train(small_config)
+    expected = losses(small_config)
+    file = Path(small_config.run.dir, "checkpoints/step_00000006/optimizer.pt")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    train(small_config)
+    assert "step_00000006 is damaged" in caplog.text
+    assert losses(small_config) == expected
+
+
 def test_resume_never_refuses_a_used_folder(small_config, change):
     config = change(small_config, **{"run.resume": "never"})
     train(config)
@@ -186,6 +213,10 @@ def test_resume_from_another_run(small_config, change):
     train(other)
     first = losses(small_config)
     assert losses(other) == {5: first[5], 6: first[6]}
+    # Once it has checkpoints of its own, the same command continues from those.
+    more = change(other, **{"train.steps": 8})
+    train(more)
+    assert list(losses(more)) == [5, 6, 7, 8]
 
 
 @pytest.mark.parametrize(

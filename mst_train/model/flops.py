@@ -21,6 +21,13 @@ def matrix_parameters(config: ModelConfig) -> int:
     return config.num_layers * (attention + mlp) + hidden * config.vocab_size
 
 
+def parameter_count(config: ModelConfig) -> int:
+    """The model's number of parameters."""
+    embedding = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
+    norms = (2 * config.num_layers + 1) * config.hidden_size
+    return matrix_parameters(config) + embedding + norms
+
+
 def training_flops(config: ModelConfig, sequence_length: int) -> float:
     """Model FLOPs of training on one sequence: forward and backward, nothing recomputed.
 

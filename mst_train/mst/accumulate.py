@@ -19,7 +19,8 @@ class WeightGradient:
         self._weight = weight
         self._total: Tensor | None = None
         # One chunk has nothing to be added to: its product is the gradient.
-        self._sum_in_fp32 = chunks > 1 and weight.dtype in (torch.bfloat16, torch.float16)
+        low_precision = weight.dtype in (torch.bfloat16, torch.float16)
+        self._sum_in_fp32 = chunks > 1 and low_precision
 
     def add(self, output_gradient_NO: Tensor, input_NI: Tensor) -> None:
         """Add the product dy^T x of one chunk, [out, in]."""
@@ -34,11 +35,13 @@ class WeightGradient:
         else:
             self._total.addmm_(left_ON, input_NI)
 
-    def result(self) -> Tensor | None:
-        """The gradient in the weight's type; None where it is not needed."""
+    def result(self, scale: Tensor | None = None) -> Tensor | None:
+        """The gradient, times ``scale`` if given, in the weight's type; None where not needed."""
         if not self.needed:
             return None
         if self._total is None:  # there were no tokens
             return torch.zeros_like(self._weight)
         total, self._total = self._total, None
+        if scale is not None:
+            total *= scale  # before it is rounded, and before fp16 could overflow
         return total.to(self._weight.dtype)

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from mst_train.mst.autograd import first_order_only
 from mst_train.mst.block import current_frame
 
 
@@ -108,7 +108,8 @@ class _Attend(torch.autograd.Function):
         documents: Documents | None,
     ) -> Tensor:
         frame = current_frame()
-        out, lse = (frame.take(2) if frame else []) or kernel.forward(q, k, v, documents)
+        kept = frame.take(2) if frame is not None else []
+        out, lse = kept or kernel.forward(q, k, v, documents)
         if frame is not None:
             frame.keep(out, lse)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -116,7 +117,7 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         dq, dk, dv = ctx.kernel.backward(dout, *ctx.saved_tensors, ctx.documents)
         return dq, dk, dv, None, None

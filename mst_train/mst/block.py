@@ -32,6 +32,8 @@ from mst_train.mst.offload import Offload, Stored
 _current: ContextVar["Frame | None"] = ContextVar("frame", default=None)
 
 
+# A compiled graph would trace the hooks away. The block itself may be compiled.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def recompute_block(
     block: Callable[..., Tensor],
     x: Tensor,
@@ -55,8 +57,8 @@ def recompute_block(
     block's forward without its last MLP, and with ``keep_attention`` without attention.
 
     Raises:
-        RuntimeError: in the backward, where the block saved another number of tensors when it ran
-            again.
+        RuntimeError: in the backward, where the block saved other tensors when it ran again, or
+            where x was changed in place in between.
     """
     if not torch.is_grad_enabled():
         return block(x, *arguments)
@@ -78,8 +80,8 @@ class _Handle:
     __slots__ = ("__weakref__",)
 
 
-class _Rebuilt(Exception):
-    """Everything that autograd had saved is there again."""
+class _Rebuilt(BaseException):
+    """Everything that autograd had saved is there again: not an error for a block to handle."""
 
 
 class Frame:
@@ -95,10 +97,13 @@ class Frame:
         self._block = block
         self._arguments = arguments
         self._keep_attention = keep_attention
+        self._x = x.detach()
         self._x_requires_grad = x.requires_grad
-        self._kept: list[Tensor] = [x.detach()]
+        self._x_version = x._version
+        self._kept: list[Tensor] = []
         self._stored: Stored | None = None
         self._handles: list[weakref.ref[_Handle]] = []
+        self._forms: list[tuple[torch.Size, torch.dtype]] = []
         self._tensors: weakref.WeakKeyDictionary[_Handle, Tensor] = weakref.WeakKeyDictionary()
         self._replaying = False
         self._replayed = 0
@@ -140,13 +145,14 @@ class Frame:
         """In the forward: a handle in place of a tensor that autograd saves."""
         handle = _Handle()
         self._handles.append(weakref.ref(handle))
+        self._forms.append((tensor.shape, tensor.dtype))
         return handle
 
     def forward_done(self, offload: Offload | None) -> None:
         """Send what is kept to where it waits."""
         if offload is not None:
-            self._stored = offload.store(self._kept)
-            self._kept = []
+            self._stored = offload.store([self._x, *self._kept])
+            del self._x, self._kept
 
     def _open(self, handle: _Handle) -> Tensor:
         """In the backward: the tensor that a handle stands for."""
@@ -157,20 +163,31 @@ class Frame:
     def _rerun(self) -> None:
         self._replaying = True
         if self._stored is not None:
-            self._kept, self._stored = self._stored.load(), None
-        x = self._kept.pop(0).requires_grad_(self._x_requires_grad)
+            (self._x, *self._kept), self._stored = self._stored.load(), None
+        elif self._x._version != self._x_version:
+            raise RuntimeError(
+                "the input of recompute_block was changed in place between its forward and its "
+                "backward: give it a tensor that stays as it is"
+            )
+        x = self._x.detach().requires_grad_(self._x_requires_grad)
+        del self._x
         try:
             with torch.enable_grad(), self.running(self._collect):
                 self._block(x, *self._arguments)
         except _Rebuilt:
             return
-        raise RuntimeError(
-            f"the block under recompute_block saved {len(self._handles)} tensors in its forward "
-            f"and {self._replayed} when it ran again: it must do the same both times"
+        raise self._changed("fewer tensors")
+
+    def _changed(self, what: str) -> RuntimeError:
+        return RuntimeError(
+            f"the block under recompute_block saved {what} when it ran again in the backward: it "
+            f"must do the same both times"
         )
 
     def _collect(self, tensor: Tensor) -> None:
         """In the re-run: the next saved tensor, kept for as long as its handle is."""
+        if (tensor.shape, tensor.dtype) != self._forms[self._replayed]:
+            raise self._changed("other tensors")
         handle = self._handles[self._replayed]()
         if handle is not None:
             self._tensors[handle] = tensor.detach()

@@ -6,6 +6,7 @@ tokens in a chunk is bounded by bytes and does not grow with the sequence.
 """
 
 from collections.abc import Iterator
+from typing import SupportsIndex
 
 import torch
 
@@ -33,7 +34,7 @@ def auto_chunk_tokens(tokens: int, bytes_per_token: int, device: torch.device) -
     below 1024 tokens.
     """
     bound = INTERMEDIATE_BYTES.get(device.type, INTERMEDIATE_BYTES["cuda"])
-    largest = max(bound // bytes_per_token // MULTIPLE * MULTIPLE, MINIMUM)
+    largest = max(bound // max(bytes_per_token, 1) // MULTIPLE * MULTIPLE, MINIMUM)
     if tokens <= largest:
         return max(tokens, 1)
     chunks = -(-tokens // largest)
@@ -49,6 +50,7 @@ def resolve_chunk_tokens(
     """
     if chunk_tokens == "auto":
         return auto_chunk_tokens(tokens, bytes_per_token, device)
-    if not isinstance(chunk_tokens, int) or isinstance(chunk_tokens, bool) or chunk_tokens < 1:
+    integral = isinstance(chunk_tokens, SupportsIndex) and not isinstance(chunk_tokens, bool)
+    if not integral or int(chunk_tokens) < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens!r} must be a positive integer or 'auto'")
-    return max(min(chunk_tokens, tokens), 1)
+    return max(min(int(chunk_tokens), tokens), 1)

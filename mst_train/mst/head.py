@@ -12,10 +12,11 @@ Legend: N tokens, C tokens of a chunk, D hidden, V vocabulary.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from mst_kernels import cross_entropy_
 from mst_train.mst.accumulate import WeightGradient
+from mst_train.mst.autograd import first_order_only
 from mst_train.mst.chunking import chunk_slices, resolve_chunk_tokens
 
 
@@ -81,7 +82,7 @@ def mini_sequence_cross_entropy(
         ignore_index: the label of tokens that count for nothing.
         softcap: bound of the logits (Gemma-2).
         z_loss: weight of the squared log-sum-exp (PaLM, section 5).
-        label_smoothing: in [0, 1).
+        label_smoothing: in [0, 1].
 
     Returns:
         loss_sum: fp32 scalar (fp64 for fp64 input), differentiable, to be divided by the number of
@@ -93,7 +94,7 @@ def mini_sequence_cross_entropy(
         RuntimeError: a second backward through the same result (its gradients are gone).
 
     Memory: one chunk of logits, and until the backward the gradients of hidden
-    and weight; the weight's is summed in fp32. Under ``torch.no_grad``, or where neither input
+    and weight; the weight's in fp32 until then. Under ``torch.no_grad``, or where neither input
     needs a gradient, no gradient is computed or held.
     """
     _check(hidden, weight, labels)
@@ -144,23 +145,22 @@ class _MiniSequenceCrossEntropy(torch.autograd.Function):
             weight_gradient.add(dlogits_CV, hidden_CD)
             if dhidden_ND is not None:
                 torch.mm(dlogits_CV, weight_VD, out=dhidden_ND[chunk])
-        ctx.gradients = (dhidden_ND, weight_gradient.result())  # type: ignore[attr-defined]
+        ctx.gradients = (dhidden_ND, weight_gradient)  # type: ignore[attr-defined]
         return loss_N.sum()
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, scale):  # type: ignore[no-untyped-def]
         if ctx.gradients is None:
             raise RuntimeError(
-                "a second backward through mini_sequence_cross_entropy: its gradients were handed "
-                "over in the first; run the forward again"
+                "a second backward through mini_sequence_cross_entropy: its gradients were all "
+                "handed over in the first. Ask for all of them at once, or run the forward again"
             )
-        dhidden_ND, dweight_VD = ctx.gradients
+        dhidden_ND, weight_gradient = ctx.gradients
         ctx.gradients = None
-        for gradient in (dhidden_ND, dweight_VD):
-            if gradient is not None:
-                gradient *= scale
-        return dhidden_ND, dweight_VD, None, None, None
+        if dhidden_ND is not None:
+            dhidden_ND *= scale
+        return dhidden_ND, weight_gradient.result(scale), None, None, None
 
 
 def _loss_dtype(hidden: Tensor) -> torch.dtype:
@@ -168,6 +168,8 @@ def _loss_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: give one type")
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit: expected "

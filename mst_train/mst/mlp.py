@@ -13,10 +13,11 @@ Legend: N tokens, C tokens of a chunk, D hidden, F intermediate.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from mst_kernels import glu_backward_, glu_forward
 from mst_train.mst.accumulate import WeightGradient
+from mst_train.mst.autograd import first_order_only
 from mst_train.mst.block import current_frame
 from mst_train.mst.chunking import chunk_slices, resolve_chunk_tokens
 
@@ -80,9 +81,16 @@ def mini_sequence_mlp(
     they are summed. Recomputation: the gate and up products, so 11 products in all where the
     standard MLP has 9.
     """
+    if gate_weight.ndim != 2:
+        raise ValueError(f"gate_weight {tuple(gate_weight.shape)} must be [F, D]")
     intermediate, hidden = gate_weight.shape
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    if {gate_weight.dtype, up_weight.dtype, down_weight.dtype} != {x.dtype}:
+        raise ValueError(
+            f"x is {x.dtype}, gate_weight {gate_weight.dtype}, up_weight {up_weight.dtype} and "
+            f"down_weight {down_weight.dtype}: they must be of one type"
+        )
     if (
         x.shape[-1] != hidden
         or up_weight.shape != gate_weight.shape
@@ -118,7 +126,8 @@ class _MiniSequenceMLP(torch.autograd.Function):
         ctx.activation = activation  # type: ignore[attr-defined]
         frame = current_frame()
         if frame is not None and frame.ends_after(saved=4):
-            # A block's re-run ends here: nobody will read the result.
+            # The four tensors are handed to autograd when this function returns. If they are the
+            # last that a block's re-run has to rebuild, it ends there and nobody reads the result.
             return x_ND.new_full((), torch.nan).expand_as(x_ND)
         y_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
         buffers = x_ND.new_empty(2, chunk_tokens, gate_weight.shape[0])
@@ -132,7 +141,7 @@ class _MiniSequenceMLP(torch.autograd.Function):
         return y_ND
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, dy_ND):  # type: ignore[no-untyped-def]
         x_ND, gate_weight, up_weight, down_weight = ctx.saved_tensors
         tokens, chunk_tokens = x_ND.shape[0], ctx.chunk_tokens

@@ -211,8 +211,72 @@ def test_a_block_that_changes_is_refused():
         return x.exp().exp() if len(calls) == 1 else x.exp()
 
     y = recompute_block(block, torch.ones(3, requires_grad=True)).sum()
-    with pytest.raises(RuntimeError, match="saved 2 tensors in its forward and 1 when it ran"):
+    with pytest.raises(RuntimeError, match="saved fewer tensors when it ran again"):
         y.backward()
+
+    def other(x):
+        calls.append(1)
+        return x.exp() if len(calls) == 3 else x[:2].exp().sum() + x * 0
+
+    y = recompute_block(other, torch.ones(3, requires_grad=True)).sum()
+    with pytest.raises(RuntimeError, match="saved other tensors when it ran again"):
+        y.backward()
+
+
+def test_a_block_that_handles_all_exceptions():
+    """The end of the re-run is not an exception for the block to swallow."""
+
+    def block(x):
+        try:
+            return x.exp() * 2
+        except Exception:
+            return x
+
+    x = torch.ones(3, requires_grad=True)
+    recompute_block(block, x).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach().exp())
+
+
+def test_an_exception_in_the_re_run_leaves_nothing_behind():
+    stack, x = make_stack(layers=1)
+    calls = []
+
+    def failing(y):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyError("user's own")
+        return stack[0](y)
+
+    loss = recompute_block(failing, x.requires_grad_()).sum()
+    with pytest.raises(KeyError, match="user's own"):
+        loss.backward()
+    expected = [t.clone() for t in gradients(stack, x.detach(), plain)]
+    torch.testing.assert_close(gradients(stack, x.detach(), recompute_block), expected)
+
+
+def test_an_input_changed_in_place_is_refused():
+    stack, x = make_stack(layers=1)
+    h = x.requires_grad_() * 1
+    y = recompute_block(stack[0], h)
+    with torch.no_grad():
+        h.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        y.sum().backward()
+
+
+def test_inside_a_compiled_function():
+    stack, x = make_stack(layers=1)
+    expected = [t.clone() for t in gradients(stack, x, plain)]
+    compiled = torch.compile(lambda y: recompute_block(stack[0], y), backend="aot_eager")
+    actual = gradients(stack, x, lambda block, y: compiled(y))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_gradients_are_refused():
+    stack, x = make_stack(layers=1)
+    y = stack[0](x.requires_grad_())
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
 def test_nothing_leaks_over_fifty_steps():

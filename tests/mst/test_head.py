@@ -193,3 +193,27 @@ def test_shapes_that_do_not_fit():
         mini_sequence_cross_entropy(hidden, weight.t(), labels)
     with pytest.raises(ValueError, match=r"labels .* do not fit"):
         mini_sequence_cross_entropy(hidden, weight, labels[1:])
+
+
+def test_mixed_types():
+    hidden, weight, labels = make_inputs(12)
+    with pytest.raises(ValueError, match=r"hidden is torch\.float32 and weight torch\.float64"):
+        mini_sequence_cross_entropy(hidden.float(), weight, labels)
+
+
+def test_gradients_of_gradients_are_refused():
+    hidden, weight, labels = make_inputs(12)
+    loss, _ = mini_sequence_cross_entropy(hidden, weight, labels)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_fp16_does_not_overflow_before_it_is_scaled():
+    """The unscaled sum of the weight's gradient passes fp16's largest number."""
+    tokens = 90_000
+    hidden = torch.ones(tokens, 1, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(8, 1, dtype=torch.float16, requires_grad=True)
+    labels = torch.zeros(tokens, dtype=torch.int64)
+    loss, valid = mini_sequence_cross_entropy(hidden, weight, labels, chunk_tokens=1024)
+    (loss / valid).backward()
+    assert weight.grad[0].item() == pytest.approx(-0.875, rel=1e-3)

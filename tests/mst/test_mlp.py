@@ -164,3 +164,16 @@ def test_shapes_that_do_not_fit():
     x, gate, up, down = make_inputs((4,))
     with pytest.raises(ValueError, match="do not fit"):
         mini_sequence_mlp(x, gate, up, down.t())
+
+
+def test_mixed_types():
+    x, *weights = make_inputs((4,))
+    with pytest.raises(ValueError, match=r"x is torch\.float32, gate_weight torch\.float64"):
+        mini_sequence_mlp(x.float(), *weights)
+
+
+def test_gradients_of_gradients_are_refused():
+    inputs = make_inputs((4,))
+    y = mini_sequence_mlp(*inputs).sum()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(y, inputs[0], create_graph=True)
