@@ -1,0 +1,101 @@
+"""python -m mst_train.bench +bench=NAME [key=value ...]: measure."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from mst_train.config import Config
+from mst_train.errors import TrainingError, UserError
+
+HELP = """\
+python -m mst_train.bench +bench=NAME [key=value ...]
+
+Measures, and writes results.json, results.md and results.png to bench.dir.
+  --help     this page
+  --config   print the configuration that the arguments make, and stop
+
+Benches: {benches}
+{about}
+
+Settings of a bench and their defaults; all settings of training hold too:
+{settings}"""
+
+ABOUT = """\
+  step     whole training steps under each memory policy
+  short    the same at lengths that do not need the method
+  systems  whole steps of this project, transformers, DeepSpeed's ALST and Liger
+  peers    the LM head and the MLP alone, as others implement them
+  *_gpu    the same with Llama3-8B's dimensions, for one large GPU"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        return _run(arguments)
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    from mst_train.compose import choices, compose, describe
+
+    if "--help" in arguments or "-h" in arguments:
+        settings = describe(Config()).partition("\nbench:\n")[2].rstrip()
+        print(HELP.format(benches=", ".join(choices("bench")), about=ABOUT, settings=settings))
+        return 0
+    config = compose([a for a in arguments if a != "--config"])
+    if "--config" in arguments:
+        print(describe(config), end="")
+        return 0
+    if config.bench.kind == "none":
+        raise UserError(f"no bench is named: add +bench=NAME, one of {', '.join(choices('bench'))}")
+    # Packages print to stdout as they please; it is for the result alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        report, text = _measure(config)
+    print(json.dumps(report) if config.bench.output == "json" else text)
+    if report["problems"]:
+        raise TrainingError("; ".join(report["problems"]))
+    return 0
+
+
+def _measure(config: Config) -> tuple[dict[str, Any], str]:
+    """The report, written to its folder, and what to show of it."""
+    from mst_train.bench import environment, peers, report, short, step, systems
+
+    benches = {"step": step.run, "short": short.run, "systems": systems.run, "peers": peers.run}
+    folder = Path(config.bench.dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"bench.dir={folder} is a file: name a folder")
+    device = environment.prepare_device(config)
+    about = environment.describe(device)  # before the load that this makes
+    rows, problems = benches[config.bench.kind](config, device)
+    problems += [f"{row['variant']}: {row['problem']}" for row in rows if row["failed"]]
+    result = {
+        "bench": config.bench.kind,
+        **about,
+        "settings": dataclasses.asdict(config),
+        "rows": rows,
+        "problems": problems,
+    }
+    if config.bench.kind == "systems":
+        result["compared_gradients"] = list(systems.COMPARED)
+    lines = report.write(result, folder)
+    return result, "\n".join([report.plain(result), *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""The rows of a bench as JSON, as Markdown and as a table for a terminal."""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REFERENCES = {"step": "recompute", "short": "vanilla", "systems": "transformers_checkpointing"}
+"""The variant whose time is 1.00 in the tables; of peers, the fastest in each piece of work."""
+
+LABELS = {
+    "mst_without_keeping": "mst, attention recomputed",
+    "mst_offload": "mst, offload to host",
+    "transformers_checkpointing": "transformers, checkpointing",
+    "alst": "transformers, DeepSpeed ALST",
+    "liger": "transformers, Liger",
+    "torch": "plain torch",
+    "torch_linear_cross_entropy": "torch linear_cross_entropy",
+    "torch_linear_cross_entropy_chunked": "torch linear_cross_entropy, chunked",
+    "torch_linear_cross_entropy_compact": "torch linear_cross_entropy, small chunks",
+    "liger_fused": "Liger fused linear cross-entropy",
+    "cut_cross_entropy": "cut-cross-entropy",
+    "deepspeed": "DeepSpeed tiled",
+    "mst_matched": "mst, leanest peer's memory",
+}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its title, and a row's text in it (None: nothing to say)."""
+
+    title: str
+    text: Callable[[Row], str | None]
+    left: bool = False
+
+
+def label(variant: str) -> str:
+    """A variant's name for readers."""
+    return LABELS.get(variant, variant)
+
+
+def write(report: dict[str, Any], folder: Path) -> list[str]:
+    """Write results.json, results.md and results.png; returns lines to show the user."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "results.json"
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    (folder / "results.md").write_text(markdown(report))
+    lines = [f"Results: {path}, {folder / 'results.md'}"]
+    try:
+        from mst_train.bench.plot import draw
+
+        draw(report, folder / "results.png")
+    except ImportError:
+        return [
+            *lines,
+            f"No plot: matplotlib is not installed here. Where it is: "
+            f"python -m mst_train.bench.plot {path}",
+        ]
+    return [f"{lines[0]}, {folder / 'results.png'}"]
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a Markdown page."""
+    columns, rows = table(report)
+    lines = [f"# {report['bench']}", "", *_about(report), ""]
+    lines.append("| " + " | ".join(column.title for column in columns) + " |")
+    lines.append("|" + "|".join("---" if column.left else "---:" for column in columns) + "|")
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, "", *_notes(report)]) + "\n"
+
+
+def plain(report: dict[str, Any]) -> str:
+    """The table for a terminal."""
+    columns, rows = table(report)
+    titles = [column.title for column in columns]
+    widths = [max(len(cell) for cell in cells) for cells in zip(titles, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column.left else cell.rjust(width)
+            for cell, width, column in zip(cells, widths, columns, strict=True)
+        ).rstrip()
+        for cells in [titles, *rows]
+    )
+
+
+def table(report: dict[str, Any]) -> tuple[list[Column], list[list[str]]]:
+    """The columns that have something to say, and their cells."""
+    rows: Sequence[Row] = report["rows"]
+    kind, on_cpu = report["bench"], "gpu" not in report["hardware"]
+    columns = [
+        Column("work", lambda row: row["work"] if kind == "peers" else None, left=True),
+        Column("tokens", lambda row: f"{row['tokens']:,}"),
+        Column("variant", lambda row: label(row["variant"]), left=True),
+        Column("time", lambda row: duration(row["median_seconds"])),
+        Column("best", lambda row: duration(min(row["seconds"], default=None))),
+        Column("CPU time", lambda row: duration(cpu_seconds(row)) if on_cpu else None),
+        Column("relative", lambda row: _ratio(row, rows, kind)),
+        Column("tokens/s", lambda row: _rounded(row.get("tokens_per_second"))),
+        Column("MFU", lambda row: _percent(row.get("model_flops_utilization"))),
+        Column("peak", lambda row: size(row["peak_bytes"])),
+        Column("host", lambda row: size(row.get("host_bytes") or None)),
+        Column("loss", lambda row: _loss(row.get("loss"))),
+        Column("gradient error", lambda row: _gradient_error(row)),
+        Column("note", lambda row: row["problem"] or row.get("note"), left=True),
+    ]
+    columns = [c for c in columns if any(c.text(row) is not None for row in rows)]
+    return columns, [[column.text(row) or "" for column in columns] for row in rows]
+
+
+def reference_seconds(row: Row, rows: Sequence[Row], kind: str) -> float | None:
+    """The time that this row's is compared with."""
+    same = [r for r in rows if (r["work"], r["tokens"]) == (row["work"], row["tokens"])]
+    if kind == "peers":
+        same = [r for r in same if r["peer"]]
+    else:
+        same = [r for r in same if r["variant"] == REFERENCES[kind]]
+    return min((r["median_seconds"] for r in same if r["median_seconds"]), default=None)
+
+
+def cpu_seconds(row: Row) -> float | None:
+    """What all threads computed, the median of the repetitions."""
+    return statistics.median(row["cpu_seconds"]) if row["cpu_seconds"] else None
+
+
+def duration(seconds: float | None) -> str | None:
+    """A time with its unit: three digits that count."""
+    if seconds is None:
+        return None
+    if seconds < 1:
+        return f"{_three_digits(seconds * 1000)} ms"
+    return f"{_three_digits(seconds)} s"
+
+
+def size(count: float | None) -> str | None:
+    """Bytes in MiB or GiB."""
+    if count is None:
+        return None
+    mib = count / 2**20
+    return f"{_three_digits(mib / 1024)} GiB" if mib >= 1024 else f"{_three_digits(mib)} MiB"
+
+
+def _three_digits(number: float) -> str:
+    if number >= 100:
+        return f"{number:,.0f}"
+    return f"{number:.1f}" if number >= 10 else f"{number:.2f}"
+
+
+def _ratio(row: Row, rows: Sequence[Row], kind: str) -> str | None:
+    reference = reference_seconds(row, rows, kind)
+    if reference is None or row["median_seconds"] is None:
+        return None
+    return f"{row['median_seconds'] / reference:.2f}"
+
+
+def _rounded(number: float | None) -> str | None:
+    return None if number is None else f"{number:,.0f}"
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.1f}%"
+
+
+def _loss(loss: float | None) -> str | None:
+    return None if loss is None else f"{loss:.6f}"
+
+
+def _gradient_error(row: Row) -> str | None:
+    errors = row.get("gradient_errors")
+    return f"{max(errors.values()):.1e}" if errors else None
+
+
+def _about(report: dict[str, Any]) -> list[str]:
+    hardware, versions = report["hardware"], report["versions"]
+    machine = hardware.get("gpu") or f"{hardware['cpu']}, threads: {hardware['threads']}"
+    model = report["settings"]["model"]
+    layers = "" if report["bench"] == "peers" else f"{model['num_layers']} layers, "
+    return [
+        f"{machine}; {report['settings']['precision']}; {layers}hidden {model['hidden_size']:,}, "
+        f"intermediate {model['intermediate_size']:,}, vocabulary {model['vocab_size']:,}.",
+        "",
+        f"`{report['command']}`, {report['date']}, commit {report['git_commit'] or 'unknown'}, "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + f"; load average at the start {hardware['load_average']}.",
+    ]
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    kind = report["bench"]
+    counts = sorted({len(row["seconds"]) for row in report["rows"] if row["seconds"]})
+    repetitions = " to ".join(str(n) for n in dict.fromkeys((counts or [0])[:1] + counts[-1:]))
+    compared = (
+        "the fastest implementation of others"
+        if kind == "peers"
+        else f"that of {label(REFERENCES[kind])}"
+    )
+    lines = [
+        f"Time: median of {repetitions} repetitions, forward and backward. "
+        f"Relative: to {compared}. "
+        f"Peak: device memory beyond weights, inputs and what else was there before."
+    ]
+    if "gpu" not in report["hardware"]:
+        lines.append(
+            "CPU time: of all threads together; where others use the machine, it is steadier."
+        )
+    if kind == "systems":
+        lines.append(
+            "Gradient error: the largest relative difference (Frobenius norm) from the first "
+            "variant's gradients among " + ", ".join(report["compared_gradients"]) + "."
+        )
+    if kind == "peers":
+        lines.append("Gradient error: the largest relative Frobenius norm against float64.")
+    return [*lines, *(f"**Problem:** {problem}." for problem in report["problems"])]
