@@ -38,6 +38,7 @@ def _cross_entropy_kernel(
     logits_ptr,
     labels_ptr,
     losses_ptr,
+    target_parts_ptr,
     row_stride,
     label_stride,
     V,
@@ -58,6 +59,7 @@ def _cross_entropy_kernel(
     if label == ignore_index:
         tl.store(losses_ptr + row, 0.0)
         if GRADIENT:
+            tl.store(target_parts_ptr + row, 0.0)
             zeros = tl.zeros([BLOCK_V], dtype=logits_ptr.dtype.element_ty)
             for start in range(0, V, BLOCK_V):
                 tl.store(logits_ptr + start + columns, zeros, mask=start + columns < V)
@@ -82,14 +84,21 @@ def _cross_entropy_kernel(
 
         valid = (label >= 0) & (label < V)
         target_score = tl.load(logits_ptr + label, mask=valid, other=0.0).to(tl.float32)
+        target_slope = 1.0
         if SOFTCAP:
-            target_score = softcap * _tanh(target_score / softcap)
+            capped_target = _tanh(target_score / softcap)
+            target_score = softcap * capped_target
+            target_slope = 1.0 - capped_target * capped_target
         loss = (top - target_score) + log_sum + z_loss * lse * lse
         if SMOOTHING:
             loss += smoothing * (target_score - score_sum / V)
         tl.store(losses_ptr + row, loss)
 
         if GRADIENT:
+            inside = tl.exp(target_score - lse) >= 0.5
+            apart = tl.where(valid & (inside == 0), -(1.0 - smoothing) * target_slope, 0.0)
+            tl.store(target_parts_ptr + row, apart)
+            left = tl.where(inside, 1.0 - smoothing, 0.0)
             scale = 1.0 + 2.0 * z_loss * lse
             # The row's own target was read above: no thread may overwrite it before.
             tl.debug_barrier()
@@ -102,7 +111,7 @@ def _cross_entropy_kernel(
                     s = softcap * capped
                     slope = 1.0 - capped * capped
                 d = tl.exp(s - lse) * scale
-                d = tl.where(start + columns == label, d - (1.0 - smoothing), d)
+                d = tl.where(start + columns == label, d - left, d)
                 d = (d - smoothing / V) * slope
                 tl.store(
                     logits_ptr + start + columns,
@@ -119,19 +128,22 @@ def cross_entropy_triton(
     z_loss: float,
     label_smoothing: float,
     gradient: bool,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     N, V = logits.shape
     if logits.stride(1) != 1 and V > 1:
         raise ValueError("cross-entropy needs logits that are contiguous along the vocabulary")
     losses = torch.empty(N, dtype=torch.float32, device=logits.device)
+    target_parts = torch.empty_like(losses)
+    given = target_parts if gradient else None
     if N == 0:
-        return losses
+        return losses, given
     block = min(_MAX_BLOCK_V, triton.next_power_of_2(V))
     with on_device(logits):
         _cross_entropy_kernel[(N,)](
             logits,
             labels,
             losses,
+            target_parts,
             logits.stride(0),
             labels.stride(0),
             V,
@@ -145,4 +157,4 @@ def cross_entropy_triton(
             BLOCK_V=block,
             num_warps=16 if block >= 4096 else 4,
         )
-    return losses
+    return losses, given

@@ -12,15 +12,17 @@ class WeightGradient:
     chunk added would round away up to 2^-9 of all that is there already.
 
     Holds one array of the weight's shape, or nothing where the gradient is not ``needed``.
+
+    terms: how many will be added up.
     """
 
-    def __init__(self, weight: Tensor, *, needed: bool, chunks: int) -> None:
+    def __init__(self, weight: Tensor, *, needed: bool, terms: int) -> None:
         self.needed = needed
         self._weight = weight
         self._total: Tensor | None = None
-        # One chunk has nothing to be added to: its product is the gradient.
+        # One term has nothing to be added to: it is the gradient.
         low_precision = weight.dtype in (torch.bfloat16, torch.float16)
-        self._sum_in_fp32 = chunks > 1 and low_precision
+        self._sum_in_fp32 = terms > 1 and low_precision
 
     def add(self, output_gradient_NO: Tensor, input_NI: Tensor) -> None:
         """Add the product dy^T x of one chunk, [out, in]."""
@@ -34,6 +36,12 @@ class WeightGradient:
             self._total += left_ON @ input_NI
         else:
             self._total.addmm_(left_ON, input_NI)
+
+    def add_rows(self, rows_N: Tensor, factor_N: Tensor, input_NI: Tensor) -> None:
+        """Add factor[n] * input[n] to row rows[n] of the gradient, for every n."""
+        if self._total is not None:
+            terms_NI = (factor_N[:, None] * input_NI).to(self._total.dtype)
+            self._total.index_put_((rows_N,), terms_NI, accumulate=True)
 
     def result(self, scale: Tensor | None = None) -> Tensor | None:
         """The gradient, times ``scale`` if given, in the weight's type; None where not needed."""

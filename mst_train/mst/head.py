@@ -4,8 +4,9 @@ The logits are the largest array of a training step: [N, V], with V = 128256 in 
 loss needs its own row alone, and the loss's gradient with respect to that row is known as soon as
 the row is. So the forward goes through the tokens in chunks and computes, for each, the logits, the
 losses, the gradient in the logits' own memory, and from it the gradients of the hidden states and
-of the weight. The backward has only to scale them. One chunk of logits is ever alive, and nothing
-is computed twice (Mini-Sequence Transformer, section 3.2).
+of the weight (the target's part of it separately, for precision). The backward has only to scale
+them. One chunk of logits is ever alive, and nothing is computed twice (Mini-Sequence Transformer,
+section 3.2).
 
 Legend: N tokens, C tokens of a chunk, D hidden, V vocabulary.
 """
@@ -131,20 +132,26 @@ class _MiniSequenceCrossEntropy(torch.autograd.Function):
             options["gradient"] and needed
             for needed in ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
         )
-        weight_gradient = WeightGradient(weight_VD, needed=weight_needed, chunks=chunks)
+        # Each chunk adds two terms: its product, and its targets' own part.
+        weight_gradient = WeightGradient(weight_VD, needed=weight_needed, terms=2 * chunks)
         dhidden_ND = torch.empty_like(hidden_ND) if hidden_needed else None
         # Summed once at the end, so that the loss does not depend on the chunk size.
         loss_N = hidden_ND.new_empty(tokens, dtype=_loss_dtype(hidden_ND))
         logits = hidden_ND.new_empty(chunk_tokens, weight_VD.shape[0])
         for chunk in chunk_slices(tokens, chunk_tokens):
-            hidden_CD = hidden_ND[chunk]
+            hidden_CD, labels_C = hidden_ND[chunk], labels_N[chunk]
             logits_CV = logits[: hidden_CD.shape[0]]
             torch.mm(hidden_CD, weight_VD.t(), out=logits_CV)
-            loss_N[chunk] = cross_entropy_(logits_CV, labels_N[chunk], **options)
+            loss_N[chunk], target_parts_C = cross_entropy_(logits_CV, labels_C, **options)
+            if target_parts_C is None:
+                continue
             dlogits_CV = logits_CV
+            targets_C = labels_C.masked_fill(labels_C == options["ignore_index"], 0)
             weight_gradient.add(dlogits_CV, hidden_CD)
+            weight_gradient.add_rows(targets_C, target_parts_C, hidden_CD)
             if dhidden_ND is not None:
-                torch.mm(dlogits_CV, weight_VD, out=dhidden_ND[chunk])
+                dhidden_CD = torch.mm(dlogits_CV, weight_VD, out=dhidden_ND[chunk])
+                dhidden_CD += target_parts_C[:, None] * weight_VD[targets_C]
         ctx.gradients = (dhidden_ND, weight_gradient)  # type: ignore[attr-defined]
         return loss_N.sum()
 

@@ -148,7 +148,7 @@ class _MiniSequenceMLP(torch.autograd.Function):
         x_needed, *weights_needed = ctx.needs_input_grad[:4]
         chunks = -(-tokens // chunk_tokens)
         gate_gradient, up_gradient, down_gradient = (
-            WeightGradient(weight, needed=needed, chunks=chunks)
+            WeightGradient(weight, needed=needed, terms=chunks)
             for weight, needed in zip(
                 (gate_weight, up_weight, down_weight), weights_needed, strict=True
             )
