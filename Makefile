@@ -5,6 +5,8 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# DeepSpeed compiles its CPU optimizer with the ninja that is installed beside it.
+export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: help setup train test check format clean
 
