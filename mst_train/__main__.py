@@ -1,9 +1,8 @@
 """python -m mst_train [+experiment=NAME] [key=value ...]: train."""
 
-import logging
 import sys
 
-from mst_train.errors import TrainingError, UserError
+from mst_train.command import run_command
 
 HELP = """\
 python -m mst_train [+experiment=NAME] [GROUP=NAME ...] [key=value ...]
@@ -17,34 +16,11 @@ Trains a language model. With no arguments: a small one on Python's own source f
 Settings and their defaults:
 {settings}"""
 
-log = logging.getLogger("mst_train")
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    log.setLevel(logging.INFO)
-    try:
-        return _run(arguments)
-    except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "interrupted: the same command continues from the last checkpoint, if there is one",
-            file=sys.stderr,
-        )
-        return 130
+    interrupted = "the same command continues from the last checkpoint, if there is one"
+    return run_command(_run, arguments, interrupted)
 
 
 def _run(arguments: list[str]) -> int:

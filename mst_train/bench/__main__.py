@@ -3,11 +3,11 @@
 import contextlib
 import dataclasses
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any
 
+from mst_train.command import run_command
 from mst_train.config import Config
 from mst_train.errors import TrainingError, UserError
 
@@ -34,20 +34,7 @@ ABOUT = """\
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    try:
-        return _run(arguments)
-    except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+    return run_command(_run, arguments, "nothing was written")
 
 
 def _run(arguments: list[str]) -> int:
