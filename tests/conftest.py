@@ -1,6 +1,7 @@
 """What tests share: a small corpus and a configuration that trains on it in moments."""
 
 import dataclasses
+import os
 import random
 
 import pytest
@@ -19,6 +20,10 @@ from mst_train.config import (
     TrainConfig,
     WandbConfig,
 )
+
+if not torch.cuda.is_available():
+    # Read when triton is first imported, which other packages do as well.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The tests' arrays are too small for a second thread to be worth waiting for.
 torch.set_num_threads(1)

@@ -207,9 +207,10 @@ def _variant(name: str, loss: Callable[[], Tensor] | str, work: Work) -> Variant
 def _matched(
     work: Work, measurements: Sequence[Measurement], device: torch.device
 ) -> tuple[Variant, Measurement]:
-    """Ours with the largest chunk whose peak is not above the leanest chunked peer's.
+    """Ours with about the largest chunk whose peak is not above the leanest chunked peer's.
 
-    Ours holds a fixed amount and one chunk, so two chunk sizes tell what a third would hold.
+    Ours holds a fixed amount and one chunk, so two chunk sizes tell what a third would hold;
+    nearly, since the moment of the peak may depend on the chunk too.
     """
     peaks = [m.peak_bytes for m in measurements if m.variant in CHUNKED and m.peak_bytes]
     if not peaks:
@@ -344,10 +345,10 @@ def _torch_linear_cross_entropy(
 
 
 def _liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Callable[[], Tensor] | str:
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "not run: liger_kernel not installed"
     if hidden.device.type != "cuda":
         return "not run: needs CUDA"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "not run: liger_kernel not installed"
 
     def loss() -> Tensor:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy

@@ -143,11 +143,11 @@ def _missing(name: str, device: torch.device) -> str | None:
         "alst": ("transformers", "deepspeed"),
         "liger": ("transformers", "liger_kernel"),
     }.get(name, ("transformers",))
+    if name == "liger" and device.type != "cuda":
+        return "not run: needs CUDA"
     absent = [p for p in packages if importlib.util.find_spec(p) is None]
     if absent:
         return f"not run: {' and '.join(absent)} not installed"
-    if name == "liger" and device.type != "cuda":
-        return "not run: needs CUDA"
     return None
 
 

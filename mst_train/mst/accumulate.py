@@ -41,7 +41,12 @@ class WeightGradient:
         """Add factor[n] * input[n] to row rows[n] of the gradient, for every n."""
         if self._total is not None:
             terms_NI = (factor_N[:, None] * input_NI).to(self._total.dtype)
-            self._total.index_put_((rows_N,), terms_NI, accumulate=True)
+            # A row may come several times. Of torch's two ways to add rows, each is done in a fixed
+            # order on one kind of device alone, and a run has to repeat itself to the last bit.
+            if self._total.device.type == "cpu":
+                self._total.index_add_(0, rows_N, terms_NI)
+            else:
+                self._total.index_put_((rows_N,), terms_NI, accumulate=True)
 
     def result(self, scale: Tensor | None = None) -> Tensor | None:
         """The gradient, times ``scale`` if given, in the weight's type; None where not needed."""

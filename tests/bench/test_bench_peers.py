@@ -29,13 +29,13 @@ def test_gradients_are_held_to_float64(run_bench, by_variant):
         assert by_variant(report, "head")["liger_fused"]["problem"] == "not run: needs CUDA"
 
 
-def test_matched_is_the_largest_chunk_within_the_leanest_peers_peak(run_bench, by_variant):
+def test_matched_stays_within_the_leanest_peers_peak_and_close_to_it(run_bench, by_variant):
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         pytest.skip("this torch has no chunked linear_cross_entropy")
     report, _ = run_bench("peers", NO_COMPILER, "bench.lengths=[1024]")
     rows = by_variant(report, "head")
     leanest = min(rows[name]["peak_bytes"] for name in peers.CHUNKED if rows[name]["peak_bytes"])
-    assert leanest - 4 * 128 < rows["mst_matched"]["peak_bytes"] <= leanest
+    assert 0.85 * leanest < rows["mst_matched"]["peak_bytes"] <= leanest
     assert "tokens in a chunk" in rows["mst_matched"]["note"]
 
 

@@ -217,3 +217,20 @@ def test_fp16_does_not_overflow_before_it_is_scaled():
     loss, valid = mini_sequence_cross_entropy(hidden, weight, labels, chunk_tokens=1024)
     (loss / valid).backward()
     assert weight.grad[0].item() == pytest.approx(-0.875, rel=1e-3)
+
+
+def test_it_repeats_itself_to_the_last_bit():
+    """With several threads and labels that occur many times; resuming exactly depends on it."""
+    hidden, weight, labels = make_inputs(4096, torch.float32, hidden=64, vocabulary=50)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        runs = [
+            gradients(mini_sequence_cross_entropy, hidden, weight, labels, chunk_tokens=2048)
+            for _ in range(6)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    for loss, grads in runs[1:]:
+        assert torch.equal(loss, runs[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(grads, runs[0][1], strict=True))
