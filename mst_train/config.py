@@ -108,6 +108,7 @@ class MemoryConfig:
     the backward. mst: MLP and LM head in mini-sequences, and recompute only what is read."""
     mlp_chunk_tokens: int | str = AUTO
     head_chunk_tokens: int | str = AUTO
+    block_chunk_tokens: int | str = AUTO
     keep_attention: bool = True
     """Under mst: keep attention's result and log-sum-exp rather than compute them again."""
     offload: str = "none"
@@ -303,7 +304,7 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
 
 def _memory_problems(memory: MemoryConfig) -> Iterator[str]:
     yield from _one_of("memory.policy", memory.policy, POLICIES)
-    for name in ("mlp_chunk_tokens", "head_chunk_tokens"):
+    for name in ("mlp_chunk_tokens", "head_chunk_tokens", "block_chunk_tokens"):
         tokens = getattr(memory, name)
         if isinstance(tokens, str) and tokens != AUTO:
             yield f"memory.{name}={tokens} must be a number of tokens, at least 1, or {AUTO}"

@@ -28,7 +28,7 @@ MODEL = ModelConfig(
 )
 ROWS, LENGTH = 4, 37
 VANILLA = Policy()
-CHUNKS = [(1000, 1000), (16, 7), ("auto", 37)]
+CHUNKS = [(1000, 1000, 1000), (16, 7, 20), ("auto", 37, 11)]
 
 
 def make_batches(accumulation, packed):
@@ -87,7 +87,8 @@ def settings():
     ("keep", "offload", "chunks", "accumulation", "in_backward"), list(settings())
 )
 def test_every_combination(expected, packed, keep, offload, chunks, accumulation, in_backward):
-    policy = Policy(True, True, *chunks, keep_attention=keep)
+    mlp, head, block = chunks
+    policy = Policy(True, True, mlp, head, keep, block)
     actual = run(policy, accumulation, packed, offload=offload, in_backward=in_backward)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 

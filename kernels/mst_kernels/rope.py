@@ -51,9 +51,8 @@ def rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate q [B, S, H, E] and k [B, S, K, E] in place, with gradients: see `apply_rope_`.
 
-    Use the tensors returned. q and k must not be leaves that need a gradient. Each is rotated by a
-    Function of its own, since autograd lets a Function that changes a view return one output only;
-    for a view, autograd's own bookkeeping copies the base's gradient once more in the backward.
+    Use the tensors returned: they have q's and k's memory, and q and k themselves are spent. They
+    must not be leaves that need a gradient.
 
     Memory: the table is kept for the backward, which holds a fresh copy of each gradient.
     """
@@ -65,9 +64,11 @@ class _Rope(torch.autograd.Function):
     def forward(
         ctx: Any, x_BSHE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        ctx.mark_dirty(x_BSHE)
         ctx.save_for_backward(cos, sin)
-        return apply_rope_(x_BSHE, cos, sin)
+        # Not marked as changed in place: x is usually a projection's result seen as heads, and for
+        # views autograd would copy the whole gradient once more. The version still tells anyone who
+        # saved x.
+        return apply_rope_(x_BSHE.detach(), cos, sin)
 
     @staticmethod
     @once_differentiable

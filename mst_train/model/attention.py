@@ -26,7 +26,7 @@ Legend: B batch, S sequence, N = B*S, H query heads, K key-value heads, E head s
 import importlib.util
 import math
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -60,7 +60,7 @@ def select_attention(name: str, device: torch.device, dtype: torch.dtype) -> Att
     if problem:
         raise UserError(f"kernel.attention={name} cannot be used: {problem}")
     if name in KERNELS:
-        return partial(attend, KERNELS[name]())
+        return KernelAttention(KERNELS[name]())
     return {"flash_attn": flash_attn_attention, "sdpa": sdpa_attention}[name]
 
 
@@ -93,24 +93,25 @@ class CpuKernel:
     """Torch's flash attention for CPUs; documents one after the other."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents | None = None,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor]:
         if documents is None:
             out_BHSE, lse_BHS = aten._scaled_dot_product_flash_attention_for_cpu(
-                *_heads_first(q, k, v), 0.0, True
+                *_heads_first(q, k, v), 0.0, causal
             )
             return out_BHSE.transpose(1, 2), lse_BHS
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse_1HN = q.new_empty(
-            1,
-            q.shape[2],
-            q.shape[0] * q.shape[1],
-            dtype=torch.promote_types(q.dtype, torch.float32),
-        )
+        lse_dtype = torch.promote_types(q.dtype, torch.float32)
+        lse_HN = q.new_empty(q.shape[2], q.shape[0] * q.shape[1], dtype=lse_dtype)
         for part, (q_, k_, v_, out_) in _each_document(documents, q, k, v, out):
-            document_out, lse_1HN[..., part] = self.forward(q_, k_, v_, None)
+            document_out, lse_HN[:, part] = self.forward(q_, k_, v_)
             out_.copy_(document_out)
-        return out, lse_1HN
+        return out, _rows_first(lse_HN, q)
 
     def backward(
         self,
@@ -120,19 +121,20 @@ class CpuKernel:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        documents: Documents | None,
+        documents: Documents | None = None,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if documents is None:
             gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *_heads_first(dout, q, k, v, out), lse, 0.0, True
+                *_heads_first(dout, q, k, v, out), lse.contiguous(), 0.0, causal
             )
             return _heads_second(gradients)
+        lse_HN = _flat_heads(lse)
         dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         for part, (dout_, q_, k_, v_, out_, *places) in _each_document(
             documents, dout, q, k, v, out, dq, dk, dv
         ):
-            lse_ = lse[..., part].contiguous()
-            gradients = self.backward(dout_, q_, k_, v_, out_, lse_, None)
+            gradients = self.backward(dout_, q_, k_, v_, out_, lse_HN[None, :, part])
             for place, gradient in zip(places, gradients, strict=True):
                 place.copy_(gradient)
         return dq, dk, dv
@@ -142,18 +144,23 @@ class TorchFlashKernel:
     """The FlashAttention-2 kernels that torch brings."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents | None = None,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor]:
         if documents is None:
             out_BHSE, lse, *_ = aten._scaled_dot_product_flash_attention(
-                *_heads_first(q, k, v), 0.0, True, False
+                *_heads_first(q, k, v), 0.0, causal, False
             )
             return out_BHSE.transpose(1, 2), lse
         boundaries, longest = documents.boundaries_on(q.device), documents.longest
-        out_NHE, lse, *_ = aten._flash_attention_forward(
+        out_NHE, lse_HN, *_ = aten._flash_attention_forward(
             *_flat(q, k, v), boundaries, boundaries, longest, longest, 0.0, True, False
         )
-        return out_NHE.view(q.shape), lse
+        return out_NHE.view(q.shape), _rows_first(lse_HN, q)
 
     def backward(
         self,
@@ -163,20 +170,27 @@ class TorchFlashKernel:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        documents: Documents | None,
+        documents: Documents | None = None,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Without dropout the kernel does not read its random state.
         unused = torch.empty(2, dtype=torch.uint64, device=q.device)
         if documents is None:
             lengths = (None, None, q.shape[1], k.shape[1])
             gradients = aten._scaled_dot_product_flash_attention_backward(
-                *_heads_first(dout, q, k, v, out), lse, *lengths, 0.0, True, unused, unused
+                *_heads_first(dout, q, k, v, out),
+                lse.contiguous(),
+                *lengths,
+                0.0,
+                causal,
+                unused,
+                unused,
             )
             return _heads_second(gradients)
         boundaries, longest = documents.boundaries_on(q.device), documents.longest
         flat = aten._flash_attention_backward(
             *_flat(dout, q, k, v, out),
-            lse,
+            _flat_heads(lse),
             boundaries,
             boundaries,
             longest,
@@ -197,14 +211,19 @@ class CudnnKernel:
         self._variable_length = TorchFlashKernel()
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents | None = None,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor]:
         if documents is not None:
             return self._variable_length.forward(q, k, v, documents)
-        out_BHSE, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-            *_heads_first(q, k, v), None, True, 0.0, True, False
+        out_BHSE, lse_BHS1, *_ = aten._scaled_dot_product_cudnn_attention(
+            *_heads_first(q, k, v), None, True, 0.0, causal, False
         )
-        return out_BHSE.transpose(1, 2), lse
+        return out_BHSE.transpose(1, 2), lse_BHS1.squeeze(-1)
 
     def backward(
         self,
@@ -214,14 +233,22 @@ class CudnnKernel:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        documents: Documents | None,
+        documents: Documents | None = None,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if documents is not None:
             return self._variable_length.backward(dout, q, k, v, out, lse, documents)
         unused = torch.empty((), dtype=torch.int64, device=q.device)
         lengths = (None, None, q.shape[1], k.shape[1])
         gradients = aten._scaled_dot_product_cudnn_attention_backward(
-            *_heads_first(dout, q, k, v, out), lse, unused, unused, None, *lengths, 0.0, True
+            *_heads_first(dout, q, k, v, out),
+            lse.contiguous().unsqueeze(-1),
+            unused,
+            unused,
+            None,
+            *lengths,
+            0.0,
+            causal,
         )
         return _heads_second(gradients)
 
@@ -233,13 +260,18 @@ class ReferenceKernel:
     """
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents | None = None,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        scores_BKGSS = self._scores(q, k, documents)
+        scores_BKGSS = self._scores(q, k, documents, causal)
         lse_BKGS = scores_BKGSS.logsumexp(-1)
         weights_BKGSS = (scores_BKGSS - lse_BKGS[..., None]).exp()
         out_BKGSE = weights_BKGSS @ self._shared(v)
-        return self._merged(out_BKGSE, q), lse_BKGS
+        return self._merged(out_BKGSE, q), lse_BKGS.flatten(1, 2)
 
     def backward(
         self,
@@ -249,10 +281,12 @@ class ReferenceKernel:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        documents: Documents | None,
+        documents: Documents | None = None,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         groups, scale = q.shape[2] // k.shape[2], 1 / math.sqrt(q.shape[3])
-        weights = (self._scores(q, k, documents) - lse[..., None]).exp()  # [B, K, G, S, S]
+        lse_BKGS1 = lse.unflatten(1, (-1, groups))[..., None]
+        weights = (self._scores(q, k, documents, causal) - lse_BKGS1).exp()  # [B, K, G, S, S]
         dout_, out_, q_ = (self._grouped(t, groups) for t in (dout, out, q))  # [B, K, G, S, E]
         dv = (weights.transpose(-1, -2) @ dout_).sum(2)
         dweights = dout_ @ self._shared(v).transpose(-1, -2)
@@ -261,10 +295,12 @@ class ReferenceKernel:
         dk = (dscores.transpose(-1, -2) @ q_).sum(2)
         return self._merged(dq, q), dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
 
-    def _scores(self, q: Tensor, k: Tensor, documents: Documents | None) -> Tensor:
+    def _scores(self, q: Tensor, k: Tensor, documents: Documents | None, causal: bool) -> Tensor:
         batch, sequence = q.shape[:2]
         q_BKGSE = self._grouped(q, q.shape[2] // k.shape[2])
         scores = q_BKGSE @ self._shared(k).transpose(-1, -2) / math.sqrt(q.shape[3])
+        if not causal:
+            return scores
         ones = torch.ones(batch, 1, 1, sequence, sequence, dtype=torch.bool, device=q.device)
         hidden = ones.triu(1)
         if documents is not None:
@@ -292,7 +328,19 @@ class ReferenceKernel:
         return t_BKGSE.permute(0, 3, 1, 2, 4).reshape(like.shape).to(like.dtype)
 
 
-reference_attention: Attention = partial(attend, ReferenceKernel())
+@dataclass(frozen=True)
+class KernelAttention:
+    """A kernel as an attention: differentiable, and open to whoever can use the kernel itself."""
+
+    kernel: AttentionKernel
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
+    ) -> Tensor:
+        return attend(self.kernel, q, k, v, documents)
+
+
+reference_attention: Attention = KernelAttention(ReferenceKernel())
 
 KERNELS: dict[str, Callable[[], AttentionKernel]] = {
     "cpu": CpuKernel,
@@ -351,9 +399,20 @@ def _flat(*tensors: Tensor) -> list[Tensor]:
     return [t.flatten(0, 1) for t in tensors]
 
 
+def _rows_first(lse_HN: Tensor, q: Tensor) -> Tensor:
+    """[H, N] -> [B, H, S], B and S as in q."""
+    return lse_HN.unflatten(1, q.shape[:2]).transpose(0, 1)
+
+
+def _flat_heads(lse_BHS: Tensor) -> Tensor:
+    """[B, H, S] -> [H, N]."""
+    return lse_BHS.transpose(0, 1).flatten(1)
+
+
 def _each_document(documents: Documents, *tensors: Tensor) -> Any:
     """Each document's place in the flattened batch, and its part [1, length, H, E] of tensors."""
-    flat = [t.view(1, -1, *t.shape[2:]) for t in tensors]
+    # Tensors to write to are contiguous, so that this gives views of them.
+    flat = [t.reshape(1, -1, *t.shape[2:]) for t in tensors]
     for start, end in pairwise(documents.offsets):
         part = slice(start, end)
         yield part, [t[:, part] for t in flat]

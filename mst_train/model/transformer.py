@@ -5,6 +5,7 @@ heads, E head size, V vocabulary.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from mst_kernels import add_rms_norm, rms_norm
 from mst_train.config import ModelConfig
 from mst_train.memory.tracker import BLOCK_RANGE, HEAD_RANGE
-from mst_train.model.attention import Attention, reference_attention
+from mst_train.model.attention import Attention, KernelAttention, reference_attention
 from mst_train.model.rope import rope, rotary_angles
 from mst_train.mst import (
     Documents,
@@ -22,6 +23,7 @@ from mst_train.mst import (
     Policy,
     cross_entropy,
     gated_mlp,
+    mini_sequence_block,
     mini_sequence_cross_entropy,
     mini_sequence_mlp,
     recompute_block,
@@ -58,16 +60,17 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, key_size, bias=False)
         self.output = nn.Linear(query_size, config.hidden_size, bias=False)
 
-    def forward(
-        self, x_BSD: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None
-    ) -> Tensor:
+    def project(
+        self, x_BSD: Tensor, cos: Tensor, sin: Tensor, queries: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Queries (if wanted), keys and values, [B, S, D] -> [B, S, heads, E] each."""
         heads = (*x_BSD.shape[:2], -1, self.head_dim)
-        q_BSHE = self.query(x_BSD).view(heads)
         k_BSKE = self.key(x_BSD).view(heads)
         v_BSKE = self.value(x_BSD).view(heads)
-        q_BSHE, k_BSKE = rope(q_BSHE, k_BSKE, cos, sin)
-        out_BSHE = self.attention(q_BSHE, k_BSKE, v_BSKE, documents)
-        return self.output(out_BSHE.flatten(2))
+        if not queries:
+            return None, rope(k_BSKE[:, :, :0], k_BSKE, cos, sin)[1], v_BSKE
+        q_BSHE, k_BSKE = rope(self.query(x_BSD).view(heads), k_BSKE, cos, sin)
+        return q_BSHE, k_BSKE, v_BSKE
 
 
 class MLP(nn.Module):
@@ -87,7 +90,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm decoder layer: attention, then MLP, each added to the residual stream."""
+    """One pre-norm decoder layer: attention, then MLP, each added to the residual stream.
+
+    Two parts that treat each token by itself, around attention (``mst.RowwiseBlock``).
+    """
 
     def __init__(self, config: ModelConfig, attention: Attention) -> None:
         super().__init__()
@@ -95,18 +101,28 @@ class Block(nn.Module):
         self.attention = SelfAttention(config, attention)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.mlp = MLP(config)
+        self.policy = Policy()
 
     def forward(
-        self,
-        x_BSD: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        documents: Documents | None,
-        policy: Policy,
+        self, x_BSD: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None
     ) -> Tensor:
-        attention_BSD = self.attention(self.attention_norm(x_BSD), cos, sin, documents)
-        normed_BSD, x_BSD = self.mlp_norm.after_adding(attention_BSD, x_BSD)
-        return x_BSD + self.mlp(normed_BSD, policy)
+        q_BSHE, k_BSKE, v_BSKE = self.before_attention(x_BSD, cos, sin)
+        assert q_BSHE is not None
+        out_BSHE = self.attention.attention(q_BSHE, k_BSKE, v_BSKE, documents)
+        stream_BSD, branch_BSD = self.after_attention(x_BSD, out_BSHE)
+        return stream_BSD + branch_BSD
+
+    def before_attention(
+        self, x_BSD: Tensor, cos: Tensor, sin: Tensor, *, queries: bool = True
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """[B, S, D] -> q [B, S, H, E] (None without ``queries``), k and v [B, S, K, E]."""
+        return self.attention.project(self.attention_norm(x_BSD), cos, sin, queries)
+
+    def after_attention(self, x_BSD: Tensor, out_BSHE: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S, D], [B, S, H, E] -> the residual stream and the MLP's branch, [B, S, D] each."""
+        attention_BSD = self.attention.output(out_BSHE.flatten(2))
+        normed_BSD, stream_BSD = self.mlp_norm.after_adding(attention_BSD, x_BSD)
+        return stream_BSD, self.mlp(normed_BSD, self.policy)
 
 
 class Transformer(nn.Module):
@@ -124,7 +140,6 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.policy = policy or Policy()
         self.offload: Offload | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.num_layers))
@@ -132,6 +147,18 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        self.policy = policy or Policy()
+
+    @property
+    def policy(self) -> Policy:
+        """What the model keeps and what it recomputes."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._policy = policy
+        for block in self._decoder_blocks():
+            block.policy = policy
 
     def forward(
         self,
@@ -179,26 +206,40 @@ class Transformer(nn.Module):
         cos, sin = rotary_angles(
             positions, self.config.head_dim, self.config.rope_theta, x_BSD.dtype
         )
-        for block in self.blocks:
+        for block in self._decoder_blocks():
             with record_function(BLOCK_RANGE):
-                x_BSD = self._run(block, x_BSD, cos, sin, documents, self.policy)
+                x_BSD = self._run(block, x_BSD, cos, sin, documents)
         return self.norm(x_BSD)
 
-    def _run(self, block: nn.Module, x_BSD: Tensor, *arguments: object) -> Tensor:
+    def _run(
+        self, block: Block, x_BSD: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None
+    ) -> Tensor:
         """One block, under the policy."""
-        if not self.policy.recompute:
+        policy, attention = self.policy, block.attention.attention
+        arguments = (cos, sin, documents)
+        if not policy.recompute:
             return block(x_BSD, *arguments)
-        if not self.policy.mini_sequence:  # the standard implementation
+        if not policy.mini_sequence:  # the standard implementation
             return checkpoint(
                 block, x_BSD, *arguments, use_reentrant=False, preserve_rng_state=False
             )
-        return recompute_block(
+        kept = {"keep_attention": policy.keep_attention, "offload": self.offload}
+        if not isinstance(attention, KernelAttention):  # which cannot attend chunk by chunk
+            return recompute_block(block, x_BSD, *arguments, **kept)
+        return mini_sequence_block(
             block,
+            attention.kernel,
             x_BSD,
-            *arguments,
-            keep_attention=self.policy.keep_attention,
-            offload=self.offload,
+            (cos, sin),
+            documents=documents,
+            chunk_tokens=policy.block_chunk_tokens,
+            **kept,
         )
+
+    def _decoder_blocks(self) -> Iterator[Block]:
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:

@@ -6,11 +6,12 @@ computed; ``Offload`` keeps it on the host. ``Policy`` says how a decoder puts t
 """
 
 from mst_train.mst.attention import AttentionKernel, Documents, attend
-from mst_train.mst.block import recompute_block
+from mst_train.mst.block import RowwiseBlock, mini_sequence_block
 from mst_train.mst.head import cross_entropy, mini_sequence_cross_entropy
 from mst_train.mst.mlp import gated_mlp, mini_sequence_mlp
 from mst_train.mst.offload import HostBudgetError, Offload
 from mst_train.mst.policy import Policy
+from mst_train.mst.recompute import recompute_block
 
 __all__ = [
     "AttentionKernel",
@@ -18,9 +19,11 @@ __all__ = [
     "HostBudgetError",
     "Offload",
     "Policy",
+    "RowwiseBlock",
     "attend",
     "cross_entropy",
     "gated_mlp",
+    "mini_sequence_block",
     "mini_sequence_cross_entropy",
     "mini_sequence_mlp",
     "recompute_block",

@@ -8,6 +8,7 @@ over in the re-run.
 Legend: B batch, S sequence, H query heads, K key-value heads, E head size.
 """
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mst_train.mst.autograd import first_order_only
-from mst_train.mst.block import current_frame
+from mst_train.mst.rerun import current_run
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,21 +47,54 @@ class Documents:
             self._copies[device] = self.boundaries.to(device, non_blocking=True)
         return self._copies[device]
 
+    def inside(self, batch: int, sequence: int, rows: slice) -> "Documents":
+        """The documents as these rows of every sequence see them, cut at their ends."""
+        key = (batch, sequence, rows.start, rows.stop)
+        if key not in self._inside:
+            length = rows.stop - rows.start
+            boundaries = [0]
+            for first in range(rows.start, batch * sequence, sequence):
+                begun = bisect_right(self.offsets, first)
+                ended = bisect_left(self.offsets, first + length)
+                done = boundaries[-1]
+                boundaries += [done + offset - first for offset in self.offsets[begun:ended]]
+                boundaries.append(done + length)
+            self._inside[key] = Documents(torch.tensor(boundaries, dtype=torch.int32))
+        return self._inside[key]
+
+    def around(self, token: int) -> tuple[int, int]:
+        """Where the document of a token begins and ends."""
+        index = bisect_right(self.offsets, token)
+        return self.offsets[index - 1], self.offsets[index]
+
     @cached_property
     def _copies(self) -> dict[torch.device, Tensor]:
         return {}
 
+    @cached_property
+    def _inside(self) -> dict[tuple[int, ...], "Documents"]:
+        return {}
+
 
 class AttentionKernel(Protocol):
-    """Causal attention's two passes.
+    """Attention's two passes.
 
     q, out and dout are [B, S, H, E], k and v [B, S, K, E]; lse is the log-sum-exp of each query's
-    scores, in the kernel's own shape. ``documents`` confines attention to each document; None: to
-    each row of the batch.
+    scores, [B, H, S] in fp32 at least. ``documents`` confines attention to each document; None: to
+    each row of the batch. Without ``causal`` every query sees every key, of which there may then be
+    another number than of queries, and there are no documents.
+
+    The backward must use ``out`` and ``lse`` as they are given: they may be those of the queries
+    over more keys than are given here.
     """
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents | None = None,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """(out, lse)."""
         ...
@@ -73,7 +107,8 @@ class AttentionKernel(Protocol):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        documents: Documents | None,
+        documents: Documents | None = None,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv), each of its input's shape."""
         ...
@@ -107,11 +142,11 @@ class _Attend(torch.autograd.Function):
         kernel: AttentionKernel,
         documents: Documents | None,
     ) -> Tensor:
-        frame = current_frame()
-        kept = frame.take(2) if frame is not None else []
+        run = current_run()
+        kept = run.take(2) if run is not None else []
         out, lse = kept or kernel.forward(q, k, v, documents)
-        if frame is not None:
-            frame.keep(out, lse)
+        if run is not None:
+            run.keep(out, lse)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.kernel, ctx.documents = kernel, documents
         return out

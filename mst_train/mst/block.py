@@ -1,196 +1,379 @@
-"""Block recomputation that recomputes only what the backward reads.
+"""The whole decoder block in mini-sequences.
 
-``recompute_block`` runs a decoder block and keeps its input; in the backward the block runs again,
-to rebuild what autograd had saved (Chen et al. 2016). Plain recomputation runs all of it. Here
+Everything in a block but attention treats each token by itself, so a block is two row-wise pieces
+around attention:
 
-- attention may keep its result and log-sum-exp, and hand them over instead of computing them again
-  (``keep_attention``; mst/attention.py);
-- the re-run ends as soon as the last tensor that autograd had saved is there again;
-- so an MLP that comes last has only its input to rebuild, and skips its products (mst/mlp.py).
+    q, k, v        = block.before_attention(x)          norm, projections, rotary embedding
+    out            = attention(q, k, v)
+    stream, branch = block.after_attention(x, out)      y = stream + branch: residual and MLP
 
-A Llama block then costs 11 MLP products and 3.5 attention forwards a step (the backward counting
-2.5), where plain recomputation costs 12 and 4.5.
+``mini_sequence_block`` goes through the rows in chunks, in the forward and in the backward, and
+only keys and values exist for the whole sequence. The backward takes the last rows first: when it
+comes to a chunk, everything that reads the chunk's keys and values has been there.
 
-How: saved-tensor hooks replace each tensor that autograd saves in the forward by a handle. The
-first handle that the backward opens triggers the re-run, in which the same hooks collect the same
-tensors in the same order. A tensor lives as long as its handle, that is until the backward of the
-operation that saved it.
+It keeps the block's input and, with ``keep_attention``, attention's result and log-sum-exp. It
+computes again what the backward reads and nothing else: an MLP that ends the branch rebuilds its
+own intermediates (mst/mlp.py), and nobody needs its result twice.
+
+Legend: B batch, S sequence, T rows of a chunk, D hidden, H query heads, K key-value heads, E head
+size.
 """
 
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor, nn
 
+from mst_train.mst.attention import AttentionKernel, Documents
+from mst_train.mst.attention_rows import attend_rows, attend_rows_backward
+from mst_train.mst.autograd import first_order_only
+from mst_train.mst.chunking import BLOCK_BYTES, chunk_slices, resolve_chunk_tokens
 from mst_train.mst.offload import Offload, Stored
+from mst_train.mst.rerun import BlockRun, is_unread, running
 
-_current: ContextVar["Frame | None"] = ContextVar("frame", default=None)
+
+class RowwiseBlock(Protocol):
+    """An ``nn.Module`` whose parts treat each token by itself."""
+
+    def before_attention(
+        self, x: Tensor, *row_arguments: Tensor, queries: bool = True
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """[B, T, D] -> q [B, T, H, E], k and v [B, T, K, E]; q is None without ``queries``."""
+        ...
+
+    def after_attention(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, D], [B, T, H, E] -> two tensors [B, T, D] whose sum is the block's result."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
 
 
-# A compiled graph would trace the hooks away. The block itself may be compiled.
+# A compiled graph would trace the nested backward away.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def recompute_block(
-    block: Callable[..., Tensor],
+def mini_sequence_block(
+    block: RowwiseBlock,
+    kernel: AttentionKernel,
     x: Tensor,
-    *arguments: Any,
+    row_arguments: Sequence[Tensor] = (),
+    *,
+    documents: Documents | None = None,
+    chunk_tokens: int | str = "auto",
     keep_attention: bool = True,
     offload: Offload | None = None,
 ) -> Tensor:
-    """``block(x, *arguments)``, keeping for the backward only what is named below.
+    """A decoder block, computed in chunks of rows in the forward and in the backward.
 
-    Exact: the result is that of calling the block, and so are all gradients. The block must save
-    the same tensors in the same order when it runs again: no random numbers, no state that changes.
+    Exact: the result and all gradients are those of the block computed as one piece, up to
+    rounding, whatever the chunk size; each parameter's gradient reaches autograd once, summed over
+    chunks in fp32 at least. The block must do the same when it runs again: no random numbers.
 
     Args:
-        block: the block, as a function of x and the other arguments.
-        x: [..., D], its input.
-        arguments: whatever else it takes. Tensors among them stay where they are.
-        keep_attention: keep what ``mst.attention.attend`` computed.
-        offload: where the kept tensors wait; None: on their device.
+        block: the row-wise parts, and all parameters that they read.
+        kernel: causal attention.
+        x: [B, S, D].
+        row_arguments: what ``before_attention`` takes beside x, [..., S, features] each: cut into
+            rows with it. No gradient reaches them.
+        documents: confines attention to each document.
+        chunk_tokens: tokens (rows times B) computed at a time; "auto" bounds a chunk's
+            intermediates by bytes.
+        keep_attention: keep attention's result and log-sum-exp rather than compute them again.
+        offload: where what is kept waits; None: on its device.
 
-    Memory: x, and with ``keep_attention`` attention's result and log-sum-exp. Recomputation: the
-    block's forward without its last MLP, and with ``keep_attention`` without attention.
+    Returns:
+        [B, S, D].
+
+    Memory: x, and with ``keep_attention`` a tensor of q's size with one more number per head and
+    token; none of them on the device with ``offload``, where keys and values wait too. While it
+    runs, keys and values, in the backward also their gradients, and the intermediates of one chunk.
+    Recomputation: ``before_attention``, and ``after_attention`` without its last MLP; without
+    ``keep_attention`` attention's forward; keys and values once more where there are several chunks
+    and no offload.
 
     Raises:
-        RuntimeError: in the backward, where the block saved other tensors when it ran again, or
-            where x was changed in place in between.
+        ValueError: an unusable chunk size.
+        RuntimeError: a second backward where the kept tensors were offloaded.
     """
-    if not torch.is_grad_enabled():
-        return block(x, *arguments)
-    frame = Frame(block, x, arguments, keep_attention)
-    with frame.running(frame.record):
-        y = block(x, *arguments)
-    frame.forward_done(offload)
+    parameters = [p for p in block.parameters() if p.requires_grad]
+    settings = _Settings(
+        block,
+        kernel,
+        documents,
+        _chunk_rows(chunk_tokens, x, block),
+        keep_attention,
+        offload,
+        needs_backward=torch.is_grad_enabled() and (x.requires_grad or bool(parameters)),
+    )
+    y: Tensor = _MiniSequenceBlock.apply(  # type: ignore[no-untyped-call]
+        settings, len(row_arguments), x, *row_arguments, *parameters
+    )
     return y
 
 
-def current_frame() -> "Frame | None":
-    """The block that is running under ``recompute_block``, if any."""
-    return _current.get()
+class _Settings(NamedTuple):
+    block: RowwiseBlock
+    kernel: AttentionKernel
+    documents: Documents | None
+    chunk_rows: int
+    keep_attention: bool
+    offload: Offload | None
+    needs_backward: bool
 
 
-class _Handle:
-    """Stands for a saved tensor between forward and backward."""
+class _MiniSequenceBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, settings: _Settings, row_arguments: int, x_BSD: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        block, kernel, documents, chunk_rows, keep_attention, offload, needs_backward = settings
+        arguments = tensors[:row_arguments]
+        y_BSD = torch.empty_like(x_BSD, memory_format=torch.contiguous_format)
+        keys_values = _Rows(x_BSD.shape[1])
+        kept: list[Tensor] = []
+        stored: list[Stored] = []
+        for rows in chunk_slices(x_BSD.shape[1], chunk_rows):
+            x_BTD = x_BSD[:, rows]
+            q_BTHE, *new = block.before_attention(x_BTD, *_cut(arguments, rows))
+            k_BSKE, v_BSKE = keys_values.put(rows, new)
+            assert q_BTHE is not None
+            out, lse = attend_rows(kernel, q_BTHE, k_BSKE, v_BSKE, rows, documents)
+            del q_BTHE, new
+            attention = [out, lse] if keep_attention and needs_backward else []
+            if needs_backward and offload is not None:
+                stored.append(offload.store([x_BTD, *attention]))
+            else:
+                kept += attention
+            torch.add(*block.after_attention(x_BTD, out), out=y_BSD[:, rows])
+        if needs_backward and offload is None:
+            kept.insert(0, x_BSD)
+        elif offload is not None and len(stored) > 1:
+            stored.append(offload.store(keys_values.tensors))
+        ctx.save_for_backward(*arguments, *kept)
+        ctx.settings, ctx.row_arguments, ctx.stored = settings, row_arguments, stored
+        return y_BSD
 
-    __slots__ = ("__weakref__",)
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, dy_BSD: Tensor) -> tuple[Tensor | None, ...]:
+        block, kernel, documents, chunk_rows, *_ = ctx.settings
+        arguments = ctx.saved_tensors[: ctx.row_arguments]
+        chunks = list(chunk_slices(dy_BSD.shape[1], chunk_rows))
+        kept = _Kept(ctx, chunks)
+        after = _After(block)
+        dx_BSD = torch.empty_like(dy_BSD, memory_format=torch.contiguous_format)
+        dk_BSKE = dv_BSKE = None
+        with _aliases(block) as parameters:
+            sums = [_Sum(several=len(chunks) > 1) for _ in parameters]
+            if len(chunks) > 1:
+                k_BSKE, v_BSKE = kept.keys_values(block, arguments)
+                dk_BSKE, dv_BSKE = _zeros_to_sum(k_BSKE), _zeros_to_sum(v_BSKE)
+            for rows in reversed(chunks):
+                x_BTD, attention = kept.chunk(rows)
+                x_BTD = x_BTD.detach().requires_grad_()
+                with torch.enable_grad():
+                    q_BTHE, k_BTKE, v_BTKE = block.before_attention(x_BTD, *_cut(arguments, rows))
+                if len(chunks) == 1:
+                    k_BSKE, v_BSKE = k_BTKE.detach(), v_BTKE.detach()
+                q_rows = (q_BTHE.detach(), k_BSKE, v_BSKE)
+                out, lse = attention or attend_rows(kernel, *q_rows, rows, documents)
+                out = out.detach().requires_grad_()
+                stream_and_branch = after(x_BTD, out)
+                dx_BTD, dout, *gradients = torch.autograd.grad(
+                    stream_and_branch,
+                    (x_BTD, out, *parameters),
+                    (dy_BSD[:, rows],) * 2,
+                    allow_unused=True,
+                )
+                _add(sums, gradients)
+                dq, dk, dv = attend_rows_backward(
+                    kernel,
+                    dout,
+                    *q_rows,
+                    out.detach(),
+                    lse,
+                    rows,
+                    documents,
+                    dk_BSKE,
+                    dv_BSKE,
+                )
+                del out, lse, attention, dout, stream_and_branch, q_rows
+                more_dx_BTD, *gradients = torch.autograd.grad(
+                    (q_BTHE, k_BTKE, v_BTKE),
+                    (x_BTD, *parameters),
+                    (dq, dk, dv),
+                    allow_unused=True,
+                )
+                del q_BTHE, k_BTKE, v_BTKE, dq, dk, dv
+                _add(sums, gradients)
+                torch.add(dx_BTD, more_dx_BTD, out=dx_BSD[:, rows])
+        nothing = [None] * (2 + ctx.row_arguments)
+        totals = [total.result(p.dtype) for total, p in zip(sums, parameters, strict=True)]
+        return (*nothing[:2], dx_BSD, *nothing[2:], *totals)
 
 
-class _Rebuilt(BaseException):
-    """Everything that autograd had saved is there again: not an error for a block to handle."""
+class _Kept:
+    """What a block's forward kept, for its backward, which wants the last rows first."""
 
-
-class Frame:
-    """One block between its forward and the end of its backward."""
-
-    def __init__(
-        self,
-        block: Callable[..., Tensor],
-        x: Tensor,
-        arguments: tuple[Any, ...],
-        keep_attention: bool,
-    ) -> None:
-        self._block = block
-        self._arguments = arguments
-        self._keep_attention = keep_attention
-        self._x = x.detach()
-        self._x_requires_grad = x.requires_grad
-        self._x_version = x._version
-        self._kept: list[Tensor] = []
-        self._stored: Stored | None = None
-        self._handles: list[weakref.ref[_Handle]] = []
-        self._forms: list[tuple[torch.Size, torch.dtype]] = []
-        self._tensors: weakref.WeakKeyDictionary[_Handle, Tensor] = weakref.WeakKeyDictionary()
-        self._replaying = False
-        self._replayed = 0
-
-    # --- what operations in the block ask -----------------------------------------------------
-
-    def keep(self, *tensors: Tensor) -> None:
-        """In the forward: keep these for the re-run."""
-        if self._keep_attention and not self._replaying:
-            self._kept += [tensor.detach() for tensor in tensors]
-
-    def take(self, count: int) -> list[Tensor]:
-        """In the re-run: the next ``count`` tensors that the forward kept; empty otherwise."""
-        if not (self._keep_attention and self._replaying):
-            return []
-        taken, self._kept = self._kept[:count], self._kept[count:]
-        return taken
-
-    def ends_after(self, saved: int) -> bool:
-        """Whether the re-run ends with an operation that saves this many tensors.
-
-        Nothing reads the result of such an operation in the re-run: it need not be computed.
-        """
-        return self._replaying and self._replayed + saved == len(self._handles)
-
-    # --- the forward and the re-run -----------------------------------------------------------
-
-    @contextmanager
-    def running(self, pack: Callable[[Tensor], _Handle | None]) -> Iterator[None]:
-        """Run operations with this frame as the current one, and its hooks in place."""
-        token = _current.set(self)
-        try:
-            with saved_tensors_hooks(pack, self._open):
-                yield
-        finally:
-            _current.reset(token)
-
-    def record(self, tensor: Tensor) -> _Handle:
-        """In the forward: a handle in place of a tensor that autograd saves."""
-        handle = _Handle()
-        self._handles.append(weakref.ref(handle))
-        self._forms.append((tensor.shape, tensor.dtype))
-        return handle
-
-    def forward_done(self, offload: Offload | None) -> None:
-        """Send what is kept to where it waits."""
-        if offload is not None:
-            self._stored = offload.store([self._x, *self._kept])
-            del self._x, self._kept
-
-    def _open(self, handle: _Handle) -> Tensor:
-        """In the backward: the tensor that a handle stands for."""
-        if not self._replaying:
-            self._rerun()
-        return self._tensors[handle]
-
-    def _rerun(self) -> None:
-        self._replaying = True
-        if self._stored is not None:
-            (self._x, *self._kept), self._stored = self._stored.load(), None
-        elif self._x._version != self._x_version:
+    def __init__(self, ctx: Any, chunks: list[slice]) -> None:
+        kept = list(ctx.saved_tensors[ctx.row_arguments :])
+        self._chunks = chunks
+        self._offloaded = ctx.settings.offload is not None
+        self._x = None if self._offloaded else kept.pop(0)
+        self._attention = kept
+        self._stored: list[Stored] = ctx.stored
+        if self._offloaded and not self._stored:
             raise RuntimeError(
-                "the input of recompute_block was changed in place between its forward and its "
-                "backward: give it a tensor that stays as it is"
+                "a second backward through mini_sequence_block: what it had offloaded came back "
+                "in the first. Run the forward again, or leave offload out"
             )
-        x = self._x.detach().requires_grad_(self._x_requires_grad)
-        del self._x
-        try:
-            with torch.enable_grad(), self.running(self._collect):
-                self._block(x, *self._arguments)
-        except _Rebuilt:
-            return
-        raise self._changed("fewer tensors")
 
-    def _changed(self, what: str) -> RuntimeError:
-        return RuntimeError(
-            f"the block under recompute_block saved {what} when it ran again in the backward: it "
-            f"must do the same both times"
-        )
+    def keys_values(self, block: RowwiseBlock, arguments: Sequence[Tensor]) -> list[Tensor]:
+        """Keys and values of all rows."""
+        if self._x is None:
+            return self._stored.pop().load()
+        keys_values = _Rows(self._x.shape[1])
+        for rows in self._chunks:
+            _, *new = block.before_attention(
+                self._x[:, rows], *_cut(arguments, rows), queries=False
+            )
+            keys_values.put(rows, new)
+        return keys_values.tensors
 
-    def _collect(self, tensor: Tensor) -> None:
-        """In the re-run: the next saved tensor, kept for as long as its handle is."""
-        if (tensor.shape, tensor.dtype) != self._forms[self._replayed]:
-            raise self._changed("other tensors")
-        handle = self._handles[self._replayed]()
-        if handle is not None:
-            self._tensors[handle] = tensor.detach()
-        self._replayed += 1
-        if self._replayed == len(self._handles):
-            raise _Rebuilt
+    def chunk(self, rows: slice) -> tuple[Tensor, list[Tensor]]:
+        """x of these rows, and attention's result and log-sum-exp if they were kept."""
+        if self._x is None:
+            x_BTD, *attention = self._stored.pop().load()
+            return x_BTD, attention
+        attention = self._attention[-2:]
+        del self._attention[-2:]
+        return self._x[:, rows], attention
+
+
+class _After:
+    """A block's ``after_attention``, run for its graph and not for its result.
+
+    An MLP whose result is the branch itself is not computed: nobody reads it. If something else
+    was made of it (Gemma-2 has a norm there), everything is computed, this time and from then on.
+    """
+
+    def __init__(self, block: RowwiseBlock) -> None:
+        self._block = block
+        self._run: BlockRun = _Unread()
+
+    def __call__(self, x_BTD: Tensor, out_BTHE: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad(), running(self._run):
+            stream, branch = self._block.after_attention(x_BTD, out_BTHE)
+        if isinstance(self._run, _Unread) and self._run.used and not is_unread(branch):
+            self._run = BlockRun()
+            return self(x_BTD, out_BTHE)
+        return stream, branch
+
+
+class _Unread(BlockRun):
+    """A run in which the MLP's result is read by nobody, as far as is known."""
+
+    used = False
+
+    def result_unread(self, saved: int) -> bool:
+        self.used = True
+        return True
+
+
+class _Rows:
+    """Tensors of all rows, put together chunk by chunk; one chunk's alone are as they came."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self.tensors: list[Tensor] = []
+
+    def put(self, rows: slice, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Put in the parts of these rows; all rows, of which later ones are not there yet."""
+        if rows.stop - rows.start == self._length:
+            self.tensors = list(parts)
+            return self.tensors
+        if not self.tensors:
+            self.tensors = [
+                part.new_empty(part.shape[0], self._length, *part.shape[2:]) for part in parts
+            ]
+        for tensor, part in zip(self.tensors, parts, strict=True):
+            tensor[:, rows] = part
+        return self.tensors
+
+
+class _Sum:
+    """A parameter's gradient, summed over chunks in fp32 at least."""
+
+    def __init__(self, *, several: bool) -> None:
+        self._several = several
+        self._total: Tensor | None = None
+
+    def add(self, gradient: Tensor) -> None:
+        if self._total is None:
+            dtype = _sum_dtype(gradient)
+            self._total = gradient.to(dtype, copy=True) if self._several else gradient
+        elif self._several:
+            self._total += gradient
+        else:
+            self._total = self._total + gradient
+
+    def result(self, dtype: torch.dtype) -> Tensor | None:
+        total, self._total = self._total, None
+        return None if total is None else total.to(dtype)
+
+
+def _add(sums: list[_Sum], gradients: Sequence[Tensor | None]) -> None:
+    for total, gradient in zip(sums, gradients, strict=True):
+        if gradient is not None:
+            total.add(gradient)
+
+
+@contextmanager
+def _aliases(block: RowwiseBlock) -> Iterator[list[Tensor]]:
+    """The block with other tensors on its parameters' memory; yields those that want gradients.
+
+    Gradients of one chunk are asked of these, so that hooks on the parameters see the sum alone.
+    """
+    places = [
+        (module._parameters, name, parameter)
+        for module in block.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    aliases = {p: p.detach().requires_grad_(p.requires_grad) for _, _, p in places}
+    try:
+        for parameters, name, parameter in places:
+            parameters[name] = aliases[parameter]  # type: ignore[assignment]
+        yield [alias for alias in aliases.values() if alias.requires_grad]
+    finally:
+        for parameters, name, parameter in places:
+            parameters[name] = parameter
+
+
+def _cut(tensors: Sequence[Tensor], rows: slice) -> list[Tensor]:
+    return [tensor[..., rows, :] for tensor in tensors]
+
+
+def _zeros_to_sum(like: Tensor) -> Tensor:
+    contiguous = torch.contiguous_format
+    return torch.zeros_like(like, dtype=_sum_dtype(like), memory_format=contiguous)
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _chunk_rows(chunk_tokens: int | str, x_BSD: Tensor, block: RowwiseBlock) -> int:
+    """Rows in a chunk, so that the results of its products and their gradients are bounded."""
+    features = sum(p.numel() // p.shape[-1] for p in block.parameters() if p.ndim > 1)
+    batch, sequence = x_BSD.shape[:2]
+    tokens = resolve_chunk_tokens(
+        chunk_tokens,
+        batch * sequence,
+        2 * features * x_BSD.element_size(),
+        x_BSD.device,
+        BLOCK_BYTES,
+    )
+    return max(tokens // batch, 1)

@@ -18,8 +18,8 @@ from torch.autograd.function import FunctionCtx
 from mst_kernels import glu_backward_, glu_forward
 from mst_train.mst.accumulate import WeightGradient
 from mst_train.mst.autograd import first_order_only
-from mst_train.mst.block import current_frame
 from mst_train.mst.chunking import chunk_slices, resolve_chunk_tokens
+from mst_train.mst.rerun import current_run, unread
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -124,11 +124,9 @@ class _MiniSequenceMLP(torch.autograd.Function):
         ctx.save_for_backward(x_ND, gate_weight, up_weight, down_weight)
         ctx.chunk_tokens = chunk_tokens  # type: ignore[attr-defined]
         ctx.activation = activation  # type: ignore[attr-defined]
-        frame = current_frame()
-        if frame is not None and frame.ends_after(saved=4):
-            # The four tensors are handed to autograd when this function returns. If they are the
-            # last that a block's re-run has to rebuild, it ends there and nobody reads the result.
-            return x_ND.new_full((), torch.nan).expand_as(x_ND)
+        run = current_run()
+        if run is not None and run.result_unread(saved=4):
+            return unread(x_ND)
         y_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
         buffers = x_ND.new_empty(2, chunk_tokens, gate_weight.shape[0])
         for chunk in chunk_slices(x_ND.shape[0], chunk_tokens):

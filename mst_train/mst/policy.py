@@ -10,9 +10,9 @@ class Policy:
     """How a decoder computes: which intermediates exist, and in what portions.
 
     recompute: keep only each block's input for the backward, and run the block again.
-    mini_sequence: MLP and LM head go through the tokens in chunks, and a block that is run again
-        computes only what the backward reads.
-    mlp_chunk_tokens, head_chunk_tokens: tokens in a chunk, or "auto".
+    mini_sequence: MLP and LM head go through the tokens in chunks; with recompute, whole blocks do,
+        and what is run again computes only what the backward reads.
+    mlp_chunk_tokens, head_chunk_tokens, block_chunk_tokens: tokens in a chunk, or "auto".
     keep_attention: with both of the above, do not compute attention again.
     """
 
@@ -21,6 +21,7 @@ class Policy:
     mlp_chunk_tokens: int | str = AUTO
     head_chunk_tokens: int | str = AUTO
     keep_attention: bool = True
+    block_chunk_tokens: int | str = AUTO
 
     @classmethod
     def from_config(cls, memory: MemoryConfig) -> "Policy":
@@ -31,4 +32,5 @@ class Policy:
             mlp_chunk_tokens=memory.mlp_chunk_tokens,
             head_chunk_tokens=memory.head_chunk_tokens,
             keep_attention=memory.keep_attention,
+            block_chunk_tokens=memory.block_chunk_tokens,
         )

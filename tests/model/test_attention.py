@@ -102,8 +102,8 @@ def test_no_score_matrix_is_held(name):
 
 
 def test_selection():
-    assert isinstance(select_attention("auto", CPU, torch.float32).args[0], CpuKernel)
-    assert isinstance(select_attention("reference", CPU, torch.float64).args[0], ReferenceKernel)
+    assert isinstance(select_attention("auto", CPU, torch.float32).kernel, CpuKernel)
+    assert isinstance(select_attention("reference", CPU, torch.float64).kernel, ReferenceKernel)
     cuda = torch.device("cuda")
     for name, device, dtype, message in (
         ("flash_attn", CPU, torch.bfloat16, r"kernel\.attention=flash_attn cannot .* is cpu"),

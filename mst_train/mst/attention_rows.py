@@ -1,0 +1,147 @@
+"""Attention of a chunk of queries: those of some rows of the sequence, over the keys up to there.
+
+Attention kernels know squares (every query sees the keys before it) and rectangles (every query
+sees every key). The queries of rows [s, e) see the square of the keys [s, e) and the rectangle of
+the keys before s; with packed documents, of those keys the ones of the document that reaches over
+s. The two results are merged by their log-sum-exps, as in FlashAttention's own loop (Dao 2023,
+section 3.1); each part's backward is exact with the merged result and log-sum-exp, as in ring
+attention (Liu et al. 2023).
+
+Legend: B batch, S sequence, T rows of a chunk, H query heads, K key-value heads, E head size.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mst_train.mst.attention import AttentionKernel, Documents
+from mst_train.mst.chunking import chunk_slices
+
+KEYS_AT_ONCE = 32768
+"""Keys of a rectangle in one call of a kernel's backward.
+
+Kernels hold the gradients of keys and values, in some cases once for every query head: this bounds
+them. A call of this size keeps a device busy for milliseconds."""
+
+
+class _Rectangle(NamedTuple):
+    """Queries (counted from the chunk's first) that all see these keys."""
+
+    batch: slice
+    queries: slice
+    keys: slice
+
+
+def attend_rows(
+    kernel: AttentionKernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: slice,
+    documents: Documents | None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of the queries of ``rows``.
+
+    Args:
+        q: [B, T, H, E], the queries of these rows alone.
+        k, v: [B, S, K, E]; what comes after ``rows`` is not read.
+
+    Returns:
+        (out, lse): [B, T, H, E] and [B, H, T].
+    """
+    out, lse = kernel.forward(q, k[:, rows], v[:, rows], _inside(documents, k, rows))
+    for batch, queries, keys in _before(documents, k, rows):
+        past_out, past_lse = kernel.forward(
+            q[batch, queries], k[batch, keys], v[batch, keys], causal=False
+        )
+        part, part_lse = out[batch, queries], lse[batch, :, queries]
+        merged_lse = torch.logaddexp(part_lse, past_lse)
+        merged = part * _share(part_lse, merged_lse)
+        part.copy_(merged.addcmul_(past_out, _share(past_lse, merged_lse)))
+        part_lse.copy_(merged_lse)
+    return out, lse
+
+
+def attend_rows_backward(
+    kernel: AttentionKernel,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rows: slice,
+    documents: Documents | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q and of the keys and values of ``rows``.
+
+    Called for the last rows first: the keys of some rows are seen by these and later ones, so when
+    their turn comes, ``dk`` and ``dv`` hold all the rest of their gradients.
+
+    Args:
+        dout, out: [B, T, H, E]; lse: [B, H, T], as ``attend_rows`` gave it.
+        dk, dv: [B, S, K, E] in fp32 at least, zero before the first call; the parts of keys before
+            ``rows`` are added here. None where all rows are one chunk.
+
+    Returns:
+        (dq, dk, dv) of ``rows``, in the types of q, k and v.
+    """
+    inside = _inside(documents, k, rows)
+    dq_T, dk_T, dv_T = kernel.backward(dout, q, k[:, rows], v[:, rows], out, lse, inside)
+    if dk is None or dv is None:
+        return dq_T, dk_T, dv_T
+    total = dq_T.to(dk.dtype)
+    for batch, queries, before in _before(documents, k, rows):
+        for part in chunk_slices(before.stop - before.start, KEYS_AT_ONCE):
+            keys = slice(before.start + part.start, before.start + part.stop)
+            past_dq, past_dk, past_dv = kernel.backward(
+                dout[batch, queries],
+                q[batch, queries],
+                k[batch, keys],
+                v[batch, keys],
+                out[batch, queries],
+                lse[batch, :, queries],
+                causal=False,
+            )
+            total[batch, queries] += past_dq
+            dk[batch, keys] += past_dk
+            dv[batch, keys] += past_dv
+    return (
+        total.to(q.dtype),
+        dk_T.to(dk.dtype).add_(dk[:, rows]).to(k.dtype),
+        dv_T.to(dv.dtype).add_(dv[:, rows]).to(v.dtype),
+    )
+
+
+def _share(part_lse_BHT: Tensor, whole_lse_BHT: Tensor) -> Tensor:
+    """What a part of the keys counts in the whole, [B, T, H, 1]."""
+    return (part_lse_BHT - whole_lse_BHT).exp_().transpose(1, 2).unsqueeze(-1)
+
+
+def _inside(documents: Documents | None, k_BSKE: Tensor, rows: slice) -> Documents | None:
+    """The documents as these rows alone see them."""
+    batch, sequence = k_BSKE.shape[:2]
+    if documents is None or rows.stop - rows.start == sequence:
+        return documents
+    return documents.inside(batch, sequence, rows)
+
+
+def _before(documents: Documents | None, k_BSKE: Tensor, rows: slice) -> Iterator[_Rectangle]:
+    """What these rows see before themselves."""
+    batch, sequence = k_BSKE.shape[:2]
+    if rows.start == 0:
+        return
+    if documents is None:
+        yield _Rectangle(slice(None), slice(0, rows.stop - rows.start), slice(0, rows.start))
+        return
+    for row in range(batch):
+        first = row * sequence + rows.start
+        start, end = documents.around(first)
+        if start < first:
+            queries = slice(0, min(end - first, rows.stop - rows.start))
+            keys = slice(start - row * sequence, rows.start)
+            yield _Rectangle(slice(row, row + 1), queries, keys)
