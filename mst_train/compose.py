@@ -180,7 +180,7 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _make_writable(node: Any) -> None:
     """Frozen dataclasses make read-only nodes; these are still being filled."""
     OmegaConf.set_readonly(node, False)
-    for name in node:
+    for name in node if OmegaConf.is_dict(node) else ():
         child = node._get_node(name)
         if OmegaConf.is_config(child):
             _make_writable(child)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-POLICIES = ("vanilla", "recompute", "mst")
+POLICIES = ("auto", "vanilla", "recompute", "mst")
 PRECISIONS = ("fp32", "bf16", "bf16_master")
 ATTENTION_BACKENDS = (
     "auto",
@@ -17,15 +17,25 @@ ATTENTION_BACKENDS = (
     "torch_flash",
     "cudnn",
     "flash_attn",
+    "tiled",
     "sdpa",
     "reference",
 )
 KERNEL_BACKENDS = ("auto", "triton", "torch")
+ACTIVATIONS = ("silu", "gelu_tanh")
+NORM_PLACEMENTS = ("before", "around", "after")
+QK_NORMS = ("none", "head", "projection")
+ATTENTION_SPANS = ("sliding", "full")
+ROPE_SCALINGS = ("none", "linear", "ntk", "yarn", "llama3")
 OFFLOADS = ("none", "host")
 DATA_ATTENTIONS = ("stream", "documents")
+DATA_DOCUMENTS = ("file", "repository")
+PACKINGS = ("stream", "best_fit")
+MALFORMED = ("fail", "skip")
 WANDB_MODES = ("offline", "online", "disabled")
-BENCHES = ("none", "step", "systems", "peers", "short")
-BENCH_OUTPUTS = ("table", "json")
+BENCHES = ("none", "step", "systems", "peers", "short", "max_sequence")
+OUTPUTS = ("table", "json")
+ZERO_STAGES = (0, 1, 2, 3)
 AUTO = "auto"
 
 
@@ -56,18 +66,42 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class MixtureConfig:
+    """One source of a mixture."""
+
+    source: str = ""
+    """As data.source."""
+    weight: float = 1.0
+    """Its share of the sequences is this by the sum of all weights."""
+    min_document_tokens: int = 0
+    """Documents with fewer tokens are left out of training."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     source: str = "stdlib"
-    """stdlib (Python's own source files), a folder or glob of .txt, .jsonl and .parquet files, or
-    the name of a Hugging Face data set."""
+    """stdlib (Python's own source files), a folder that mst_train.prepare has written, a folder or
+    glob of .txt, .jsonl, .parquet and .idx files, or the name of a Hugging Face data set."""
+    mixture: list[MixtureConfig] = field(default_factory=list)
+    """Several sources, drawn from by weight; none: data.source alone."""
     sequence_length: int = 1024
+    packing: str = "stream"
+    """How documents fill sequences. stream: one after the other, cut where a sequence ends.
+    best_fit: no document that fits into a sequence is cut; the rest of a sequence is padded."""
     attention: str = "stream"
     """What a token in a packed sequence sees. stream: all that is before it, other documents too.
     documents: its own document alone, with positions from 0."""
     text_field: str = "text"
     """The field that holds a document in .jsonl, .parquet and data set rows."""
+    text_suffixes: list[str] = field(default_factory=lambda: [".txt"])
+    """Ends of the names of files that are text as they are (data=code: those of source code)."""
+    documents: str = "file"
+    """What one document is where files are text. file: a file. repository: all files of a folder
+    directly below data.source, one after the other, each after a line with its path."""
     split: str = "train"
     """The split of a Hugging Face data set."""
+    streaming: bool = False
+    """Read a Hugging Face data set from where it is, without a copy here."""
     validation_fraction: float = 0.01
     """The share of the tokens that is held out for validation; 0: none."""
     tokenizer: str | None = None
@@ -79,8 +113,54 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class PrepareConfig:
+    """What python -m mst_train.prepare writes; what it reads are the settings of data."""
+
+    output: str | None = None
+    """The folder to write to; as data.source, it is what training reads."""
+    workers: int | None = None
+    """Processes that tokenise; none: one for each CPU core."""
+    shard: str = "1/1"
+    """i/N: the i-th of N jobs, which can run at the same time; the last one joins the result."""
+    shard_mib: int = 256
+    """About how much text goes into a file of tokens (MiB); smaller where a source has less."""
+    malformed: str = "fail"
+    """Lines, rows and files that hold no text. fail: stop at the first. skip: leave them out and
+    list them in malformed.jsonl."""
+    verify: bool = False
+    """Compare everything in prepare.output with its checksums, and write nothing."""
+    vocab_size: int | None = None
+    """.idx files without data.tokenizer: the number of token ids."""
+    end_of_document: int | None = None
+    """.idx files without data.tokenizer: the id that ends a document."""
+
+
+@dataclass(frozen=True)
+class RopeScalingConfig:
+    """How rotary embeddings reach positions beyond those a model was trained on."""
+
+    type: str = "none"
+    """linear: all positions divided by the factor. ntk: theta raised, so that the slowest frequency
+    is divided by the factor and the fastest stays. yarn, llama3: slow frequencies divided by the
+    factor, fast ones kept, a ramp in between."""
+    factor: float = 1.0
+    original_length: int | None = None
+    """yarn, llama3: the sequence length that the model was trained on before."""
+    low_frequency_factor: float = 1.0
+    """llama3: frequencies with fewer turns than this in original_length are divided by factor."""
+    high_frequency_factor: float = 4.0
+    """llama3: frequencies with more turns than this in original_length stay."""
+    beta_fast: float = 32.0
+    """yarn: frequencies with more turns than this in original_length stay."""
+    beta_slow: float = 1.0
+    """yarn: frequencies with fewer turns than this in original_length are divided by factor."""
+    attention_factor: float | None = None
+    """yarn: multiplies cosines and sines; none: 0.1 ln(factor) + 1."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """The dimensions of a Llama decoder."""
+    """The form of a decoder: Llama's where nothing else is said."""
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -94,18 +174,53 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     tie_embeddings: bool = False
     initializer_std: float = 0.02
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    max_positions: int | None = None
+    """The longest sequence the model is meant for, as exported checkpoints state it; none: not
+    known. It decides nothing here."""
+    qkv_bias: bool = False
+    """Biases in the query, key and value projections (Qwen2)."""
+    qk_norm: str = "none"
+    """Norms of queries and keys before their rotation. head: each head by itself (Qwen3).
+    projection: all heads of a token together (OLMo-2)."""
+    sliding_window: int | None = None
+    """Tokens that a query sees, itself and the ones before it; none: all of them."""
+    sliding_window_pattern: list[str] = field(default_factory=lambda: ["sliding"])
+    """Which layers have the window, from the first on and repeated: sliding or full."""
+    attention_scale: float | None = None
+    """What attention's scores are multiplied by; none: 1 / sqrt(head size)."""
+    attention_softcap: float | None = None
+    """Bounds attention's scores: softcap * tanh(score / softcap) (Gemma-2)."""
+    logit_softcap: float | None = None
+    """Bounds the logits in the same way (Gemma-2)."""
+    activation: str = "silu"
+    """The gate's in the MLP: silu, or gelu_tanh (Gemma)."""
+    norm_placement: str = "before"
+    """Where attention and MLP have their norms. before: on what they read (Llama). after: on their
+    result, before it is added (OLMo-2). around: both (Gemma-2)."""
+    norm_offset: bool = False
+    """Norms multiply by 1 + weight rather than weight (Gemma)."""
+    scale_embeddings: bool = False
+    """Embeddings are multiplied by sqrt(hidden_size), rounded to their type (Gemma)."""
 
     @property
     def head_dim(self) -> int:
         """The size of one attention head."""
         return self.head_size or self.hidden_size // self.num_heads
 
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer; None where a query sees everything before it."""
+        pattern = self.sliding_window_pattern
+        return self.sliding_window if pattern[layer % len(pattern)] == "sliding" else None
+
 
 @dataclass(frozen=True)
 class MemoryConfig:
     policy: str = "mst"
     """vanilla: keep every intermediate. recompute: keep each block's input, recompute the rest in
-    the backward. mst: MLP and LM head in mini-sequences, and recompute only what is read."""
+    the backward. mst: blocks and LM head in mini-sequences, and recompute only what is read. auto:
+    the fastest of these that fits, as predicted, and with it keep_attention, offload and
+    optimizer.in_backward."""
     mlp_chunk_tokens: int | str = AUTO
     head_chunk_tokens: int | str = AUTO
     block_chunk_tokens: int | str = AUTO
@@ -117,6 +232,17 @@ class MemoryConfig:
     """Memory the run may use on its device; none: all of it."""
     host_budget_gib: float | None = None
     """Host memory that offload may take; none: no bound."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How several processes share the work."""
+
+    sequence_parallel: int = 1
+    """Processes that share one sequence."""
+    zero_stage: int = 0
+    """What processes share out instead of holding a copy each. 1: optimizer states. 2: gradients
+    too. 3: weights too."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +302,8 @@ class BenchConfig:
 
     kind: str = "none"
     """step: memory policies. systems: other implementations of whole steps. peers: other
-    implementations of the head and the MLP. short: what the method costs where it is not needed."""
+    implementations of the head and the MLP. short: what the method costs where it is not needed.
+    max_sequence: the longest sequences that fit, and what was predicted."""
     name: str = "${bench.kind}"
     dir: str = "runs/bench/${bench.name}"
     output: str = "table"
@@ -195,6 +322,25 @@ class BenchConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """What python -m mst_train.plan predicts; the run it is about are all other settings."""
+
+    device: str = AUTO
+    """A device's name (a100_80gb, h100_80gb, h200, rtx4090_24gb, ...), a size in GiB such as 80,
+    cpu, or auto: this machine's."""
+    gpus: int | None = None
+    """How many devices share the run; none: parallel.sequence_parallel."""
+    search: bool = False
+    """Find the longest sequence that fits, in multiples of 1024."""
+    sweep: list[int] = field(default_factory=list)
+    """Sequence lengths to predict, for a table and a plot of memory against length."""
+    dir: str = "runs/plan/${run.name}"
+    """Where a sweep's table and plot go."""
+    output: str = "table"
+    """What is printed. table: a readable one. json: one JSON object."""
+
+
+@dataclass(frozen=True)
 class Config:
     precision: str = "fp32"
     """fp32; bf16: weights, gradients and optimizer states in bf16; bf16_master: bf16 weights with
@@ -204,23 +350,30 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
 
 
 def validate(config: Config) -> list[str]:
     """Every problem of a configuration, one line each; an empty list where there is none."""
     return [
         *_run_problems(config),
-        *_model_problems(config.model),
+        *model_problems(config.model),
         *_data_problems(config.data),
+        *_mixture_problems(config.data.mixture),
+        *_prepare_problems(config.prepare),
         *_memory_problems(config.memory),
         *_optimizer_problems(config.optimizer),
         *_update_problems(config),
         *_bench_problems(config.bench),
+        *_parallel_problems(config),
+        *_plan_problems(config),
     ]
 
 
@@ -250,7 +403,8 @@ def _run_problems(config: Config) -> Iterator[str]:
     yield from _at_least("checkpoint.keep", checkpoint.keep, 1)
 
 
-def _model_problems(model: ModelConfig) -> Iterator[str]:
+def model_problems(model: ModelConfig) -> Iterator[str]:
+    """Every problem of a model's form, one line each."""
     sizes = {
         name: getattr(model, name)
         for name in (
@@ -269,6 +423,17 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
     yield from _positive("model.rope_theta", model.rope_theta)
     yield from _positive("model.norm_epsilon", model.norm_epsilon)
     yield from _positive("model.initializer_std", model.initializer_std)
+    yield from _one_of("model.activation", model.activation, ACTIVATIONS)
+    yield from _one_of("model.norm_placement", model.norm_placement, NORM_PLACEMENTS)
+    yield from _one_of("model.qk_norm", model.qk_norm, QK_NORMS)
+    for name in ("attention_scale", "attention_softcap", "logit_softcap"):
+        value = getattr(model, name)
+        if value is not None:
+            yield from _positive(f"model.{name}", value)
+    if model.max_positions is not None:
+        yield from _at_least("model.max_positions", model.max_positions, 1)
+    yield from _window_problems(model)
+    yield from _rope_scaling_problems(model.rope_scaling)
     if problems:
         return
     if model.num_heads % model.num_kv_heads:
@@ -287,12 +452,72 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
             f"the head size is {model.head_dim}, but rotary embeddings turn pairs of features: "
             f"it must be even (model.head_size, or model.hidden_size / model.num_heads)"
         )
+    elif model.rope_scaling.type == "ntk" and model.head_dim == 2:
+        yield (
+            "model.rope_scaling.type=ntk slows down all frequencies but the fastest, and heads of "
+            "size 2 have no other: choose another type or larger heads"
+        )
+
+
+def _window_problems(model: ModelConfig) -> Iterator[str]:
+    pattern = model.sliding_window_pattern
+    if not pattern:
+        yield (
+            "model.sliding_window_pattern is empty: list sliding and full, as the first layers "
+            "have them"
+        )
+    for span in dict.fromkeys(pattern):
+        yield from _one_of("model.sliding_window_pattern", span, ATTENTION_SPANS)
+    if model.sliding_window is not None:
+        yield from _at_least("model.sliding_window", model.sliding_window, 1)
+        if pattern and "sliding" not in pattern:
+            yield (
+                f"model.sliding_window={model.sliding_window} is used by no layer of "
+                f"model.sliding_window_pattern: set one of them to sliding, or the window to null"
+            )
+
+
+def _rope_scaling_problems(scaling: RopeScalingConfig) -> Iterator[str]:
+    key = "model.rope_scaling"
+    yield from _one_of(f"{key}.type", scaling.type, ROPE_SCALINGS)
+    if not 1 <= scaling.factor < 1e6:
+        yield f"{key}.factor={scaling.factor} must be at least 1 and below 10^6"
+    elif scaling.type == "none" and scaling.factor != 1:
+        yield f"{key}.factor={scaling.factor} does nothing with {key}.type=none: set the type too"
+    if scaling.original_length is not None:
+        yield from _at_least(f"{key}.original_length", scaling.original_length, 1)
+    needs_length = scaling.type in ("yarn", "llama3")
+    if needs_length and scaling.original_length is None:
+        yield (
+            f"{key}.type={scaling.type} needs {key}.original_length: the sequence length that the "
+            f"model was trained on before"
+        )
+    if scaling.original_length is not None and not needs_length:
+        yield f"{key}.original_length is not used with {key}.type={scaling.type}: set it to null"
+    for low, high in (
+        ("low_frequency_factor", "high_frequency_factor"),
+        ("beta_slow", "beta_fast"),
+    ):
+        slow, fast = getattr(scaling, low), getattr(scaling, high)
+        yield from _positive(f"{key}.{low}", slow)
+        if not slow < fast < 1e12:
+            yield f"{key}.{high}={fast} must be greater than {key}.{low}={slow}"
+    if scaling.attention_factor is not None:
+        yield from _positive(f"{key}.attention_factor", scaling.attention_factor)
+        if scaling.type != "yarn":
+            yield (
+                f"{key}.attention_factor is not used with {key}.type={scaling.type}: set it to null"
+            )
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
     yield from _at_least("data.sequence_length", data.sequence_length, 1)
     yield from _at_least("data.tokenizer_vocab_size", data.tokenizer_vocab_size, 300)
     yield from _one_of("data.attention", data.attention, DATA_ATTENTIONS)
+    yield from _one_of("data.documents", data.documents, DATA_DOCUMENTS)
+    yield from _one_of("data.packing", data.packing, PACKINGS)
+    if not all(suffix.strip() for suffix in data.text_suffixes):
+        yield "data.text_suffixes holds an empty one, which all files have: remove it"
     if not data.source.strip():
         yield "data.source is empty: name stdlib, a folder, a glob or a Hugging Face data set"
     if not 0 <= data.validation_fraction < 1:
@@ -300,6 +525,39 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
             f"data.validation_fraction={data.validation_fraction} must be at least 0 and below 1 "
             f"(0: no validation)"
         )
+
+
+def _mixture_problems(mixture: Sequence[MixtureConfig]) -> Iterator[str]:
+    for index, part in enumerate(mixture):
+        key = f"data.mixture[{index}]"
+        if not part.source.strip():
+            yield f"{key}.source is empty: name what data.source could name"
+        yield from _positive(f"{key}.weight", part.weight)
+        yield from _at_least(f"{key}.min_document_tokens", part.min_document_tokens, 0)
+
+
+def _prepare_problems(prepare: PrepareConfig) -> Iterator[str]:
+    yield from _one_of("prepare.malformed", prepare.malformed, MALFORMED)
+    yield from _at_least("prepare.shard_mib", prepare.shard_mib, 1)
+    if prepare.workers is not None:
+        yield from _at_least("prepare.workers", prepare.workers, 1)
+    if prepare.output is not None and not prepare.output.strip():
+        yield "prepare.output is empty: name a folder"
+    first, _, count = prepare.shard.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+        yield f"prepare.shard={prepare.shard} must be i/N with i from 1 to N: the i-th of N jobs"
+    if (prepare.vocab_size is None) != (prepare.end_of_document is None):
+        yield (
+            "prepare.vocab_size and prepare.end_of_document describe tokens without a tokenizer: "
+            "give both or neither"
+        )
+    elif prepare.vocab_size is not None and prepare.end_of_document is not None:
+        yield from _at_least("prepare.vocab_size", prepare.vocab_size, 1)
+        if not 0 <= prepare.end_of_document < prepare.vocab_size < 2**31:
+            yield (
+                f"prepare.end_of_document={prepare.end_of_document} must be an id from 0 to "
+                f"prepare.vocab_size - 1, and prepare.vocab_size={prepare.vocab_size} below 2^31"
+            )
 
 
 def _memory_problems(memory: MemoryConfig) -> Iterator[str]:
@@ -311,7 +569,7 @@ def _memory_problems(memory: MemoryConfig) -> Iterator[str]:
         elif isinstance(tokens, int):
             yield from _at_least(f"memory.{name}", tokens, 1)
     yield from _one_of("memory.offload", memory.offload, OFFLOADS)
-    if memory.offload != "none" and memory.policy != "mst":
+    if memory.offload != "none" and memory.policy not in ("mst", AUTO):
         yield (
             f"memory.offload={memory.offload} works with memory.policy=mst alone, and it is "
             f"{memory.policy}: change one of them"
@@ -343,7 +601,7 @@ def _optimizer_problems(optimizer: OptimizerConfig) -> Iterator[str]:
 
 def _bench_problems(bench: BenchConfig) -> Iterator[str]:
     yield from _one_of("bench.kind", bench.kind, BENCHES)
-    yield from _one_of("bench.output", bench.output, BENCH_OUTPUTS)
+    yield from _one_of("bench.output", bench.output, OUTPUTS)
     yield from _at_least("bench.repetitions", bench.repetitions, 1)
     yield from _at_least("bench.loss_tile_mib", bench.loss_tile_mib, 1)
     if bench.threads is not None:
@@ -352,6 +610,41 @@ def _bench_problems(bench: BenchConfig) -> Iterator[str]:
         yield from _at_least("bench.lengths", length, 2)
     if not bench.dir.strip():
         yield "bench.dir is empty: give it a value"
+
+
+def _parallel_problems(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    degree = parallel.sequence_parallel
+    yield from _at_least("parallel.sequence_parallel", degree, 1)
+    yield from _one_of("parallel.zero_stage", parallel.zero_stage, ZERO_STAGES)
+    if degree < 1:
+        return
+    if config.model.num_heads % degree:
+        yield (
+            f"parallel.sequence_parallel={degree} does not divide model.num_heads="
+            f"{config.model.num_heads}: in attention each process has some of the heads"
+        )
+    if config.data.sequence_length % degree:
+        yield (
+            f"data.sequence_length={config.data.sequence_length} is not a multiple of "
+            f"parallel.sequence_parallel={degree}"
+        )
+
+
+def _plan_problems(config: Config) -> Iterator[str]:
+    plan = config.plan
+    yield from _one_of("plan.output", plan.output, OUTPUTS)
+    for length in plan.sweep:
+        yield from _at_least("plan.sweep", length, 2)
+    if plan.gpus is not None:
+        yield from _at_least("plan.gpus", plan.gpus, 1)
+        if plan.gpus % config.parallel.sequence_parallel:
+            yield (
+                f"plan.gpus={plan.gpus} is not a multiple of parallel.sequence_parallel="
+                f"{config.parallel.sequence_parallel}"
+            )
+    if not plan.dir.strip():
+        yield "plan.dir is empty: give it a value"
 
 
 def _update_problems(config: Config) -> Iterator[str]:
@@ -382,9 +675,9 @@ def _update_problems(config: Config) -> Iterator[str]:
         )
 
 
-def _one_of(key: str, value: str, choices: Sequence[str]) -> Iterator[str]:
+def _one_of(key: str, value: object, choices: Sequence[object]) -> Iterator[str]:
     if value not in choices:
-        yield f"{key}={value} is not one of {', '.join(choices)}"
+        yield f"{key}={value} is not one of {', '.join(map(str, choices))}"
 
 
 def _at_least(key: str, value: int, smallest: int) -> Iterator[str]:

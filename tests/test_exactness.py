@@ -15,7 +15,7 @@ from mst_train.data import Batch
 from mst_train.model import build_model, select_attention
 from mst_train.mst import Offload, Policy
 from mst_train.optim import build_optimizer
-from mst_train.train import train_step
+from mst_train.step import train_step
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(

@@ -18,21 +18,27 @@ FORBIDDEN = {
     "mst_train.optim": ("mst_train.model", "mst_train.train"),
     "mst_train.checkpoint": ("mst_train.model", "mst_train.train"),
     "mst_train.metrics": ("mst_train.model", "mst_train.train"),
-    "mst_train.train": ("mst_train.__main__", "mst_train.compose"),
+    "mst_train.step": ("mst_train.train", "mst_train.plan", "mst_train.compose"),
+    "mst_train.memory": ("mst_train.train", "mst_train.plan", "mst_train.compose"),
+    "mst_train.plan": ("mst_train.train", "mst_train.bench"),
+    "mst_train.train": ("mst_train.__main__", "mst_train.compose", "mst_train.bench"),
 }
 
 HOMES = {
     "hydra": ("mst_train.compose",),
     "wandb": ("mst_train.metrics",),
     "datasets": ("mst_train.data.huggingface",),
-    "flash_attn": ("mst_train.model.attention",),
+    "flash_attn": ("mst_train.model.kernels_cuda",),
+    "safetensors": ("mst_train.model.huggingface",),
+    "huggingface_hub": ("mst_train.model.huggingface",),
     "sentencepiece": ("mst_train.data.tokenizer",),
     "triton": ("mst_kernels",),
     "deepspeed": ("mst_train.optim", "mst_train.bench.systems", "mst_train.bench.peers"),
-    "transformers": ("mst_train.bench.systems",),
+    "transformers": ("mst_train.bench.systems", "mst_train.plan.baseline"),
     "liger_kernel": ("mst_train.bench.systems", "mst_train.bench.peers"),
     "cut_cross_entropy": ("mst_train.bench.peers",),
-    "matplotlib": ("mst_train.bench.plot",),
+    "matplotlib": ("mst_train.bench.plot", "mst_train.plan.plot", "mst_train.data.statistics"),
+    "rich": ("mst_train.plan.show",),
     "mst_train.bench": ("mst_train.bench",),
 }
 

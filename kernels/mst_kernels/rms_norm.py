@@ -11,6 +11,9 @@ which rounds where Hugging Face's LlamaRMSNorm does. With g = dy weight, the bac
     dx      = rstd (g - xhat mean(g xhat))  (+ the gradient arriving on the sum, where fused)
     dweight = sum over rows of dy [xhat]
 
+With ``offset`` the weight is 1 + weight, and xhat is not rounded before the product: Gemma's norm,
+rounding where Hugging Face's Gemma2RMSNorm does.
+
 Reference: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
 
 Legend: N rows, D hidden size.
@@ -27,7 +30,9 @@ from mst_kernels.backend import use_triton
 from mst_kernels.row_blocks import row_blocks
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, *, offset: bool = False
+) -> torch.Tensor:
     """RMSNorm over the last dimension, differentiable in x and weight (once).
 
     x: [..., D]. weight: [D]. Returns [..., D] in the dtype that x and weight promote to. Statistics
@@ -37,12 +42,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     ValueError for wrong shapes.
     """
     _check(x, weight)
-    y: torch.Tensor = _RMSNorm.apply(x, weight, epsilon)
+    y: torch.Tensor = _RMSNorm.apply(x, weight, epsilon, offset)
     return y
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    *,
+    offset: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rms_norm(x + residual), x + residual), in one pass, differentiable in all three (once).
 
@@ -57,31 +67,41 @@ def add_rms_norm(
             f"add_rms_norm needs a residual like x ({list(x.shape)} {x.dtype}), but got "
             f"{list(residual.shape)} {residual.dtype}"
         )
-    y, total = _AddRMSNorm.apply(x, residual, weight, epsilon)
+    y, total = _AddRMSNorm.apply(x, residual, weight, epsilon, offset)
     return y, total
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        y, rstd, _ = _forward(x, None, weight, epsilon)
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: bool
+    ) -> torch.Tensor:
+        y, rstd, _ = _forward(x, None, weight, epsilon, offset)
         ctx.save_for_backward(x, weight, rstd)
+        ctx.offset = offset
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        dx, dweight = _backward(dy, None, *ctx.saved_tensors)
-        return dx, dweight, None
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        x, weight, rstd = ctx.saved_tensors
+        dx, dweight = _backward(dy, None, x, weight, rstd, ctx.offset)
+        return dx, dweight, None, None
 
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+        ctx: Any,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        epsilon: float,
+        offset: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        y, rstd, total = _forward(x, residual, weight, epsilon)
+        y, rstd, total = _forward(x, residual, weight, epsilon, offset)
         ctx.save_for_backward(total, weight, rstd)
+        ctx.offset = offset
         ctx.set_materialize_grads(False)
         return y, total
 
@@ -89,11 +109,12 @@ class _AddRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, dy: torch.Tensor | None, dtotal: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None, None]:
         if dy is None:  # only the sum was used
-            return dtotal, dtotal, None, None
-        dx, dweight = _backward(dy, dtotal, *ctx.saved_tensors)
-        return dx, dx, dweight, None
+            return dtotal, dtotal, None, None, None
+        total, weight, rstd = ctx.saved_tensors
+        dx, dweight = _backward(dy, dtotal, total, weight, rstd, ctx.offset)
+        return dx, dx, dweight, None, None
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -105,7 +126,11 @@ def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 def _forward(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, epsilon: float
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    epsilon: float,
+    offset: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """y [..., D], rstd [N, 1], and what was normalised [..., D] (x itself without a residual)."""
     D = x.shape[-1]
@@ -119,7 +144,7 @@ def _forward(
         from mst_kernels.rms_norm_triton import rms_norm_forward_triton as run
     else:
         run = _forward_torch
-    run(x_ND, residual_ND, weight, epsilon, y_ND, rstd_N1, total_ND)
+    run(x_ND, residual_ND, weight, epsilon, offset, y_ND, rstd_N1, total_ND)
     return y_ND.view(x.shape), rstd_N1, x if residual is None else total_ND.view(x.shape)
 
 
@@ -129,6 +154,7 @@ def _backward(
     x: torch.Tensor,
     weight: torch.Tensor,
     rstd_N1: torch.Tensor,
+    offset: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx [..., D] with dtotal added in, and dweight [D]."""
     D = x.shape[-1]
@@ -139,7 +165,7 @@ def _backward(
         from mst_kernels.rms_norm_triton import rms_norm_backward_triton as run
     else:
         run = _backward_torch
-    dweight = run(dy_ND, dtotal_ND, x_ND, weight, rstd_N1, dx_ND)
+    dweight = run(dy_ND, dtotal_ND, x_ND, weight, rstd_N1, offset, dx_ND)
     return dx_ND.view(x.shape), dweight.to(weight.dtype)
 
 
@@ -151,6 +177,7 @@ def _forward_torch(
     residual_ND: torch.Tensor | None,
     weight: torch.Tensor,
     epsilon: float,
+    offset: bool,
     y_ND: torch.Tensor,
     rstd_N1: torch.Tensor,
     total_ND: torch.Tensor,
@@ -160,8 +187,11 @@ def _forward_torch(
             torch.add(x_ND[rows], residual_ND[rows], out=total_ND[rows])
         total = total_ND[rows].to(rstd_N1.dtype)
         rstd = total.square().mean(1, keepdim=True).add_(epsilon).rsqrt_()
-        xhat = (total * rstd).to(x_ND.dtype)
-        torch.mul(xhat, weight, out=y_ND[rows])
+        xhat = total * rstd
+        if offset:
+            y_ND[rows] = xhat.mul_(weight.to(xhat.dtype) + 1.0)
+        else:
+            torch.mul(xhat.to(x_ND.dtype), weight, out=y_ND[rows])
         rstd_N1[rows] = rstd
 
 
@@ -171,15 +201,17 @@ def _backward_torch(
     x_ND: torch.Tensor,
     weight: torch.Tensor,
     rstd_N1: torch.Tensor,
+    offset: bool,
     dx_ND: torch.Tensor,
 ) -> torch.Tensor:
     dtype = rstd_N1.dtype
+    factor = weight.to(dtype) + 1.0 if offset else weight
     dweight = torch.zeros(x_ND.shape[1], dtype=dtype, device=x_ND.device)
     for rows in row_blocks(x_ND, *x_ND.shape):
         rstd, dy = rstd_N1[rows], dy_ND[rows].to(dtype)
         xhat = x_ND[rows] * rstd
-        dweight += (dy * xhat.to(x_ND.dtype)).sum(0)
-        g = dy * weight
+        dweight += (dy * (xhat if offset else xhat.to(x_ND.dtype))).sum(0)
+        g = dy * factor
         dx = g.addcmul_(xhat, (g * xhat).mean(1, keepdim=True), value=-1.0).mul_(rstd)
         if dtotal_ND is not None:
             dx += dtotal_ND[rows]

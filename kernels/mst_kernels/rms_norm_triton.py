@@ -33,6 +33,7 @@ def _forward_kernel(
     D,
     epsilon,
     RESIDUAL: tl.constexpr,
+    OFFSET: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -50,7 +51,11 @@ def _forward_kernel(
     rstd = tl.rsqrt(tl.sum(x * x, axis=0) / D + epsilon)
     tl.store(rstd_ptr + row, rstd)
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    xhat = (x * rstd).to(dtype).to(tl.float32)
+    xhat = x * rstd
+    if OFFSET:
+        weight += 1.0
+    else:
+        xhat = xhat.to(dtype).to(tl.float32)
     tl.store(
         y_ptr + row * y_stride + columns,
         (xhat * weight).to(y_ptr.dtype.element_ty),
@@ -75,12 +80,15 @@ def _backward_kernel(
     D,
     rows_per_program,
     DTOTAL: tl.constexpr,
+    OFFSET: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     mask = columns < D
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    if OFFSET:
+        weight += 1.0
     dweight = tl.zeros([BLOCK_D], dtype=tl.float32)
     first = program * rows_per_program
     for row in range(first, tl.minimum(first + rows_per_program, N)):
@@ -88,7 +96,10 @@ def _backward_kernel(
         dy = tl.load(dy_ptr + row * dy_stride + columns, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row)
         xhat = x * rstd
-        dweight += dy * xhat.to(x_ptr.dtype.element_ty).to(tl.float32)
+        if OFFSET:
+            dweight += dy * xhat
+        else:
+            dweight += dy * xhat.to(x_ptr.dtype.element_ty).to(tl.float32)
         g = dy * weight
         dx = rstd * (g - xhat * (tl.sum(g * xhat, axis=0) / D))
         if DTOTAL:
@@ -112,6 +123,7 @@ def rms_norm_forward_triton(
     residual_ND: torch.Tensor | None,
     weight: torch.Tensor,
     epsilon: float,
+    offset: bool,
     y_ND: torch.Tensor,
     rstd_N1: torch.Tensor,
     total_ND: torch.Tensor,
@@ -137,6 +149,7 @@ def rms_norm_forward_triton(
             D,
             epsilon,
             RESIDUAL=residual_ND is not None,
+            OFFSET=offset,
             BLOCK_D=block_d,
             num_warps=_warps(block_d),
         )
@@ -148,6 +161,7 @@ def rms_norm_backward_triton(
     x_ND: torch.Tensor,
     weight: torch.Tensor,
     rstd_N1: torch.Tensor,
+    offset: bool,
     dx_ND: torch.Tensor,
 ) -> torch.Tensor:
     N, D = x_ND.shape
@@ -181,6 +195,7 @@ def rms_norm_backward_triton(
             D,
             rows_per_program,
             DTOTAL=dtotal_ND is not None,
+            OFFSET=offset,
             BLOCK_D=block_d,
             num_warps=_warps(block_d),
         )

@@ -14,7 +14,10 @@ PEAK_BF16_FLOPS = {
 
 
 def matrix_parameters(config: ModelConfig) -> int:
-    """Weights that take part in a matrix product for each token: all but embedding and norms."""
+    """Weights that take part in a matrix product for each token.
+
+    All but the embedding, norms and biases; a tied embedding counts as the head that it is.
+    """
     hidden, head = config.hidden_size, config.head_dim
     attention = hidden * head * (2 * config.num_heads + 2 * config.num_kv_heads)
     mlp = 3 * hidden * config.intermediate_size
@@ -22,22 +25,32 @@ def matrix_parameters(config: ModelConfig) -> int:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """The model's number of parameters."""
-    embedding = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
-    norms = (2 * config.num_layers + 1) * config.hidden_size
-    return matrix_parameters(config) + embedding + norms
+    """The model's number of parameters; tied ones count once."""
+    hidden, query_size = config.hidden_size, config.num_heads * config.head_dim
+    key_size = config.num_kv_heads * config.head_dim
+    embedding = 0 if config.tie_embeddings else config.vocab_size * hidden
+    block = (4 if config.norm_placement == "around" else 2) * hidden
+    if config.qkv_bias:
+        block += query_size + 2 * key_size
+    if config.qk_norm == "head":
+        block += 2 * config.head_dim
+    elif config.qk_norm == "projection":
+        block += query_size + key_size
+    return matrix_parameters(config) + embedding + config.num_layers * block + hidden
 
 
 def training_flops(config: ModelConfig, sequence_length: int) -> float:
     """Model FLOPs of training on one sequence: forward and backward, nothing recomputed.
 
-    Two per weight and token in the forward and four in the backward; attention counts the causal
-    half of its scores only: 2 * S^2 * H * E per layer in the forward, twice that in the backward.
+    Two per weight and token in the forward and four in the backward; attention counts the scores
+    that its mask leaves, half of S^2 or what a sliding window W leaves of it, W * (S - W / 2), with
+    4 * H * E for each in the forward and twice that in the backward.
     """
     dense = 6 * matrix_parameters(config) * sequence_length
-    heads = config.num_heads * config.head_dim
-    attention = 6 * config.num_layers * sequence_length**2 * heads
-    return float(dense + attention)
+    windows = (config.window(layer) or sequence_length for layer in range(config.num_layers))
+    spans = (min(window, sequence_length) for window in windows)
+    scores = sum(span * (sequence_length - span / 2) for span in spans)
+    return float(dense + 12 * scores * config.num_heads * config.head_dim)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -1,4 +1,6 @@
-"""The decoder: a Llama transformer whose memory policy is a property, not another model.
+"""The decoder: one transformer for the families that ``ModelConfig`` describes.
+
+Its memory policy is a property, not another model.
 
 Legend: B batch, S sequence, N = B*S tokens, D hidden, F intermediate, H query heads, K key-value
 heads, E head size, V vocabulary.
@@ -21,6 +23,7 @@ from mst_train.mst import (
     Documents,
     Offload,
     Policy,
+    Scores,
     cross_entropy,
     gated_mlp,
     mini_sequence_block,
@@ -31,23 +34,27 @@ from mst_train.mst import (
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, statistics in fp32 at least."""
+    """x / rms(x) * weight over the last dimension, statistics in fp32 at least.
 
-    def __init__(self, size: int, epsilon: float) -> None:
+    With ``offset`` the weight is 1 + weight.
+    """
+
+    def __init__(self, size: int, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
-        self.epsilon = epsilon
+        self.epsilon = config.norm_epsilon
+        self.offset = config.norm_offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.epsilon)
+        return rms_norm(x, self.weight, self.epsilon, offset=self.offset)
 
     def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm of the sum, the sum), in one pass."""
-        return add_rms_norm(x, residual, self.weight, self.epsilon)
+        return add_rms_norm(x, residual, self.weight, self.epsilon, offset=self.offset)
 
 
 class SelfAttention(nn.Module):
-    """Projections and rotary embeddings around a causal attention function."""
+    """Projections, norms and rotary embeddings around a causal attention function."""
 
     def __init__(self, config: ModelConfig, attention: Attention) -> None:
         super().__init__()
@@ -55,29 +62,44 @@ class SelfAttention(nn.Module):
         self.head_dim = config.head_dim
         query_size = config.num_heads * config.head_dim
         key_size = config.num_kv_heads * config.head_dim
-        self.query = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.key = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.value = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.query = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.key = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
+        self.value = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
         self.output = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.query_norm: RMSNorm | None = None
+        self.key_norm: RMSNorm | None = None
+        self.norms_heads = config.qk_norm == "head"
+        if config.qk_norm != "none":
+            head = self.head_dim if self.norms_heads else None
+            self.query_norm = RMSNorm(head or query_size, config)
+            self.key_norm = RMSNorm(head or key_size, config)
 
     def project(
         self, x_BSD: Tensor, cos: Tensor, sin: Tensor, queries: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Queries (if wanted), keys and values, [B, S, D] -> [B, S, heads, E] each."""
-        heads = (*x_BSD.shape[:2], -1, self.head_dim)
-        k_BSKE = self.key(x_BSD).view(heads)
-        v_BSKE = self.value(x_BSD).view(heads)
+        k_BSKE = self._heads(self.key(x_BSD), self.key_norm)
+        v_BSKE = self._heads(self.value(x_BSD), None)
         if not queries:
             return None, rope(k_BSKE[:, :, :0], k_BSKE, cos, sin)[1], v_BSKE
-        q_BSHE, k_BSKE = rope(self.query(x_BSD).view(heads), k_BSKE, cos, sin)
+        q_BSHE = self._heads(self.query(x_BSD), self.query_norm)
+        q_BSHE, k_BSKE = rope(q_BSHE, k_BSKE, cos, sin)
         return q_BSHE, k_BSKE, v_BSKE
+
+    def _heads(self, projected: Tensor, norm: RMSNorm | None) -> Tensor:
+        """[B, S, heads * E] -> [B, S, heads, E], normed if there is a norm."""
+        if norm is not None and not self.norms_heads:
+            projected = norm(projected)
+        heads = projected.unflatten(-1, (-1, self.head_dim))
+        return norm(heads) if norm is not None and self.norms_heads else heads
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """A gated MLP: down(activation(gate(x)) * up(x))."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.activation = config.activation
         self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
@@ -85,22 +107,33 @@ class MLP(nn.Module):
     def forward(self, x_BSD: Tensor, policy: Policy) -> Tensor:
         weights = (self.gate.weight, self.up.weight, self.down.weight)
         if policy.mini_sequence:
-            return mini_sequence_mlp(x_BSD, *weights, chunk_tokens=policy.mlp_chunk_tokens)
-        return gated_mlp(x_BSD, *weights)
+            return mini_sequence_mlp(
+                x_BSD,
+                *weights,
+                chunk_tokens=policy.mlp_chunk_tokens,
+                activation=self.activation,
+            )
+        return gated_mlp(x_BSD, *weights, activation=self.activation)
 
 
 class Block(nn.Module):
-    """One pre-norm decoder layer: attention, then MLP, each added to the residual stream.
+    """One decoder layer: attention, then MLP, each added to the residual stream.
 
-    Two parts that treat each token by itself, around attention (``mst.RowwiseBlock``).
+    Two parts that treat each token by itself, around attention (``mst.RowwiseBlock``). A norm that
+    ``norm_placement`` does without is None.
     """
 
     def __init__(self, config: ModelConfig, attention: Attention) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        before = config.norm_placement in ("before", "around")
+        after = config.norm_placement in ("after", "around")
+        size = config.hidden_size
+        self.attention_norm = RMSNorm(size, config) if before else None
         self.attention = SelfAttention(config, attention)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.attention_output_norm = RMSNorm(size, config) if after else None
+        self.mlp_norm = RMSNorm(size, config) if before else None
         self.mlp = MLP(config)
+        self.mlp_output_norm = RMSNorm(size, config) if after else None
         self.policy = Policy()
 
     def forward(
@@ -116,17 +149,27 @@ class Block(nn.Module):
         self, x_BSD: Tensor, cos: Tensor, sin: Tensor, *, queries: bool = True
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """[B, S, D] -> q [B, S, H, E] (None without ``queries``), k and v [B, S, K, E]."""
-        return self.attention.project(self.attention_norm(x_BSD), cos, sin, queries)
+        if self.attention_norm is not None:
+            x_BSD = self.attention_norm(x_BSD)
+        return self.attention.project(x_BSD, cos, sin, queries)
 
     def after_attention(self, x_BSD: Tensor, out_BSHE: Tensor) -> tuple[Tensor, Tensor]:
         """[B, S, D], [B, S, H, E] -> the residual stream and the MLP's branch, [B, S, D] each."""
         attention_BSD = self.attention.output(out_BSHE.flatten(2))
-        normed_BSD, stream_BSD = self.mlp_norm.after_adding(attention_BSD, x_BSD)
-        return stream_BSD, self.mlp(normed_BSD, self.policy)
+        if self.attention_output_norm is not None:
+            attention_BSD = self.attention_output_norm(attention_BSD)
+        if self.mlp_norm is not None:
+            mlp_input_BSD, stream_BSD = self.mlp_norm.after_adding(attention_BSD, x_BSD)
+        else:
+            mlp_input_BSD = stream_BSD = attention_BSD + x_BSD
+        branch_BSD = self.mlp(mlp_input_BSD, self.policy)
+        if self.mlp_output_norm is not None:
+            branch_BSD = self.mlp_output_norm(branch_BSD)
+        return stream_BSD, branch_BSD
 
 
 class Transformer(nn.Module):
-    """A Llama decoder language model.
+    """A decoder language model.
 
     ``policy`` and ``offload`` may be replaced between steps: they change what the model keeps,
     where, and what it recomputes, never its result.
@@ -142,8 +185,11 @@ class Transformer(nn.Module):
         self.config = config
         self.offload: Offload | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.blocks = nn.ModuleList(
+            Block(config, attention.of(_scores(config, layer)))
+            for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -182,16 +228,24 @@ class Transformer(nn.Module):
         hidden_ND = self.hidden(tokens, positions, documents).flatten(0, 1)
         labels_N = labels.flatten()
         with record_function(HEAD_RANGE):
+            softcap = self.config.logit_softcap
             if not self.policy.mini_sequence:
-                return cross_entropy(hidden_ND, self.head.weight, labels_N)
-            chunk_tokens = self.policy.head_chunk_tokens
+                return cross_entropy(hidden_ND, self.head.weight, labels_N, softcap=softcap)
             return mini_sequence_cross_entropy(
-                hidden_ND, self.head.weight, labels_N, chunk_tokens=chunk_tokens
+                hidden_ND,
+                self.head.weight,
+                labels_N,
+                chunk_tokens=self.policy.head_chunk_tokens,
+                softcap=softcap,
             )
 
     def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """The logits of every token, [B, S] int64 -> [B, S, V] in the model's type."""
-        return self.head(self.hidden(tokens, positions))
+        logits_BSV = self.head(self.hidden(tokens, positions))
+        softcap = self.config.logit_softcap
+        if softcap is not None:
+            logits_BSV = softcap * torch.tanh(logits_BSV / softcap)
+        return logits_BSV
 
     def hidden(
         self,
@@ -203,13 +257,18 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         x_BSD = self.embedding(tokens)
-        cos, sin = rotary_angles(
-            positions, self.config.head_dim, self.config.rope_theta, x_BSD.dtype
-        )
+        if self.config.scale_embeddings:
+            x_BSD = x_BSD * self._embedding_scale(x_BSD.dtype)
+        cos, sin = rotary_angles(positions, self.config, x_BSD.dtype)
         for block in self._decoder_blocks():
             with record_function(BLOCK_RANGE):
                 x_BSD = self._run(block, x_BSD, cos, sin, documents)
         return self.norm(x_BSD)
+
+    def _embedding_scale(self, dtype: torch.dtype) -> float:
+        """sqrt(D) as Gemma's implementations round it: to fp32 and then to ``dtype``."""
+        scale = torch.tensor(math.sqrt(self.config.hidden_size), dtype=torch.float32)
+        return scale.to(dtype).item()
 
     def _run(
         self, block: Block, x_BSD: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None
@@ -247,18 +306,24 @@ class Transformer(nn.Module):
 
         Matrices are normal with standard deviation ``initializer_std``; those that write to the
         residual stream are scaled by 1/sqrt(2 * layers), so that the stream's variance does not
-        grow with depth (GPT-2, section 2.3). Norms start at one.
+        grow with depth (GPT-2, section 2.3). Norms start as multiplying by one, biases at zero.
         """
         std = self.config.initializer_std
         residual_std = std / math.sqrt(2 * self.config.num_layers)
         generator = torch.Generator(self.embedding.weight.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                parameter.fill_(1.0)
+                is_zero = name.endswith(".bias") or self.config.norm_offset
+                parameter.fill_(0.0 if is_zero else 1.0)
             elif name.endswith(("attention.output.weight", "mlp.down.weight")):
                 parameter.normal_(0.0, residual_std, generator=generator)
             else:
                 parameter.normal_(0.0, std, generator=generator)
+
+
+def _scores(config: ModelConfig, layer: int) -> Scores:
+    """What a layer's attention computes."""
+    return Scores(config.window(layer), config.attention_softcap, config.attention_scale)
 
 
 def build_model(
@@ -283,13 +348,13 @@ def build_model(
         torch.set_default_dtype(previous)
     if torch.device(device).type == "meta":
         return model
-    _materialize(model, device)
+    materialize(model, device)
     model.initialize(seed)
     return model
 
 
-def _materialize(model: nn.Module, device: torch.device | str) -> None:
-    """Give every parameter memory on ``device``; a tied one once."""
+def materialize(model: nn.Module, device: torch.device | str) -> None:
+    """Give every parameter memory on ``device``, without values; a tied one once."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -5,7 +5,7 @@
 computed; ``Offload`` keeps it on the host. ``Policy`` says how a decoder puts them to use.
 """
 
-from mst_train.mst.attention import AttentionKernel, Documents, attend
+from mst_train.mst.attention import AttentionKernel, Documents, Scores, attend
 from mst_train.mst.block import RowwiseBlock, mini_sequence_block
 from mst_train.mst.head import cross_entropy, mini_sequence_cross_entropy
 from mst_train.mst.mlp import gated_mlp, mini_sequence_mlp
@@ -20,6 +20,7 @@ __all__ = [
     "Offload",
     "Policy",
     "RowwiseBlock",
+    "Scores",
     "attend",
     "cross_entropy",
     "gated_mlp",

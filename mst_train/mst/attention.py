@@ -1,7 +1,7 @@
 """Attention as one differentiable operation whose result a block can keep.
 
 Attention's backward reads its result and the log-sum-exp of its scores. Both together are no larger
-than the queries, while computing them again costs as much as the forward did: past some 57K tokens,
+than the queries, while computing them again costs as much as the forward did: past some 53K tokens,
 more than everything else in a Llama3-8B block. Under ``recompute_block`` they are kept and handed
 over in the re-run.
 
@@ -11,6 +11,7 @@ Legend: B batch, S sequence, H query heads, K key-value heads, E head size.
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,26 @@ from torch import Tensor
 
 from mst_train.mst.autograd import first_order_only
 from mst_train.mst.rerun import current_run
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What attention makes of queries and keys, and which of them it makes it of.
+
+        score = softcap * tanh(scale * q.k / softcap)
+
+    window: keys that a query sees, its own and the ones before it; None: all before it.
+    softcap: the scores' bound; None: they are scale * q.k.
+    scale: None: 1 / sqrt(head size).
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+
+
+PLAIN = Scores()
+"""Llama's: all keys before a query, scaled by 1 / sqrt(head size)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +60,7 @@ class Documents:
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest document."""
-        return int((self.boundaries[1:] - self.boundaries[:-1]).max())
+        return max(end - start for start, end in pairwise(self.offsets))
 
     def boundaries_on(self, device: torch.device) -> Tensor:
         """The boundaries on a device, as variable-length kernels take them; copied once."""
@@ -59,13 +80,28 @@ class Documents:
                 done = boundaries[-1]
                 boundaries += [done + offset - first for offset in self.offsets[begun:ended]]
                 boundaries.append(done + length)
-            self._inside[key] = Documents(torch.tensor(boundaries, dtype=torch.int32))
+            self._inside[key] = self._of(boundaries)
+        return self._inside[key]
+
+    def between(self, start: int, stop: int) -> "Documents":
+        """The documents of the tokens [start, stop) of the flattened batch, cut at these ends."""
+        key = (start, stop)
+        if key not in self._inside:
+            begun, ended = bisect_right(self.offsets, start), bisect_left(self.offsets, stop)
+            offsets = [0, *(offset - start for offset in self.offsets[begun:ended]), stop - start]
+            self._inside[key] = self._of(offsets)
         return self._inside[key]
 
     def around(self, token: int) -> tuple[int, int]:
         """Where the document of a token begins and ends."""
         index = bisect_right(self.offsets, token)
         return self.offsets[index - 1], self.offsets[index]
+
+    @staticmethod
+    def _of(offsets: list[int]) -> "Documents":
+        documents = Documents(torch.tensor(offsets, dtype=torch.int32))
+        documents.__dict__["offsets"] = offsets  # not to be read back from the tensor
+        return documents
 
     @cached_property
     def _copies(self) -> dict[torch.device, Tensor]:
@@ -84,9 +120,17 @@ class AttentionKernel(Protocol):
     each row of the batch. Without ``causal`` every query sees every key, of which there may then be
     another number than of queries, and there are no documents.
 
+    A kernel with a window is asked for causal attention alone. Without documents it may be given
+    more keys than queries: the queries then are those of the last keys.
+
     The backward must use ``out`` and ``lse`` as they are given: they may be those of the queries
     over more keys than are given here.
     """
+
+    @property
+    def scores(self) -> Scores:
+        """What this kernel computes."""
+        ...
 
     def forward(
         self,

@@ -7,6 +7,9 @@ s. The two results are merged by their log-sum-exps, as in FlashAttention's own 
 section 3.1); each part's backward is exact with the merged result and log-sum-exp, as in ring
 attention (Liu et al. 2023).
 
+With a sliding window there is nothing to merge: the queries see the keys of [s, e) and of one
+window before s, which one call of the kernel takes. Cost and memory then do not depend on s.
+
 Legend: B batch, S sequence, T rows of a chunk, H query heads, K key-value heads, E head size.
 """
 
@@ -24,6 +27,15 @@ KEYS_AT_ONCE = 32768
 
 Kernels hold the gradients of keys and values, in some cases once for every query head: this bounds
 them. A call of this size keeps a device busy for milliseconds."""
+
+
+class _Part(NamedTuple):
+    """Queries (counted from the chunk's first), and keys that hold all that these see."""
+
+    batch: slice
+    queries: slice
+    keys: slice
+    documents: Documents | None
 
 
 class _Rectangle(NamedTuple):
@@ -51,6 +63,8 @@ def attend_rows(
     Returns:
         (out, lse): [B, T, H, E] and [B, H, T].
     """
+    if kernel.scores.window is not None:
+        return _attend_window(kernel, q, k, v, _parts(documents, k, rows, kernel.scores.window))
     out, lse = kernel.forward(q, k[:, rows], v[:, rows], _inside(documents, k, rows))
     for batch, queries, keys in _before(documents, k, rows):
         past_out, past_lse = kernel.forward(
@@ -90,6 +104,9 @@ def attend_rows_backward(
     Returns:
         (dq, dk, dv) of ``rows``, in the types of q, k and v.
     """
+    if kernel.scores.window is not None:
+        parts = _parts(documents, k, rows, kernel.scores.window)
+        return _attend_window_backward(kernel, dout, q, k, v, out, lse, rows, parts, dk, dv)
     inside = _inside(documents, k, rows)
     dq_T, dk_T, dv_T = kernel.backward(dout, q, k[:, rows], v[:, rows], out, lse, inside)
     if dk is None or dv is None:
@@ -115,6 +132,78 @@ def attend_rows_backward(
         dk_T.to(dk.dtype).add_(dk[:, rows]).to(k.dtype),
         dv_T.to(dv.dtype).add_(dv[:, rows]).to(v.dtype),
     )
+
+
+def _attend_window(
+    kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, parts: list[_Part]
+) -> tuple[Tensor, Tensor]:
+    results = [
+        kernel.forward(q[batch, queries], k[batch, keys], v[batch, keys], documents)
+        for batch, queries, keys, documents in parts
+    ]
+    if len(results) == 1:
+        return results[0]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = results[0][1].new_empty(q.shape[0], q.shape[2], q.shape[1])
+    for part, (part_out, part_lse) in zip(parts, results, strict=True):
+        out[part.batch, part.queries] = part_out
+        lse[part.batch, :, part.queries] = part_lse
+    return out, lse
+
+
+def _attend_window_backward(
+    kernel: AttentionKernel,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rows: slice,
+    parts: list[_Part],
+    dk: Tensor | None,
+    dv: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for batch, queries, keys, documents in parts:
+        part_dq, part_dk, part_dv = kernel.backward(
+            dout[batch, queries],
+            q[batch, queries],
+            k[batch, keys],
+            v[batch, keys],
+            out[batch, queries],
+            lse[batch, :, queries],
+            documents,
+        )
+        if dk is None or dv is None:  # all rows are one chunk, and so one part
+            return part_dq, part_dk, part_dv
+        dq[batch, queries] = part_dq
+        dk[batch, keys] += part_dk
+        dv[batch, keys] += part_dv
+    assert dk is not None and dv is not None
+    return dq, dk[:, rows].to(k.dtype), dv[:, rows].to(v.dtype)
+
+
+def _parts(documents: Documents | None, k_BSKE: Tensor, rows: slice, window: int) -> list[_Part]:
+    """What the queries of these rows see through a window, in calls of a kernel."""
+    batch, sequence = k_BSKE.shape[:2]
+    length, oldest = rows.stop - rows.start, max(rows.start - window + 1, 0)
+    if documents is None or length == sequence:
+        return [_Part(slice(None), slice(0, length), slice(oldest, rows.stop), documents)]
+    parts = []
+    for row in range(batch):
+        of_row, offset = slice(row, row + 1), row * sequence
+        start, end = documents.around(offset + rows.start)
+        continued = 0  # queries of the document that reaches over the chunk's first row
+        if start - offset < rows.start:
+            continued = min(end - offset, rows.stop) - rows.start
+            keys = slice(max(start - offset, oldest), rows.start + continued)
+            parts.append(_Part(of_row, slice(0, continued), keys, None))
+        if continued < length:
+            keys = slice(rows.start + continued, rows.stop)
+            others = documents.between(offset + keys.start, offset + keys.stop)
+            parts.append(_Part(of_row, slice(continued, length), keys, others))
+    return parts
 
 
 def _share(part_lse_BHT: Tensor, whole_lse_BHT: Tensor) -> Tensor:

@@ -97,6 +97,8 @@ def mini_sequence_block(
         ValueError: an unusable chunk size.
         RuntimeError: a second backward where the kept tensors were offloaded.
     """
+    if x.numel() == 0:
+        raise ValueError(f"x {tuple(x.shape)} has no tokens")
     parameters = [p for p in block.parameters() if p.requires_grad]
     settings = _Settings(
         block,
@@ -105,7 +107,8 @@ def mini_sequence_block(
         _chunk_rows(chunk_tokens, x, block),
         keep_attention,
         offload,
-        needs_backward=torch.is_grad_enabled() and (x.requires_grad or bool(parameters)),
+        torch.is_grad_enabled() and (x.requires_grad or bool(parameters)),
+        [(p, p._version) for p in parameters],
     )
     y: Tensor = _MiniSequenceBlock.apply(  # type: ignore[no-untyped-call]
         settings, len(row_arguments), x, *row_arguments, *parameters
@@ -121,6 +124,8 @@ class _Settings(NamedTuple):
     keep_attention: bool
     offload: Offload | None
     needs_backward: bool
+    parameters: list[tuple[nn.Parameter, int]]
+    """Those that want gradients, with their versions."""
 
 
 class _MiniSequenceBlock(torch.autograd.Function):
@@ -128,7 +133,7 @@ class _MiniSequenceBlock(torch.autograd.Function):
     def forward(
         ctx: Any, settings: _Settings, row_arguments: int, x_BSD: Tensor, *tensors: Tensor
     ) -> Tensor:
-        block, kernel, documents, chunk_rows, keep_attention, offload, needs_backward = settings
+        block, kernel, documents, chunk_rows, keep_attention, offload, needs_backward, _ = settings
         arguments = tensors[:row_arguments]
         y_BSD = torch.empty_like(x_BSD, memory_format=torch.contiguous_format)
         keys_values = _Rows(x_BSD.shape[1])
@@ -159,13 +164,14 @@ class _MiniSequenceBlock(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, dy_BSD: Tensor) -> tuple[Tensor | None, ...]:
         block, kernel, documents, chunk_rows, *_ = ctx.settings
-        arguments = ctx.saved_tensors[: ctx.row_arguments]
+        saved = ctx.saved_tensors  # once: hooks of others may unpack them
+        arguments = saved[: ctx.row_arguments]
         chunks = list(chunk_slices(dy_BSD.shape[1], chunk_rows))
-        kept = _Kept(ctx, chunks)
+        kept = _Kept(ctx, list(saved[ctx.row_arguments :]), chunks)
         after = _After(block)
         dx_BSD = torch.empty_like(dy_BSD, memory_format=torch.contiguous_format)
         dk_BSKE = dv_BSKE = None
-        with _aliases(block) as parameters:
+        with _aliases(block, ctx.settings.parameters) as parameters:
             sums = [_Sum(several=len(chunks) > 1) for _ in parameters]
             if len(chunks) > 1:
                 k_BSKE, v_BSKE = kept.keys_values(block, arguments)
@@ -208,7 +214,9 @@ class _MiniSequenceBlock(torch.autograd.Function):
                 )
                 del q_BTHE, k_BTKE, v_BTKE, dq, dk, dv
                 _add(sums, gradients)
-                torch.add(dx_BTD, more_dx_BTD, out=dx_BSD[:, rows])
+                dx_BSD[:, rows] = _sum_of(x_BTD, dx_BTD, more_dx_BTD)
+                # What the next chunk does not need would be there at its peak.
+                del x_BTD, dx_BTD, more_dx_BTD, gradients
         nothing = [None] * (2 + ctx.row_arguments)
         totals = [total.result(p.dtype) for total, p in zip(sums, parameters, strict=True)]
         return (*nothing[:2], dx_BSD, *nothing[2:], *totals)
@@ -217,8 +225,7 @@ class _MiniSequenceBlock(torch.autograd.Function):
 class _Kept:
     """What a block's forward kept, for its backward, which wants the last rows first."""
 
-    def __init__(self, ctx: Any, chunks: list[slice]) -> None:
-        kept = list(ctx.saved_tensors[ctx.row_arguments :])
+    def __init__(self, ctx: Any, kept: list[Tensor], chunks: list[slice]) -> None:
         self._chunks = chunks
         self._offloaded = ctx.settings.offload is not None
         self._x = None if self._offloaded else kept.pop(0)
@@ -261,25 +268,51 @@ class _After:
 
     def __init__(self, block: RowwiseBlock) -> None:
         self._block = block
-        self._run: BlockRun = _Unread()
+        self._reads_results = False
 
     def __call__(self, x_BTD: Tensor, out_BTHE: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad(), running(self._run):
-            stream, branch = self._block.after_attention(x_BTD, out_BTHE)
-        if isinstance(self._run, _Unread) and self._run.used and not is_unread(branch):
-            self._run = BlockRun()
+        if self._reads_results:
+            return self._run(BlockRun(), x_BTD, out_BTHE)
+        run = _Unread()
+        stream, branch = self._run(run, x_BTD, out_BTHE)
+        if run.skipped and not (
+            run.skipped == 1 and is_unread(branch) and not _made_of(stream, branch)
+        ):
+            self._reads_results = True
             return self(x_BTD, out_BTHE)
         return stream, branch
+
+    def _run(self, run: BlockRun, x_BTD: Tensor, out_BTHE: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad(), running(run):
+            return self._block.after_attention(x_BTD, out_BTHE)
 
 
 class _Unread(BlockRun):
     """A run in which the MLP's result is read by nobody, as far as is known."""
 
-    used = False
+    skipped = 0
+    """Operations that were told so."""
 
     def result_unread(self, saved: int) -> bool:
-        self.used = True
+        self.skipped += 1
         return True
+
+
+def _made_of(tensor: Tensor, source: Tensor) -> bool:
+    """Whether ``tensor`` was computed from ``source``, or from what that is a view of."""
+    made = source.grad_fn
+    sources = {made, *(node for node, _ in (made.next_functions[:1] if made else ()))}
+    seen: set[Any] = set()
+    nodes = [tensor.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node in sources:
+            return True
+        seen.add(node)
+        nodes += [earlier for earlier, _ in node.next_functions]
+    return False
 
 
 class _Rows:
@@ -331,25 +364,37 @@ def _add(sums: list[_Sum], gradients: Sequence[Tensor | None]) -> None:
 
 
 @contextmanager
-def _aliases(block: RowwiseBlock) -> Iterator[list[Tensor]]:
-    """The block with other tensors on its parameters' memory; yields those that want gradients.
+def _aliases(block: RowwiseBlock, wanted: list[tuple[nn.Parameter, int]]) -> Iterator[list[Tensor]]:
+    """The block with other tensors on its parameters' memory; yields those of ``wanted``.
 
     Gradients of one chunk are asked of these, so that hooks on the parameters see the sum alone.
     """
+    if any(parameter._version != version for parameter, version in wanted):
+        raise RuntimeError(
+            "a parameter of the block was changed in place between the forward and the backward of "
+            "mini_sequence_block: update parameters after the backward"
+        )
+    wants = {parameter for parameter, _ in wanted}
     places = [
         (module._parameters, name, parameter)
         for module in block.modules()
         for name, parameter in module._parameters.items()
         if parameter is not None
     ]
-    aliases = {p: p.detach().requires_grad_(p.requires_grad) for _, _, p in places}
+    aliases = {p: p.detach().requires_grad_(p in wants) for _, _, p in places}
     try:
         for parameters, name, parameter in places:
             parameters[name] = aliases[parameter]  # type: ignore[assignment]
-        yield [alias for alias in aliases.values() if alias.requires_grad]
+        yield [aliases[parameter] for parameter, _ in wanted]
     finally:
         for parameters, name, parameter in places:
             parameters[name] = parameter
+
+
+def _sum_of(like: Tensor, *parts: Tensor | None) -> Tensor:
+    """The sum of those that are there; zeros where none is."""
+    there = [part for part in parts if part is not None]
+    return sum(there[1:], start=there[0]) if there else torch.zeros_like(like)
 
 
 def _cut(tensors: Sequence[Tensor], rows: slice) -> list[Tensor]:
@@ -376,4 +421,4 @@ def _chunk_rows(chunk_tokens: int | str, x_BSD: Tensor, block: RowwiseBlock) -> 
         x_BSD.device,
         BLOCK_BYTES,
     )
-    return max(tokens // batch, 1)
+    return -(-tokens // batch)

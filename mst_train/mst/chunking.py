@@ -16,7 +16,7 @@ MULTIPLE = 256
 MINIMUM = 1024
 """Below this many rows a GPU's matrix products slow down."""
 
-INTERMEDIATE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+INTERMEDIATE_BYTES = {"cpu": 32 * 2**20, "cuda": 768 * 2**20}
 """What one chunk's intermediates may take, by device type."""
 
 BLOCK_BYTES = {"cpu": 64 * 2**20, "cuda": 1280 * 2**20}

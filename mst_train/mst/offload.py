@@ -21,6 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
+
+from mst_train.memory.tracker import HOST_RANGE
 
 AHEAD = 1
 """How many blocks' tensors are on their way at once, in each direction.
@@ -123,13 +126,16 @@ class HostBuffers:
                 f"data.sequence_length, or set memory.keep_attention=false or memory.offload=none"
             )
         self.allocated_bytes += size
-        if self._pinned:
-            try:
-                return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
-            except RuntimeError as error:
-                log.warning("host memory cannot be pinned (%s): copies will not overlap", error)
-                self._pinned = False
-        return torch.empty(like.shape, dtype=like.dtype)
+        with record_function(HOST_RANGE):
+            if self._pinned:
+                try:
+                    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+                except RuntimeError as error:
+                    log.warning("host memory cannot be pinned (%s): copies will not overlap", error)
+                    self._pinned = False
+            # What has only a shape (a simulated step) waits without memory too.
+            home = "meta" if like.is_meta else "cpu"
+            return torch.empty(like.shape, dtype=like.dtype, device=home)
 
     def _release_unused(self) -> None:
         """Give up buffers of sizes that are not in use now."""

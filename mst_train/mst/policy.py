@@ -1,8 +1,12 @@
 """What a memory policy means for the pieces of a step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mst_train.config import AUTO, MemoryConfig
+import torch
+
+from mst_train.config import AUTO, MemoryConfig, ModelConfig
+from mst_train.mst.chunking import BLOCK_BYTES, resolve_chunk_tokens
+from mst_train.mst.mlp import BACKWARD_INTERMEDIATES
 
 
 @dataclass(frozen=True)
@@ -34,3 +38,38 @@ class Policy:
             keep_attention=memory.keep_attention,
             block_chunk_tokens=memory.block_chunk_tokens,
         )
+
+    def resolved(
+        self, model: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> "Policy":
+        """The same policy with the numbers that "auto" stands for.
+
+        Those that the mini-sequence functions choose for ``tokens`` tokens of this type on a device
+        of this type.
+        """
+        size = dtype.itemsize
+        block = resolve_chunk_tokens(
+            self.block_chunk_tokens,
+            tokens,
+            2 * _product_features(model) * size,
+            device,
+            BLOCK_BYTES,
+        )
+        mlp_bytes = BACKWARD_INTERMEDIATES * model.intermediate_size * size
+        at_once = block if self.recompute else tokens
+        return replace(
+            self,
+            block_chunk_tokens=block,
+            mlp_chunk_tokens=resolve_chunk_tokens(
+                self.mlp_chunk_tokens, at_once, mlp_bytes, device
+            ),
+            head_chunk_tokens=resolve_chunk_tokens(
+                self.head_chunk_tokens, tokens, model.vocab_size * size, device
+            ),
+        )
+
+
+def _product_features(model: ModelConfig) -> int:
+    """Features of all the products in a block, per token."""
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    return queries + 2 * keys + 2 * model.hidden_size + 2 * model.intermediate_size

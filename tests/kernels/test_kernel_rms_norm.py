@@ -168,3 +168,59 @@ def test_wrong_shapes_are_refused() -> None:
         rms_norm(x, torch.ones(4), EPSILON)
     with pytest.raises(ValueError, match="residual like x"):
         add_rms_norm(x, torch.ones(3), torch.ones(3), EPSILON)
+
+
+# --- with an offset ------------------------------------------------------------------------------
+
+
+def plain_offset(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """As Hugging Face's Gemma2RMSNorm rounds: once, after the weight."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    xhat = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPSILON)
+    return (xhat * (1.0 + weight.to(wide.dtype))).to(x.dtype)
+
+
+def offset_alone(x, weight):
+    return rms_norm(x, weight, EPSILON, offset=True)
+
+
+def offset_fused(x, residual, weight):
+    return add_rms_norm(x, residual, weight, EPSILON, offset=True)
+
+
+def plain_offset_fused(x, residual, weight):
+    total = x + residual
+    return plain_offset(total, weight), total
+
+
+def test_offset_in_float64_is_exact() -> None:
+    x, residual, weight, dy, dtotal = make((2, 5, 123), torch.float64, torch.device("cpu"))
+    truths = run(plain_offset, (x, weight), dy)
+    for name, actual in run(offset_alone, (x, weight), dy).items():
+        assert_exact(name, actual, truths[name])
+    truths = run(plain_offset_fused, (x, residual, weight), dy, dtotal)
+    for name, actual in run(offset_fused, (x, residual, weight), dy, dtotal).items():
+        assert_exact(name, actual, truths[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 123), (123, 5), (3, 41, 64)])
+def test_offset_is_no_worse_than_plain(implementation, device, dtype, shape) -> None:
+    x, residual, weight, dy, dtotal = make(shape, dtype, device)
+    weight *= 0.1  # as Gemma's are: added to one in bf16, most of their digits were lost
+    for kernel, reference, tensors in [
+        (offset_alone, plain_offset, (x, weight)),
+        (offset_fused, plain_offset_fused, (x, residual, weight)),
+    ]:
+        actual = run(kernel, tensors, dy, dtotal)
+        in_dtype = run(reference, tensors, dy, dtotal)
+        truths = run(reference, [t.double() for t in tensors], dy.double(), dtotal.double())
+        for name, truth in truths.items():
+            assert_no_worse(f"{kernel.__name__} {name}", actual[name], in_dtype[name], truth)
+
+
+def test_offset_rounds_where_hugging_face_does(implementation, device) -> None:
+    x, _, weight, _, _ = make((41, 123), torch.bfloat16, device)
+    y, expected = offset_alone(x, weight), plain_offset(x, weight)
+    assert (y != expected).float().mean() < 0.01
+    torch.testing.assert_close(y, expected, rtol=2**-7, atol=0)

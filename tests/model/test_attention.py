@@ -9,7 +9,7 @@ import torch
 from mst_train.errors import UserError
 from mst_train.memory.tracker import MemoryTracker
 from mst_train.model.attention import KERNELS, CpuKernel, ReferenceKernel, select_attention
-from mst_train.mst import Documents
+from mst_train.mst import Documents, Scores
 
 CPU = torch.device("cpu")
 BACKENDS = {
@@ -83,7 +83,7 @@ def test_cuda_kernels_take_and_give_the_right_shapes(name, boundaries):
     documents = make_documents(boundaries)
     q = torch.empty(2, 13, 4, 64, dtype=torch.bfloat16, device="meta")
     k = torch.empty(2, 13, 2, 64, dtype=torch.bfloat16, device="meta")
-    kernel = KERNELS[name]()
+    kernel = KERNELS[name](Scores())
     out, lse = kernel.forward(q, k, k, documents)
     assert out.shape == q.shape
     assert out.is_contiguous()

@@ -4,6 +4,7 @@ Measured on fake tensors, which run the same code at Llama3-8B's dimensions with
 setting is measured on real tensors too, to show that they count alike.
 """
 
+import dataclasses
 from itertools import pairwise
 
 import pytest
@@ -17,7 +18,7 @@ from mst_train.mst import Offload, Policy
 
 CPU = torch.device("cpu")
 KIB = 1024
-LAYERS = 4
+LAYERS = 2
 LLAMA3 = ModelConfig(
     vocab_size=4096,  # a small head, so that the blocks decide the peak at every length
     hidden_size=4096,
@@ -26,11 +27,17 @@ LLAMA3 = ModelConfig(
     num_heads=32,
     num_kv_heads=8,
 )
+POLICY = Policy(True, True, 16384, 16384, block_chunk_tokens=16384)
 
-# Bytes per token in bf16: a hidden state, queries with keys and values, a number per head, the
-# cosines and sines.
-HIDDEN, QKV, LSE, TABLES = 8 * KIB, 12 * KIB, 32 * 4, 2 * 64 * 4
-KEPT = {"keep": 2 * HIDDEN + LSE, "recompute attention": HIDDEN}
+# Bytes per token in bf16: a hidden state (or queries, or attention's result), keys with values, a
+# number per head.
+HIDDEN, KEYS_VALUES, LSE = 8 * KIB, 4 * KIB, 32 * 4
+KEPT = {True: 2 * HIDDEN + LSE, False: HIDDEN}  # with keep_attention and without
+
+# What exists for all tokens while a block goes backward, beside what blocks have kept: keys and
+# values, their gradients in fp32, the gradients of the block's result and input, and the model's
+# cosines and sines. Everything else is of one chunk.
+BACKWARD = KEYS_VALUES + 2 * KEYS_VALUES + 2 * HIDDEN + 2 * 64 * 4
 
 
 def peak(config, policy, tokens, *, dtype=torch.bfloat16, offload=False):
@@ -48,38 +55,40 @@ def peak(config, policy, tokens, *, dtype=torch.bfloat16, offload=False):
     return tracker.peak_bytes, model.offload.host_bytes if offload else 0
 
 
-def slopes(policy, **options):
-    lengths = [k * 65536 for k in (1, 2, 4)]
+def slopes(policy, lengths, layers=LAYERS, **options):
+    """Bytes per token between one length (in units of 64K tokens) and the next."""
+    config, lengths = dataclasses.replace(LLAMA3, num_layers=layers), [k * 65536 for k in lengths]
     with FakeTensorMode():
-        peaks = [peak(LLAMA3, policy, tokens, **options)[0] for tokens in lengths]
+        peaks = [peak(config, policy, tokens, **options)[0] for tokens in lengths]
     return [
         (b - a) / (n - m) for (a, b), (m, n) in zip(pairwise(peaks), pairwise(lengths), strict=True)
     ]
 
 
+@pytest.mark.parametrize(("keep", "lengths"), [(True, (1, 2, 4)), (False, (1, 2))])
+def test_slope_on_the_device(keep, lengths):
+    """All blocks' kept tensors, in the backward of the last one."""
+    for slope in slopes(dataclasses.replace(POLICY, keep_attention=keep), lengths):
+        assert slope == pytest.approx(LAYERS * KEPT[keep] + BACKWARD, rel=0.01)
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_slope_with_offload_does_not_depend_on_depth(layers):
+    """Of what was kept, a chunk or two are there at a time; but when a block comes to its first
+    chunk, all keys and values of the block before are on their way back."""
+    [slope] = slopes(POLICY, (1, 2), layers, offload=True)
+    assert slope == pytest.approx(BACKWARD + KEYS_VALUES, rel=0.01)
+
+
 @pytest.mark.parametrize("keep", [True, False])
-def test_slope_on_the_device(keep):
-    """All blocks' kept tensors, and what the backward of one MLP has beside them: queries, keys and
-    values, both norms' results, the residual stream in between, the gradients of the MLP's result
-    and input, and attention's result where it is not kept."""
-    first, second = slopes(Policy(True, True, 16384, 16384, keep_attention=keep))
-    kept = KEPT["keep" if keep else "recompute attention"]
-    expected = LAYERS * kept + QKV + 5 * HIDDEN + TABLES + (0 if keep else HIDDEN + LSE)
-    assert first == pytest.approx(second, rel=0.01)
-    assert second == pytest.approx(expected, rel=0.1)
-
-
-def test_slope_with_offload_does_not_depend_on_depth():
-    """The same without the other blocks' kept tensors, but for one that is on its way."""
-    _, slope = slopes(Policy(True, True, 16384, 16384), offload=True)
-    expected = 2 * KEPT["keep"] + QKV + 5 * HIDDEN + TABLES
-    assert slope == pytest.approx(expected, rel=0.1)
-
-
-def test_host_memory_is_what_the_blocks_keep():
+def test_host_memory_is_what_the_blocks_keep_with_keys_and_values(keep):
+    """Keys and values wait there too, rather than being computed a third time."""
+    policy = dataclasses.replace(POLICY, keep_attention=keep)
     with FakeTensorMode():
-        _, host = peak(LLAMA3, Policy(True, True, 16384, 16384), 65536, offload=True)
-    assert host == 65536 * LAYERS * KEPT["keep"]
+        _, several = peak(LLAMA3, policy, 65536, offload=True)
+        _, one_chunk = peak(LLAMA3, policy, 16384, offload=True)
+    assert several == 65536 * LAYERS * (KEPT[keep] + KEYS_VALUES)
+    assert one_chunk == 16384 * LAYERS * KEPT[keep]
 
 
 def test_real_tensors_count_alike():
@@ -91,7 +100,8 @@ def test_real_tensors_count_alike():
         num_heads=4,
         num_kv_heads=2,
     )
-    for policy in (Policy(True, True, 128, 128), Policy(True), Policy()):
+    mini_sequence = Policy(True, True, 128, 128, block_chunk_tokens=256)
+    for policy in (mini_sequence, Policy(True), Policy()):
         real, _ = peak(config, policy, 1024, dtype=torch.float32)
         with FakeTensorMode():
             fake, _ = peak(config, policy, 1024, dtype=torch.float32)

@@ -1,0 +1,140 @@
+"""The families of models whose Hugging Face checkpoints are read and written.
+
+``FAMILIES`` is the whole of what is supported: for each ``model_type``, what every model of the
+family has, and what its config.json can say.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""Activations by transformers' names."""
+
+SPANS = {"sliding_attention": "sliding", "full_attention": "full"}
+
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+}
+"""What every config.json states, and the settings' names of it."""
+
+NEVER = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0,
+    "partial_rotary_factor": 1,
+    "use_bidirectional_attention": False,
+    "quantization_config": None,
+}
+"""Keys that only these values (or null) are supported of."""
+
+LLAMA = {
+    "qkv_bias": False,
+    "qk_norm": "none",
+    "attention_softcap": None,
+    "logit_softcap": None,
+    "norm_placement": "before",
+    "norm_offset": False,
+    "scale_embeddings": False,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    architecture: its class in transformers.
+    fixed: settings that all of its models share.
+    defaults: what transformers takes where config.json leaves a key out.
+    windows: which layers may have sliding windows: none, all of them, or those of ``layer_types``.
+    capped: config.json has query_pre_attn_scalar and the two softcaps.
+    even_heads: transformers wants a hidden size that is a multiple of the number of heads.
+    """
+
+    architecture: str
+    fixed: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    windows: str = "none"
+    capped: bool = False
+    even_heads: bool = False
+    activation_key: str = "hidden_act"
+    ignored: tuple[str, ...] = field(default=())
+    """Keys of ``NEVER`` that transformers does not read for this family."""
+
+
+def _defaults(max_position_embeddings: int, **others: Any) -> dict[str, Any]:
+    return {
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+        "max_position_embeddings": max_position_embeddings,
+        **others,
+    }
+
+
+_QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", LLAMA, _defaults(2048), even_heads=True),
+    "mistral": Family(
+        "MistralForCausalLM",
+        LLAMA,
+        _defaults(131072, num_key_value_heads=8, sliding_window=4096),
+        windows="all",
+        ignored=("attention_bias", "mlp_bias"),
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        LLAMA | {"qkv_bias": True},
+        _defaults(32768, num_key_value_heads=32, **_QWEN_WINDOWS),
+        windows="layers",
+        ignored=("attention_bias", "mlp_bias"),
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        LLAMA | {"qk_norm": "head"},
+        _defaults(32768, num_key_value_heads=32, head_dim=128, **_QWEN_WINDOWS),
+        windows="layers",
+        ignored=("mlp_bias",),
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        {
+            "qkv_bias": False,
+            "qk_norm": "none",
+            "norm_placement": "around",
+            "norm_offset": True,
+            "scale_embeddings": True,
+        },
+        _defaults(
+            8192,
+            num_key_value_heads=4,
+            head_dim=256,
+            tie_word_embeddings=True,
+            hidden_activation="gelu_pytorch_tanh",
+            query_pre_attn_scalar=256,
+            attn_logit_softcapping=50.0,
+            final_logit_softcapping=30.0,
+            sliding_window=4096,
+        ),
+        windows="layers",
+        capped=True,
+        even_heads=True,
+        activation_key="hidden_activation",
+        ignored=("mlp_bias",),
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        LLAMA | {"qk_norm": "projection", "norm_placement": "after"},
+        _defaults(2048, rms_norm_eps=1e-5),
+        ignored=("mlp_bias",),
+    ),
+}

@@ -1,0 +1,621 @@
+"""The whole block in mini-sequences: the same numbers, and only the work and memory it promises."""
+
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from mst_train.memory.tracker import MemoryTracker
+from mst_train.model.attention import CpuKernel, ReferenceKernel
+from mst_train.mst import (
+    Documents,
+    Offload,
+    attention_rows,
+    gated_mlp,
+    mini_sequence_block,
+    mini_sequence_mlp,
+)
+from mst_train.mst.chunking import BLOCK_BYTES
+from mst_train.mst.rerun import current_run
+
+CPU = torch.device("cpu")
+HIDDEN, HEADS, KV_HEADS, INTERMEDIATE = 16, 4, 2, 40
+SEQUENCE = 17
+CHUNKS = {"of one row": 1, "ragged": 7, "one": SEQUENCE, "longer than the sequence": 1000}
+OFFLOADS = {"none": None, "host": Offload(CPU)}
+
+
+class Block(nn.Module):
+    """A pre-norm block; with ``post_norm`` something reads the MLP's result (as in Gemma-2).
+
+    Its row argument is a factor of the keys, [..., S, head size].
+    """
+
+    def __init__(self, post_norm=False, kv_heads=KV_HEADS, hidden=HIDDEN):
+        super().__init__()
+        self.head_size = hidden // HEADS
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+        self.post_norm = nn.LayerNorm(hidden) if post_norm else nn.Identity()
+        self.query = nn.Linear(hidden, hidden, bias=False)
+        self.key_value = nn.Linear(hidden, 2 * kv_heads * self.head_size)
+        self.output = nn.Linear(hidden, hidden, bias=False)
+        self.gate_up = nn.Parameter(torch.randn(2, INTERMEDIATE, hidden) / hidden**0.5)
+        self.down = nn.Parameter(torch.randn(hidden, INTERMEDIATE) / INTERMEDIATE**0.5)
+        self.mlp = partial(mini_sequence_mlp, chunk_tokens=5)
+
+    def before_attention(self, x, *factor, queries=True):
+        normed = self.attention_norm(x)
+        k, v = self.key_value(normed).unflatten(-1, (2, -1, self.head_size)).unbind(2)
+        for one in factor:
+            k = k * one.unsqueeze(-2)
+        q = self.query(normed).unflatten(-1, (-1, self.head_size)) if queries else None
+        return q, k, v
+
+    def after_attention(self, x, out):
+        x = x + self.output(out.flatten(2))
+        return x, self.post_norm(self.mlp(self.mlp_norm(x), *self.gate_up, self.down))
+
+
+def plain(block, x, arguments=(), documents=None):
+    """The block as one piece, by torch's own operations."""
+    q, k, v = (t.transpose(1, 2) for t in block.before_attention(x, *arguments))
+    batch, sequence = x.shape[:2]
+    boundaries = [i * sequence for i in range(batch + 1)]
+    boundaries = documents.boundaries.tolist() if documents else boundaries
+    owners = torch.tensor([i for i, (a, b) in enumerate(pairwise(boundaries)) for _ in range(a, b)])
+    owners = owners.view(batch, 1, sequence)
+    seen = (owners[..., None] == owners[..., None, :]).tril()
+    out = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+    block.mlp, mini_sequence = gated_mlp, block.mlp
+    stream, branch = block.after_attention(x, out.transpose(1, 2))
+    block.mlp = mini_sequence
+    return stream + branch
+
+
+def mini(chunk_tokens="auto", kernel=None, **options):
+    """``mini_sequence_block`` with these options, called as ``plain`` is."""
+
+    def run(block, x, arguments=(), documents=None):
+        return mini_sequence_block(
+            block,
+            kernel or CpuKernel(),
+            x,
+            arguments,
+            documents=documents,
+            chunk_tokens=chunk_tokens,
+            **options,
+        )
+
+    return run
+
+
+def make_stack(layers=2, batch=1, dtype=torch.float64, sequence=SEQUENCE, hidden=HIDDEN, **options):
+    torch.manual_seed(0)
+    stack = nn.ModuleList(Block(hidden=hidden, **options) for _ in range(layers)).to(dtype)
+    return stack, torch.randn(batch, sequence, hidden, dtype=dtype)
+
+
+def make_documents(boundaries):
+    return boundaries and Documents(torch.tensor(boundaries, dtype=torch.int32))
+
+
+def forward(stack, x, run, *arguments):
+    for block in stack:
+        x = run(block, x, *arguments)
+    return x
+
+
+def gradients(stack, x, run, *arguments):
+    """The result, and the gradients of x and of all parameters."""
+    x = x.clone().requires_grad_()
+    stack.zero_grad()
+    y = forward(stack, x, run, *arguments)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in stack.parameters())]
+
+
+def assert_equal(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+# --- the same numbers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("keep_attention", [True, False])
+@pytest.mark.parametrize("kernel", [CpuKernel, ReferenceKernel])
+def test_equals_the_plain_block(kernel, keep_attention, offload, chunks, batch):
+    stack, x = make_stack(batch=batch)
+    run = mini(
+        CHUNKS[chunks] * batch,
+        kernel(),
+        keep_attention=keep_attention,
+        offload=OFFLOADS[offload],
+    )
+    assert_equal(gradients(stack, x, run), gradients(stack, x, plain))
+
+
+@pytest.mark.parametrize("chunk_tokens", [5, 2 * SEQUENCE])
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, HEADS])
+def test_grouped_heads_and_norms_after(kv_heads, post_norm, chunk_tokens):
+    stack, x = make_stack(batch=2, kv_heads=kv_heads, post_norm=post_norm)
+    assert_equal(gradients(stack, x, mini(chunk_tokens)), gradients(stack, x, plain))
+
+
+@pytest.mark.parametrize(
+    "boundaries",
+    [
+        [0, 20, 40],
+        [0, 5, 10, 15, 20, 40],  # the chunks' own borders
+        [0, 2, 18, 20, 21, 39, 40],  # across several chunks
+        [0, 4, 5, 6, 10, 11, 20, 29, 36, 40],
+        [*range(21), 33, 34, 35, 36, 37, 40],  # of one token
+    ],
+)
+@pytest.mark.parametrize("keep_attention", [True, False])
+@pytest.mark.parametrize("kernel", [CpuKernel, ReferenceKernel])
+def test_packed_documents(kernel, keep_attention, boundaries):
+    """In chunks of 5 rows of 20; the second row's documents are others than the first's."""
+    stack, x = make_stack(batch=2, sequence=20)
+    documents = make_documents(boundaries)
+    run = mini(10, kernel(), keep_attention=keep_attention)
+    actual = gradients(stack, x, run, (), documents)
+    assert_equal(actual, gradients(stack, x, plain, (), documents))
+
+
+@pytest.mark.parametrize("shape", [(SEQUENCE,), (2, SEQUENCE)])
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_row_arguments_are_cut_with_the_rows(shape, offload):
+    stack, x = make_stack(batch=2)
+    factor = torch.randn(*shape, HIDDEN // HEADS, dtype=torch.float64)
+    actual = gradients(stack, x, mini(10, offload=OFFLOADS[offload]), (factor,))
+    assert_equal(actual, gradients(stack, x, plain, (factor,)))
+
+
+def test_any_strides():
+    """Of x, of the result's gradient, and a gradient that is one number for all."""
+    stack, x = make_stack(layers=1, batch=3)
+    x = x.permute(1, 2, 0).contiguous().permute(2, 0, 1).requires_grad_()
+    assert not x.is_contiguous()
+    weights = torch.randn(HIDDEN, 3, SEQUENCE, dtype=torch.float64)
+    for loss in (torch.Tensor.sum, lambda y: (y.permute(2, 0, 1) * weights).sum()):
+        expected = torch.autograd.grad(loss(plain(stack[0], x)), x)
+        assert_equal(torch.autograd.grad(loss(mini(9)(stack[0], x)), x), expected)
+
+
+@pytest.mark.parametrize("chunk_tokens", [7, SEQUENCE])
+def test_frozen_parameters(chunk_tokens):
+    stack, x = make_stack(layers=3)
+    for p in (stack[0].key_value.weight, stack[1].down, stack[2].gate_up, stack[2].mlp_norm.bias):
+        p.requires_grad_(False)
+    assert_equal(gradients(stack, x, mini(chunk_tokens)), gradients(stack, x, plain))
+    stack.requires_grad_(False)
+    actual = gradients(stack, x, mini(chunk_tokens))
+    assert_equal(actual, gradients(stack, x, plain))
+    assert actual[1] is not None
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_an_input_without_gradient(offload):
+    stack, x = make_stack()
+    expected = torch.autograd.grad(forward(stack, x, plain).sum(), list(stack.parameters()))
+    y = forward(stack, x, mini(7, offload=OFFLOADS[offload]))
+    assert_equal(torch.autograd.grad(y.sum(), list(stack.parameters())), expected)
+
+
+def test_gradients_of_chosen_tensors():
+    """torch.autograd.grad, as a user or a test asks for some gradients only."""
+    stack, x = make_stack(layers=3)
+    weights = [stack[0].output.weight, stack[2].down, stack[1].attention_norm.bias]
+    expected = torch.autograd.grad(forward(stack, x, plain).sum(), weights)
+    assert_equal(torch.autograd.grad(forward(stack, x, mini(7)).sum(), weights), expected)
+
+
+def test_a_parameter_in_two_places():
+    """Twice in one block, and a block twice in the model."""
+    stack, x = make_stack()
+    stack[0].mlp_norm.weight = stack[0].attention_norm.weight
+    stack[0].output.weight = stack[0].query.weight
+    stack = nn.ModuleList([stack[0], stack[1], stack[0]])
+    assert_equal(gradients(stack, x, mini(7)), gradients(stack, x, plain))
+    assert_equal(gradients(stack, x, mini()), gradients(stack, x, plain))
+
+
+class TwoMLPs(Block):
+    """The first one's result is read by the second."""
+
+    def after_attention(self, x, out):
+        stream, branch = super().after_attention(x, out)
+        stream = stream + branch
+        return stream, self.mlp(self.mlp_norm(stream), *self.gate_up, self.down)
+
+
+@pytest.mark.parametrize("chunk_tokens", [7, SEQUENCE])
+def test_two_mlps(chunk_tokens):
+    _, x = make_stack()
+    stack = nn.ModuleList(TwoMLPs() for _ in range(2)).double()
+    assert_equal(gradients(stack, x, mini(chunk_tokens)), gradients(stack, x, plain))
+
+
+@pytest.mark.parametrize("chunk_tokens", [4, SEQUENCE])
+def test_hooks_see_each_gradient_once_and_whole(chunk_tokens):
+    """As data-parallel and sharding code rely on."""
+    stack, x = make_stack()
+    expected = gradients(stack, x, plain)[2:]
+    seen, accumulated = [], []
+    for p in stack.parameters():
+        p.register_hook(lambda gradient, p=p: seen.append((p, gradient.clone())))
+        p.register_post_accumulate_grad_hook(lambda p: accumulated.append((p, p.grad.clone())))
+    gradients(stack, x, mini(chunk_tokens))
+    for calls in (seen, accumulated):
+        assert len(calls) == len(expected)
+        by_parameter = dict(calls)
+        assert_equal([by_parameter[p] for p in stack.parameters()], expected)
+
+
+def test_under_recomputation_of_torch():
+    stack, x = make_stack()
+    run = partial(checkpoint, mini(7), use_reentrant=False)
+    assert_equal(gradients(stack, x, run), gradients(stack, x, plain))
+
+
+def test_inside_a_compiled_function():
+    stack, x = make_stack(layers=1)
+    compiled = torch.compile(lambda y: mini(7)(stack[0], y), backend="aot_eager")
+    actual = gradients(stack, x, lambda block, y: compiled(y))
+    assert_equal(actual, gradients(stack, x, plain))
+
+
+def test_bf16_weight_gradients_are_as_near_to_the_truth_as_in_one_chunk():
+    """Summed over 128 chunks in fp32: in bf16, each would cost up to 2^-9 of all before it. The
+    factor leaves room for each chunk's gradient being rounded to bf16 once."""
+    stack, x = make_stack(layers=1, sequence=1024, dtype=torch.bfloat16)
+    truth, _ = make_stack(layers=1)
+    truth.load_state_dict(stack.state_dict())
+
+    def errors(run):
+        expected = gradients(truth, x.double(), plain)
+        return [
+            ((gradient.double() - true).norm() / true.norm()).item()
+            for gradient, true in zip(gradients(stack, x, run), expected, strict=True)
+        ]
+
+    names = ["y", "dx", *(name for name, _ in stack.named_parameters())]
+    for name, many, one in zip(names, errors(mini(8)), errors(mini(1024)), strict=True):
+        assert many < 1.5 * one, (name, many, one)
+
+
+# --- what autograd may do with it ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_attention", [True, False])
+@pytest.mark.parametrize("chunk_tokens", [7, SEQUENCE])
+def test_a_second_backward_through_a_retained_graph(chunk_tokens, keep_attention):
+    stack, x = make_stack()
+    tensors = [x.requires_grad_(), *stack.parameters()]
+    loss = forward(stack, x, mini(chunk_tokens, keep_attention=keep_attention)).square().sum()
+    first = torch.autograd.grad(loss, tensors, retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(loss, tensors), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("keep_attention", [True, False])
+@pytest.mark.parametrize("chunk_tokens", [7, SEQUENCE])
+def test_a_second_backward_after_offloading_is_refused(chunk_tokens, keep_attention):
+    stack, x = make_stack(layers=1)
+    run = mini(chunk_tokens, keep_attention=keep_attention, offload=Offload(CPU))
+    loss = forward(stack, x.requires_grad_(), run).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second backward through mini_sequence_block"):
+        loss.backward()
+
+
+def test_gradients_of_gradients_are_refused():
+    stack, x = make_stack(layers=1)
+    y = mini(7)(stack[0], x.requires_grad_())
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_an_input_changed_in_place_is_refused():
+    stack, x = make_stack(layers=1)
+    h = x.requires_grad_() * 1
+    y = mini(7)(stack[0], h)
+    with torch.no_grad():
+        h.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("part", ["before_attention", "after_attention"])
+@pytest.mark.parametrize("chunk_tokens", [7, SEQUENCE])
+def test_an_exception_in_the_re_run_leaves_the_block_as_it_was(monkeypatch, part, chunk_tokens):
+    stack, x = make_stack(layers=1)
+    parameters = list(stack.named_parameters())
+    original = getattr(stack[0], part)
+
+    def failing(*arguments, **options):
+        if torch.is_grad_enabled():
+            raise KeyError("user's own")
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stack[0], part, failing)
+        loss = mini(chunk_tokens)(stack[0], x.clone().requires_grad_()).sum()
+        with pytest.raises(KeyError, match="user's own"):
+            loss.backward()
+    assert current_run() is None
+    now = list(stack.named_parameters())
+    assert [name for name, _ in now] == [name for name, _ in parameters]
+    assert all(a is b for (_, a), (_, b) in zip(now, parameters, strict=True))
+    assert_equal(gradients(stack, x, mini(chunk_tokens)), gradients(stack, x, plain))
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, -1, 2.5, True, "many"])
+def test_unusable_chunk_sizes(chunk_tokens):
+    stack, x = make_stack(layers=1)
+    with pytest.raises(ValueError, match="must be a positive integer or 'auto'"):
+        mini(chunk_tokens)(stack[0], x)
+
+
+# --- the work ------------------------------------------------------------------------------------
+
+
+class CountingKernel(CpuKernel):
+    """Calls, and the pairs of queries and keys in them (of all rows and heads alike)."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.pairs = [0, 0], [0, 0]
+
+    def count(self, which, q, k):
+        self.calls[which] += 1
+        self.pairs[which] += q.shape[1] * k.shape[1]
+
+    def forward(self, q, k, v, documents=None, causal=True):
+        self.count(0, q, k)
+        return super().forward(q, k, v, documents, causal)
+
+    def backward(self, dout, q, k, v, out, lse, documents=None, causal=True):
+        self.count(1, q, k)
+        return super().backward(dout, q, k, v, out, lse, documents, causal)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, SEQUENCE])
+@pytest.mark.parametrize(("keep_attention", "forwards"), [(True, 1), (False, 2)])
+def test_attention_runs_as_often_as_promised(keep_attention, forwards, chunk_tokens):
+    """A square for every chunk, and a rectangle for every chunk but the first."""
+    kernel, layers = CountingKernel(), 2
+    stack, x = make_stack(layers)
+    gradients(stack, x, mini(chunk_tokens, kernel, keep_attention=keep_attention))
+    lengths = [min(chunk_tokens, SEQUENCE - start) for start in range(0, SEQUENCE, chunk_tokens)]
+    calls = layers * (2 * len(lengths) - 1)
+    pairs = layers * sum(length * (i * chunk_tokens + length) for i, length in enumerate(lengths))
+    assert kernel.calls == [forwards * calls, calls]
+    assert kernel.pairs == [forwards * pairs, pairs]
+
+
+def test_attention_does_not_look_before_documents():
+    """No rectangle where documents end with the chunks."""
+    kernel = CountingKernel()
+    stack, x = make_stack(layers=1, sequence=20)
+    gradients(stack, x, mini(5, kernel), (), make_documents([0, 10, 15, 20]))
+    squares, rectangle, of_documents = 4, 1, 4
+    assert kernel.calls == [squares + rectangle + of_documents] * 2
+
+
+class Products(TorchDispatchMode):
+    """How often each weight is in a product of all tokens, by the weight's shape.
+
+    Of chunks, the parts add up: a whole number means that all tokens went through as often.
+    """
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens, self.counts = tokens, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        if function.overloadpacket in (aten.mm, aten.addmm, aten.addmm_):
+            (m, k), (_, n) = (matrix.shape for matrix in args[-2:])
+            weight = frozenset({HIDDEN, 2 * HIDDEN // HEADS, INTERMEDIATE} & {m, k, n})
+            work = m * k * n / self.tokens
+            size = max(weight) * min(weight)
+            self.counts[weight] = self.counts.get(weight, 0) + work / size
+        return function(*args, **(kwargs or {}))
+
+
+def count_products(chunk_tokens, post_norm=False, offload=None):
+    """Of the square matrices (query and output), of keys with values, and of the MLP's."""
+    tokens = 23  # no number of a weight's features
+    stack, x = make_stack(layers=1, kv_heads=1, post_norm=post_norm, sequence=tokens)
+    with Products(tokens) as products:
+        gradients(stack, x, mini(chunk_tokens, offload=offload))
+    square, keys, mlp = {HIDDEN}, {HIDDEN, 2 * HIDDEN // HEADS}, {HIDDEN, INTERMEDIATE}
+    assert len(products.counts) == 3
+    return tuple(products.counts[frozenset(of)] for of in (square, keys, mlp))
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 23])
+def test_products(chunk_tokens):
+    """MLP: 3 forward, 2 to rebuild gate and up, 6 backward. Others: forward, re-run, and two in the
+    backward; keys and values once more where there are several chunks and they are not offloaded.
+    """
+    several = chunk_tokens < 23
+    square, keys, mlp = count_products(chunk_tokens)
+    assert (square, keys, mlp) == pytest.approx((4 + 4, 5 if several else 4, 11))
+    square, keys, mlp = count_products(chunk_tokens, offload=Offload(CPU))
+    assert (square, keys, mlp) == pytest.approx((4 + 4, 4, 11))
+
+
+@pytest.mark.parametrize("chunk_tokens", [7, 23])
+def test_products_where_a_norm_reads_the_mlp(chunk_tokens):
+    """3 more for the MLP's result; and the last chunk finds out that it needs it by running
+    ``after_attention`` without, once."""
+    last = (23 % chunk_tokens or 23) / 23
+    square, _, mlp = count_products(chunk_tokens, post_norm=True)
+    assert (square, mlp) == pytest.approx((4 + 4 + last, 14))
+
+
+def test_automatic_chunks_are_bounded_by_bytes(monkeypatch):
+    """The results of all products, with their gradients: of query, key and value, output, MLP."""
+    stack, x = make_stack(layers=1, batch=2, sequence=3072)
+    features = HIDDEN + 2 * KV_HEADS * HIDDEN // HEADS + HIDDEN + 2 * INTERMEDIATE + HIDDEN
+    chunks = []
+    for tokens in (2048, 3072, 6143, 6144):
+        kernel = CountingKernel()
+        monkeypatch.setitem(BLOCK_BYTES, "cpu", tokens * 2 * features * x.element_size())
+        with torch.no_grad():
+            mini("auto", kernel)(stack[0], x)
+        chunks.append((kernel.calls[0] + 1) / 2)
+    assert chunks == [3, 2, 2, 1]
+
+
+# --- the memory ----------------------------------------------------------------------------------
+
+
+def kept_bytes(x, keep_attention):
+    """Of one block, between forward and backward."""
+    log_sum_exp = x.shape[0] * x.shape[1] * HEADS * max(x.element_size(), 4)
+    return x.nbytes + (x.nbytes + log_sum_exp if keep_attention else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 34])
+@pytest.mark.parametrize("boundaries", [None, [0, 3, 17, 34]])
+def test_memory_between_forward_and_backward(boundaries, chunk_tokens, dtype):
+    """To the byte, with everything that views hold on to. The first input was there before, and
+    the last result is alive."""
+    layers = 3
+    stack, x = make_stack(layers, batch=2, dtype=dtype)
+    documents = make_documents(boundaries)
+    keys_values = 2 * x.nbytes * KV_HEADS // HEADS if chunk_tokens < 34 else 0
+    for keep_attention in (True, False):
+        kept = kept_bytes(x, keep_attention)
+        with MemoryTracker() as tracker:
+            run = mini(chunk_tokens, keep_attention=keep_attention)
+            y = forward(stack, x, run, (), documents)
+            assert tracker.live_bytes == layers * kept - x.nbytes + y.nbytes
+            y.sum().backward()
+
+        offload = Offload(CPU)
+        run = mini(chunk_tokens, keep_attention=keep_attention, offload=offload)
+        forward(stack, x, run, (), documents)  # makes the host buffers
+        with MemoryTracker() as tracker:
+            y = forward(stack, x, run, (), documents)
+            assert tracker.live_bytes == y.nbytes
+            y.sum().backward()
+        assert offload.host_bytes == layers * (kept + keys_values)
+
+
+def test_without_gradients_nothing_is_kept():
+    stack, x = make_stack()
+    offload = Offload(CPU)
+    for run in (mini(7), mini(7, offload=offload), mini()):
+        with torch.no_grad(), MemoryTracker() as tracker:
+            y = forward(stack, x, run)
+            assert tracker.live_bytes == y.nbytes
+        assert not y.requires_grad
+        assert_equal(y, forward(stack, x, plain))
+    stack.requires_grad_(False)
+    with MemoryTracker() as tracker:
+        y = forward(stack, x, mini(7, offload=offload))
+        assert tracker.live_bytes == y.nbytes
+    assert offload.host_bytes == 0
+
+
+def backward_peak(layers, sequence, *, keep_attention=True, offload=False, post_norm=False):
+    """Beyond what was kept, in bf16, in chunks of 64 rows."""
+    stack, x = make_stack(
+        layers, sequence=sequence, dtype=torch.bfloat16, hidden=64, post_norm=post_norm
+    )
+    for p in stack.parameters():
+        p.grad = torch.zeros_like(p)
+    run = mini(64, keep_attention=keep_attention, offload=Offload(CPU) if offload else None)
+    loss = forward(stack, x, run).square().sum()
+    with MemoryTracker() as tracker:
+        loss.backward()
+    return tracker.peak_bytes
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("keep_attention", [True, False])
+def test_peak_of_the_backward_does_not_grow_with_depth(monkeypatch, keep_attention, offload):
+    monkeypatch.setattr(attention_rows, "KEYS_AT_ONCE", 128)
+    shallow, deep = (
+        backward_peak(layers, 256, keep_attention=keep_attention, offload=offload)
+        for layers in (2, 6)
+    )
+    assert deep == shallow
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("keep_attention", [True, False])
+@pytest.mark.parametrize("offload", [False, True])
+def test_peak_of_the_backward_per_token(monkeypatch, offload, keep_attention, post_norm):
+    """Beyond what was kept, the whole sequence's
+
+        keys and values            2 x 2 heads of 16 in bf16      128
+        their gradients            the same in fp32               256
+        gradients of y and x       2 x 64 in bf16                 256
+
+    and with offload the keys and values of the block before, on their way back.
+    """
+    monkeypatch.setattr(attention_rows, "KEYS_AT_ONCE", 128)
+    options = {"keep_attention": keep_attention, "offload": offload, "post_norm": post_norm}
+    peaks = [backward_peak(2, sequence, **options) for sequence in (512, 768, 1024)]
+    expected = 128 + 256 + 256 + (128 if offload else 0)
+    slopes = [(b - a) / 256 for a, b in pairwise(peaks)]
+    assert slopes == [expected] * 2
+
+
+def test_peak_of_the_forward_per_token(monkeypatch):
+    """The result, keys and values (128 + 128); what it keeps is 272, without x itself."""
+    monkeypatch.setattr(attention_rows, "KEYS_AT_ONCE", 128)
+    peaks = []
+    for sequence in (512, 768, 1024):
+        stack, x = make_stack(1, sequence=sequence, dtype=torch.bfloat16, hidden=64)
+        with MemoryTracker() as tracker:
+            forward(stack, x, mini(64))
+        peaks.append(tracker.peak_bytes)
+    kept = kept_bytes(x, keep_attention=True) - x.nbytes
+    expected = 128 + 128 + kept / 1024
+    slopes = [(b - a) / 256 for a, b in pairwise(peaks)]
+    assert slopes == [expected] * 2
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_nothing_leaks_over_fifty_steps(offload):
+    offload = Offload(CPU) if offload else None
+    stack, x = make_stack()
+
+    def step():
+        gradients(stack, x, mini(7, offload=offload))
+        stack.zero_grad()
+
+    step()
+    host = offload and offload.host_bytes
+    with MemoryTracker() as tracker:
+        for _ in range(50):
+            step()
+            assert tracker.live_bytes == 0
+    assert (offload and offload.host_bytes) == host
+
+
+def test_an_abandoned_graph_gives_its_buffers_back():
+    offload = Offload(CPU)
+    stack, x = make_stack()
+    sizes = set()
+    for _ in range(3):
+        y = forward(stack, x, mini(7, offload=offload))
+        sizes.add(offload.host_bytes)
+        del y
+    assert len(sizes) == 1
