@@ -23,9 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from mst_train.config import OptimizerConfig
 from mst_train.errors import TrainingError, UserError
+from mst_train.memory.tracker import HOST_RANGE
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -97,6 +99,10 @@ class Optimizer:
     def clip(self, max_norm: float, norm: Tensor) -> None:
         """Scale the gradient, whose global norm is ``norm``, to at most ``max_norm``."""
         nn.utils.clip_grads_with_norm_(self._weights.values(), max_norm, norm)
+
+    def abandon_step(self) -> None:
+        """Forget the gradient of a step that was not finished."""
+        self._adamw.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -233,6 +239,10 @@ class InBackwardOptimizer(Optimizer):
     def clip(self, max_norm: float, norm: Tensor) -> None:
         raise RuntimeError("weights that are updated in the backward leave nothing to clip")
 
+    def abandon_step(self) -> None:
+        super().abandon_step()
+        self._norms.clear()
+
     def step(self) -> None:
         """The step is done; its gradient was finite."""
         self._norms.clear()
@@ -305,7 +315,8 @@ class HostOptimizer(Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         self._wait()
-        super().step()
+        with record_function(HOST_RANGE):
+            super().step()
 
     def _weight(self, parameter: nn.Parameter) -> nn.Parameter:
         return nn.Parameter(_host_copy(parameter))
@@ -320,7 +331,8 @@ class HostOptimizer(Optimizer):
         )
 
     def _state(self, weight: Tensor, saved: dict[str, Tensor]) -> dict[str, Any]:
-        return super()._state(weight, saved) | {"step": int(saved["step"])}
+        with record_function(HOST_RANGE):
+            return super()._state(weight, saved) | {"step": int(saved["step"])}
 
     def _takes_gradients(self) -> bool:
         return True
@@ -332,7 +344,8 @@ class HostOptimizer(Optimizer):
             weight.grad.copy_(gradient, non_blocking=True)
         else:
             self._wait()
-            weight.grad += gradient.to("cpu")
+            with record_function(HOST_RANGE):
+                weight.grad += gradient.to(weight.device)
 
     def _wait(self) -> None:
         """Until the gradients that are on their way have arrived."""
@@ -351,7 +364,10 @@ def _norm(tensors: Iterable[Tensor]) -> Tensor:
 
 def _host_copy(tensor: Tensor) -> Tensor:
     """A copy in fp32 on the host, pinned where the tensor is on CUDA."""
-    copy = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
+    with record_function(HOST_RANGE):
+        home = "meta" if tensor.is_meta else "cpu"  # a simulated step has no memory there either
+        pinned = tensor.is_cuda
+        copy = torch.empty(tensor.shape, dtype=torch.float32, device=home, pin_memory=pinned)
     return copy.copy_(tensor.detach())
 
 

@@ -1,36 +1,34 @@
 """The training run, from a configuration to a trained model: read it from top to bottom.
 
-train        the run: set up, loop over steps, evaluate, save, report
-train_step   one optimizer step
-evaluate     the validation loss
+train   set up, loop over steps (step.py), evaluate, save, report
 """
 
 import dataclasses
 import logging
-import math
 import random
 import time
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mst_kernels import set_backend, use_triton
 from mst_train.checkpoint import first_undamaged, load_part, save_checkpoint
 from mst_train.config import Config
-from mst_train.data import IGNORED, Batch, Data, Loader, fixed_batches, load_data
+from mst_train.data import Data, Loader, fixed_batches, load_data
 from mst_train.errors import TrainingError, UserError
-from mst_train.memory.budget import GIB, require_fit
+from mst_train.memory.devices import GIB
 from mst_train.memory.tracker import process_peak_bytes
 from mst_train.metrics import Metrics, Progress, write_json
 from mst_train.model import Transformer, build_model, select_attention
-from mst_train.model.flops import parameter_count, peak_flops, training_flops
-from mst_train.mst import Documents, HostBudgetError, Offload, Policy
-from mst_train.optim import Optimizer, build_optimizer, learning_rate
+from mst_train.model.flops import peak_flops, training_flops
+from mst_train.mst import HostBudgetError, Offload, Policy
+from mst_train.optim import build_optimizer, learning_rate
+from mst_train.plan.before import before_training, largest_parts
+from mst_train.plan.predict import Prediction
 from mst_train.run_folder import RunFolder, check_continuation
+from mst_train.step import evaluate, train_step
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +40,15 @@ def train(config: Config) -> dict[str, Any]:
     """
     # What can be refused is refused before anything is written.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    require_fit(config, parameter_count(config.model), device)
+    _require_one_process(config)
     folder = RunFolder(config)
     checkpoint = first_undamaged(folder.candidates)
     progress_made = _progress_at(checkpoint, config)
     if progress_made["step"] >= config.train.steps:
         log.info("the run in %s is finished: set train.steps higher to go on", folder.path)
         return _write_summary(folder, progress_made["summary"])
+    prediction = before_training(config, device)
+    config = prediction.config  # with what memory.policy=auto stands for
     data = load_data(config.data)
     _require_vocabulary(config, data)
     _require_same_data(progress_made, data, checkpoint)
@@ -133,64 +133,13 @@ def train(config: Config) -> dict[str, Any]:
         exit_code = 0
         return _write_summary(folder, summary)
     except torch.OutOfMemoryError as error:
-        raise TrainingError(_out_of_memory(config)) from error
+        raise TrainingError(_out_of_memory(prediction)) from error
     except HostBudgetError as error:
         raise TrainingError(str(error)) from error
     finally:
         progress.close()
         metrics.close(exit_code)
         folder.close()
-
-
-def train_step(
-    model: Transformer,
-    optimizer: Optimizer,
-    batches: Sequence[Batch],
-    rate: float,
-    max_grad_norm: float | None,
-) -> tuple[float, float, int]:
-    """One optimizer step over the micro-batches ``batches``, at learning rate ``rate``.
-
-    The loss is the sum over the step's valid tokens divided by their number, so it does not depend
-    on how the step is cut into micro-batches. Returns loss, gradient norm and number of tokens;
-    raises TrainingError, which says how the weights are left, where loss or gradient is not finite.
-    """
-    device = model.embedding.weight.device
-    valid_tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-    loss_sum = 0.0
-    optimizer.begin_step(rate)
-    for batch in batches:
-        batch_loss_sum, _ = model(*_move(batch, device))
-        loss_sum += batch_loss_sum.item()
-        if not math.isfinite(loss_sum):  # checked here: the backward may update weights
-            raise TrainingError(
-                f"the loss is {loss_sum}: the weights were not updated. Continue from the last "
-                f"checkpoint with {optimizer.remedies}"
-            )
-        (batch_loss_sum / valid_tokens).backward()
-    norm = optimizer.gradient_norm()
-    gradient_norm = norm.item()
-    if not math.isfinite(gradient_norm):
-        raise TrainingError(
-            f"the gradient's norm is {gradient_norm}: {optimizer.after_bad_gradient}. Continue "
-            f"from the last checkpoint with {optimizer.remedies}"
-        )
-    if max_grad_norm is not None:
-        optimizer.clip(max_grad_norm, norm)
-    optimizer.step()
-    return loss_sum / valid_tokens, gradient_norm, sum(batch.tokens.numel() for batch in batches)
-
-
-@torch.no_grad()
-def evaluate(model: Transformer, batches: Iterable[Batch]) -> float:
-    """The mean loss per valid token over all batches."""
-    device = model.embedding.weight.device
-    loss_sum, valid_tokens = 0.0, 0
-    for batch in batches:
-        batch_loss_sum, batch_valid_tokens = model(*_move(batch, device))
-        loss_sum += batch_loss_sum.item()
-        valid_tokens += int(batch_valid_tokens)
-    return loss_sum / valid_tokens
 
 
 def _due(step: int, every: int, config: Config) -> bool:
@@ -269,17 +218,6 @@ def _require_same_data(progress_made: dict[str, Any], data: Data, checkpoint: Pa
         )
 
 
-def _move(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Documents | None]:
-    """What the model takes, on its device."""
-    documents = None if batch.boundaries is None else Documents(batch.boundaries)
-    return (
-        batch.tokens.to(device),
-        batch.labels.to(device),
-        batch.positions.to(device),
-        documents,
-    )
-
-
 def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -307,12 +245,21 @@ def _restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _out_of_memory(config: Config) -> str:
-    advice = "a smaller data.sequence_length or train.micro_batch_size"
-    if config.memory.policy != "mst":
-        advice = f"memory.policy=mst or {advice}"
+def _out_of_memory(prediction: Prediction) -> str:
+    config = prediction.config
     return (
         f"the device ran out of memory at data.sequence_length={config.data.sequence_length}, "
         f"train.micro_batch_size={config.train.micro_batch_size} with "
-        f"memory.policy={config.memory.policy}: try {advice}"
+        f"memory.policy={config.memory.policy} (predicted {largest_parts(prediction)}): try "
+        f"memory.policy=auto, or see what fits with python -m mst_train.plan plan.search=true"
     )
+
+
+def _require_one_process(config: Config) -> None:
+    parallel = config.parallel
+    if parallel.sequence_parallel > 1 or parallel.zero_stage > 0:
+        raise UserError(
+            f"parallel.sequence_parallel={parallel.sequence_parallel} and parallel.zero_stage="
+            f"{parallel.zero_stage} are for planning so far (python -m mst_train.plan): training "
+            f"runs in one process, so set parallel.sequence_parallel=1 and parallel.zero_stage=0"
+        )

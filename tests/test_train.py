@@ -14,7 +14,8 @@ from mst_train.errors import TrainingError, UserError
 from mst_train.model import build_model
 from mst_train.mst import Policy
 from mst_train.optim import InBackwardOptimizer, Optimizer
-from mst_train.train import evaluate, train, train_step
+from mst_train.step import evaluate, train_step
+from mst_train.train import train
 
 
 def records(config):

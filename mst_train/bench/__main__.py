@@ -29,6 +29,7 @@ ABOUT = """\
   short    the same at lengths that do not need the method
   systems  whole steps of this project, transformers, DeepSpeed's ALST and Liger
   peers    the LM head and the MLP alone, as others implement them
+  max_sequence  the longest sequence that fits under each policy, beside the prediction
   *_gpu    the same with Llama3-8B's dimensions, for one large GPU"""
 
 
@@ -61,14 +62,22 @@ def _run(arguments: list[str]) -> int:
 
 def _measure(config: Config) -> tuple[dict[str, Any], str]:
     """The report, written to its folder, and what to show of it."""
-    from mst_train.bench import environment, peers, report, short, step, systems
+    from mst_train import environment
+    from mst_train.bench import max_sequence, peers, report, short, step, systems
+    from mst_train.bench.environment import prepare_device
 
-    benches = {"step": step.run, "short": short.run, "systems": systems.run, "peers": peers.run}
+    benches = {
+        "step": step.run,
+        "short": short.run,
+        "systems": systems.run,
+        "peers": peers.run,
+        "max_sequence": max_sequence.run,
+    }
     folder = Path(config.bench.dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"bench.dir={folder} is a file: name a folder")
-    device = environment.prepare_device(config)
-    about = environment.describe(device)  # before the load that this makes
+    device = prepare_device(config)
+    about = environment.describe(device, "mst_train.bench")  # before the load that this makes
     rows, problems = benches[config.bench.kind](config, device)
     problems += [f"{row['variant']}: {row['problem']}" for row in rows if row["failed"]]
     result = {

@@ -23,6 +23,7 @@ TITLES = {
     "short": "One training step, down to short sequences",
     "systems": "One training step in each system",
     "peers": "Forward and backward of the LM head with its loss, and of the MLP",
+    "max_sequence": "The longest sequence that fits",
 }
 
 
@@ -31,12 +32,15 @@ def draw(report: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row in report["rows"] if row["median_seconds"]]
+    longest = report["bench"] == "max_sequence"
+    rows = [row for row in report["rows"] if row["tokens"] if longest or row["median_seconds"]]
     cases = list(dict.fromkeys((row["work"], row["tokens"]) for row in rows))
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     if not cases:
         figure.text(0.5, 0.5, "nothing could be measured", ha="center", color=INK)
+    elif longest:
+        _longest(figure, rows)
     elif report["bench"] == "peers" or len(cases) == 1:
         _bars(figure, report, rows, cases)
     else:
@@ -44,6 +48,19 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure.suptitle(TITLES[report["bench"]], x=0.01, ha="left", fontsize=13, color=INK)
     figure.supxlabel(_caption(report), x=0.01, ha="left", fontsize=8, color="#6b7280")
     figure.savefig(path, dpi=160, facecolor="white")
+
+
+def _longest(figure: Any, rows: Sequence[Row]) -> None:
+    """Measured and predicted lengths, a pair of bars for each variant."""
+    axes = figure.subplots()
+    places = range(len(rows), 0, -1)
+    axes.barh([p + 0.2 for p in places], [r["tokens"] / 1024 for r in rows], 0.36, color=OURS)
+    predicted = [(r["predicted_tokens"] or 0) / 1024 for r in rows]
+    axes.barh([p - 0.2 for p in places], predicted, 0.36, color=OTHERS)
+    axes.set_yticks(list(places), [label(row["variant"]) for row in rows])
+    axes.set_xlabel("thousands of tokens (1,024): blue measured, grey predicted", color=INK)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
 
 
 def _bars(figure: Any, report: dict[str, Any], rows: Sequence[Row], cases: list[Any]) -> None:

@@ -101,7 +101,9 @@ def table(report: dict[str, Any]) -> tuple[list[Column], list[list[str]]]:
         Column("relative", lambda row: _ratio(row, rows, kind)),
         Column("tokens/s", lambda row: _rounded(row.get("tokens_per_second"))),
         Column("MFU", lambda row: _percent(row.get("model_flops_utilization"))),
+        Column("predicted", lambda row: _rounded(row.get("predicted_tokens"))),
         Column("peak", lambda row: size(row["peak_bytes"])),
+        Column("predicted peak", lambda row: size(row.get("predicted_bytes"))),
         Column("host", lambda row: size(row.get("host_bytes") or None)),
         Column("loss", lambda row: _loss(row.get("loss"))),
         Column("gradient error", lambda row: _gradient_error(row)),
@@ -117,7 +119,7 @@ def reference_seconds(row: Row, rows: Sequence[Row], kind: str) -> float | None:
     if kind == "peers":
         same = [r for r in same if r["peer"]]
     else:
-        same = [r for r in same if r["variant"] == REFERENCES[kind]]
+        same = [r for r in same if r["variant"] == REFERENCES.get(kind)]
     return min((r["median_seconds"] for r in same if r["median_seconds"]), default=None)
 
 
@@ -190,6 +192,13 @@ def _about(report: dict[str, Any]) -> list[str]:
 
 def _notes(report: dict[str, Any]) -> list[str]:
     kind = report["bench"]
+    if kind == "max_sequence":
+        return [
+            "Tokens: the longest sequence of a training step that fits, in multiples of 1,024. "
+            "Peak: all tensors of the step, weights and states among them, at that length; "
+            "predicted peak: what the planner says of the same length.",
+            *(f"**Problem:** {problem}." for problem in report["problems"]),
+        ]
     counts = sorted({len(row["seconds"]) for row in report["rows"] if row["seconds"]})
     repetitions = " to ".join(str(n) for n in dict.fromkeys((counts or [0])[:1] + counts[-1:]))
     compared = (

@@ -11,7 +11,7 @@ from mst_train.bench.measure import Measurement, Variant, collect_garbage, measu
 from mst_train.bench.progress import Progress
 from mst_train.bench.workload import Batch, build, chosen, lengths, loss_problems, random_batch
 from mst_train.config import Config
-from mst_train.memory.budget import GIB
+from mst_train.memory.devices import GIB
 from mst_train.model import Transformer
 from mst_train.model.flops import peak_flops, training_flops
 from mst_train.mst import Offload, Policy
@@ -54,6 +54,7 @@ def policy_of(name: str, config: Config) -> Policy:
         mini_sequence=name.startswith("mst"),
         mlp_chunk_tokens=config.memory.mlp_chunk_tokens,
         head_chunk_tokens=config.memory.head_chunk_tokens,
+        block_chunk_tokens=config.memory.block_chunk_tokens,
         keep_attention=name != "mst_without_keeping",
     )
 

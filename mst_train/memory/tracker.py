@@ -15,11 +15,13 @@ which the mode sees as well (and which name the parts in a profile of torch's):
     working_set  made in a block while it runs, or in the backward
     head         made in the LM head and its loss
     other        everything else
+
+What is made in the range of the host's memory is counted by itself.
 """
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +42,11 @@ KINDS = (
 
 BLOCK_RANGE = "mst_train::block"
 HEAD_RANGE = "mst_train::head"
-_RANGE_KINDS = {BLOCK_RANGE: "working_set", HEAD_RANGE: "head", "Optimizer.step#": "optimizer"}
+OPTIMIZER_RANGE = "mst_train::optimizer"
+HOST_RANGE = "mst_train::host"
+_HOST = "host"
+_OPTIMIZER = {OPTIMIZER_RANGE: "optimizer", "Optimizer.step#": "optimizer"}
+_PARTS = {BLOCK_RANGE: "working_set", HEAD_RANGE: "head"}
 
 
 @dataclass
@@ -53,14 +59,22 @@ class MemoryTracker(TorchDispatchMode):
     """Context manager that counts the bytes of the tensors created inside it.
 
     live_bytes: bytes alive now. peak_bytes: the most that were alive at once. breakdown and
-    peak_breakdown: the same by kind. Tensors that exist already count where they are given to
-    ``watch`` or ``watch_module``.
+    peak_breakdown: the same by kind. host_bytes, peak_host_bytes: in the host's memory. Tensors
+    that exist already count where they are given to ``watch`` or ``watch_module``.
+
+    Args:
+        granularity: every storage takes a multiple of so many bytes, as in an allocator.
+        shares: by kind, the share of it that this device holds (1 where none is given).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, granularity: int = 1, shares: Mapping[str, float] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._granularity = granularity
+        self._shares = shares or {}
         self.live_bytes = 0
         self.peak_bytes = 0
+        self.host_bytes = 0
+        self.peak_host_bytes = 0
         self.breakdown: Counter[str] = Counter()
         self.peak_breakdown: Counter[str] = Counter()
         self._storages: dict[int, _Storage] = {}
@@ -73,6 +87,8 @@ class MemoryTracker(TorchDispatchMode):
             known = self._storages.get(_key(tensor))
             if known is None or known.size == 0:
                 self._remember(tensor, tensor.untyped_storage().nbytes(), kind)
+            else:
+                self._change_kind(known, kind)
 
     def watch_module(self, module: nn.Module) -> None:
         """Count a module's parameters, and know its gradients from now on."""
@@ -84,7 +100,23 @@ class MemoryTracker(TorchDispatchMode):
     def reset_peak(self) -> None:
         """Forget the peak so far: from here on it is what is alive now, or more."""
         self.peak_bytes = self.live_bytes
+        self.peak_host_bytes = self.host_bytes
         self.peak_breakdown = self.breakdown.copy()
+
+    def range_entered(self, name: str) -> None:
+        """A profiler range begins."""
+
+    def range_left(self, name: str) -> None:
+        """A profiler range is over."""
+
+    def counts(self, tensor: Tensor) -> bool:
+        """Whether a tensor's memory is counted: not where it has only a shape."""
+        return tensor.device.type != "meta"
+
+    def on_host(self, tensor: Tensor) -> bool:
+        """Whether a tensor was made in the range of the host's memory."""
+        storage = self._storages.get(_key(tensor))
+        return storage is not None and storage.kind == _HOST
 
     def __exit__(self, *arguments: Any) -> None:
         for hook in self._hooks:
@@ -97,33 +129,49 @@ class MemoryTracker(TorchDispatchMode):
         kwargs = kwargs or {}
         if function.namespace == "profiler":
             return self._range(function, args, kwargs)
-        for tensor in _tensors((args, kwargs)):
-            if _key(tensor) not in self._storages:
-                self._remember(tensor, 0, "other")  # it was there before: not made in here
         result = function(*args, **kwargs)
-        for tensor in _tensors(result):
-            if _key(tensor) not in self._storages:
-                self._remember(tensor, tensor.untyped_storage().nbytes(), self._kind())
+        if function.is_view:
+            return result
+        new = [t for t in self._counted(result) if _key(t) not in self._storages]
+        if new:
+            before = {_key(t) for t in self._counted((args, kwargs))}
+            for tensor in new:
+                there = _key(tensor) in before  # a storage that is older than the tracking
+                size = 0 if there else tensor.untyped_storage().nbytes()
+                self._remember(tensor, size, "other" if there else self._kind())
         return result
+
+    def _counted(self, tree: Any) -> list[Tensor]:
+        if isinstance(tree, Tensor):
+            return [tree] if self.counts(tree) else []
+        return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and self.counts(t)]
 
     def _range(self, function: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         if function.overloadpacket == torch.ops.profiler._record_function_enter_new:
             self._ranges.append((args[0], []))
+            self.range_entered(args[0])
         elif self._ranges:
             name, made = self._ranges.pop()
-            if name == BLOCK_RANGE:
+            if name == BLOCK_RANGE and not in_backward():
                 for storage in made:
                     self._change_kind(storage, "checkpoints")
+            self.range_left(name)
         return function(*args, **kwargs)
 
     def _kind(self) -> str:
-        if torch._C._current_graph_task_id() != -1:
-            return "working_set"  # in the backward
+        owner = self._range_kind({HOST_RANGE: _HOST}) or self._range_kind(_OPTIMIZER)
+        if owner is not None:
+            return owner
+        if in_backward():
+            return "working_set"
+        return self._range_kind(_PARTS) or "other"
+
+    def _range_kind(self, kinds: Mapping[str, str]) -> str | None:
         for name, _ in reversed(self._ranges):
-            for prefix, kind in _RANGE_KINDS.items():
+            for prefix, kind in kinds.items():
                 if name.startswith(prefix):
                     return kind
-        return "other"
+        return None
 
     def _gradient_arrived(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -135,29 +183,44 @@ class MemoryTracker(TorchDispatchMode):
         key = _key(tensor)
         if key not in self._storages:
             weakref.finalize(tensor.untyped_storage(), self._forget, key)
+        size = -(-size // self._granularity) * self._granularity
         storage = self._storages[key] = _Storage(size, kind)
         for _, made in self._ranges:
             made.append(storage)
-        self.live_bytes += size
-        self.breakdown[kind] += size
-        if self.live_bytes > self.peak_bytes:
-            self.reset_peak()
+        self._count(size, kind)
 
     def _change_kind(self, storage: _Storage, kind: str) -> None:
-        self.breakdown[storage.kind] -= storage.size
-        self.breakdown[kind] += storage.size
-        storage.kind = kind
+        if storage.kind != _HOST:
+            self._count(-storage.size, storage.kind)
+            storage.kind = kind
+            self._count(storage.size, kind)
 
     def _forget(self, key: int) -> None:
         storage = self._storages.pop(key)
-        self.live_bytes -= storage.size
-        self.breakdown[storage.kind] -= storage.size
+        self._count(-storage.size, storage.kind)
         storage.size = 0
+
+    def _count(self, size: int, kind: str) -> None:
+        if kind == _HOST:
+            self.host_bytes += size
+            self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes)
+            return
+        held = int(size * self._shares.get(kind, 1))
+        self.live_bytes += held
+        self.breakdown[kind] += held
+        if self.live_bytes > self.peak_bytes:
+            self.peak_bytes = self.live_bytes
+            self.peak_breakdown = self.breakdown.copy()
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def live_bytes_of(*tensors: Tensor | None) -> int:
     """The bytes of these tensors' storages, each storage once."""
-    sizes = {_key(tensor): tensor.untyped_storage().nbytes() for tensor in _tensors(tensors)}
+    sizes = {_key(t): t.untyped_storage().nbytes() for t in tensors if t is not None}
     return sum(sizes.values())
 
 
@@ -170,14 +233,6 @@ def process_peak_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _tensors(tree: Any) -> Iterable[Tensor]:
-    return (
-        leaf
-        for leaf in tree_leaves(tree)
-        if isinstance(leaf, Tensor) and leaf.device.type != "meta"
-    )
 
 
 def _key(tensor: Tensor) -> int:

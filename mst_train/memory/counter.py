@@ -1,0 +1,178 @@
+"""What a simulated step does beside holding memory: its operations, counted moment by moment."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from mst_train.memory.tracker import BLOCK_RANGE, HEAD_RANGE, MemoryTracker, in_backward
+
+aten = torch.ops.aten
+
+Numbers = Mapping[str, float]
+Moment = tuple[int, str, int]
+"""Micro-batch, phase, block."""
+
+LARGE_BYTES = 32 * 2**20
+"""Beyond this, a CPU's allocator (glibc's) takes pages from the system anew each time."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step computes and moves on one device.
+
+    product_flops: matrix products outside attention. attention_forward_flops and
+    attention_backward_flops: causal halves counted. memory_bytes: read and written by all other
+    operations on the device, host_memory_bytes: on the host. link_bytes: copied between them, both
+    ways together. large_bytes: of new tensors beyond 32 MiB, for which a CPU's allocator asks the
+    system for pages each time. operations: how many were started.
+    """
+
+    product_flops: float = 0
+    attention_forward_flops: float = 0
+    attention_backward_flops: float = 0
+    memory_bytes: float = 0
+    host_memory_bytes: float = 0
+    link_bytes: float = 0
+    large_bytes: float = 0
+    operations: float = 0
+
+    @property
+    def flops(self) -> float:
+        return self.product_flops + self.attention_forward_flops + self.attention_backward_flops
+
+
+_PRODUCTS = (aten.mm, aten.addmm, aten.addmm_, aten.bmm)
+_WITHOUT_WORK = (aten.empty, aten.new_empty, aten.empty_like, aten.detach)
+_CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
+_CPU_ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class StepCounter(MemoryTracker):
+    """Counts work beside memory, moment by moment, and reads every number off the device as 1.
+
+    moments: for each the peak's bytes by kind. A moment is the forward of a block, the head, the
+    backward of a block (from the gradients of the one before it to its own) or what comes before or
+    after these, in one of the micro-batches.
+    """
+
+    def __init__(self, granularity: int, shares: Mapping[str, float]) -> None:
+        super().__init__(granularity=granularity, shares=shares)
+        self.attention_forward_flops = 0.0
+        self.attention_backward_flops = 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        """Count from here."""
+        self.reset_peak()
+        self.moments: dict[Moment, Numbers] = {}
+        self._moment: Moment = (0, "before", 0)
+        self.attention_forward_flops = self.attention_backward_flops = 0.0
+        self._sums: dict[str, float] = dict.fromkeys((f.name for f in fields(Work)), 0.0)
+
+    @property
+    def work(self) -> Numbers:
+        """Everything that was done, by ``Work``'s names."""
+        return self._sums | {  # attention's kernels add to their own
+            "attention_forward_flops": self.attention_forward_flops,
+            "attention_backward_flops": self.attention_backward_flops,
+        }
+
+    def end_moment(self) -> None:
+        """Note the peak since the last moment's end."""
+        known = self.moments.get(self._moment)
+        if known is None or sum(known.values()) < self.peak_bytes:
+            self.moments[self._moment] = dict(self.peak_breakdown)
+        self.reset_peak()
+
+    def block_done(self, _: Tensor) -> None:
+        """In the backward: a block's gradients are there."""
+        micro_batch, phase, block = self._moment
+        self._begin(micro_batch, "backward", block + 1 if phase == "backward" else 1)
+
+    def range_entered(self, name: str) -> None:
+        micro_batch, phase, block = self._moment
+        if in_backward():
+            return  # a block that is run again
+        if name == BLOCK_RANGE:
+            new = phase == "backward"
+            self._begin(micro_batch + new, "forward", block + 1 if phase == "forward" else 0)
+        elif name == HEAD_RANGE:
+            self._begin(micro_batch, "head", 0)
+
+    def range_left(self, name: str) -> None:
+        if name == HEAD_RANGE:
+            self._begin(self._moment[0], "backward", 0)
+
+    def _begin(self, *moment: Any) -> None:
+        host_peak = self.peak_host_bytes
+        self.end_moment()
+        self.peak_host_bytes = host_peak
+        self._moment = moment
+
+    def counts(self, tensor: Tensor) -> bool:
+        return tensor.is_meta
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function.is_view:
+            return function(*args, **(kwargs or {}))
+        if function is aten._local_scalar_dense.default and args[0].is_meta:
+            return 1.0 if args[0].is_floating_point() else 1
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        if function.namespace == "aten":
+            self._count_work(function.overloadpacket, args, kwargs, result)
+        return result
+
+    def _remember(self, tensor: Tensor, size: int, kind: str) -> None:
+        super()._remember(tensor, size, kind)
+        if size > LARGE_BYTES and not self.on_host(tensor):
+            self._sums["large_bytes"] += size
+
+    def _count_work(self, operation: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
+        if operation in _WITHOUT_WORK:
+            return
+        self._sums["operations"] += 1
+        if operation in _PRODUCTS:
+            left, right = args[-2:]
+            self._sums["product_flops"] += 2.0 * left.numel() * right.shape[-1]
+            return
+        if operation is _CPU_ATTENTION:
+            self.attention_forward_flops += _cpu_attention_flops(args, any(args[4:5]))
+            return
+        if operation is _CPU_ATTENTION_BACKWARD:
+            self.attention_backward_flops += 2.5 * _cpu_attention_flops(args[1:], args[7])
+            return
+        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        host = [self.on_host(t) for t in tensors]
+        if not any(host):
+            self._sums["memory_bytes"] += size
+        elif operation in (aten.copy_, aten._to_copy) and not all(host):
+            self._sums["link_bytes"] += tensors[0].numel() * tensors[0].element_size()
+        else:
+            self._sums["host_memory_bytes"] += size
+
+
+def _cpu_attention_flops(tensors: tuple[Any, ...], causal: bool) -> float:
+    q_BHSE, k_BKSE = tensors[:2]
+    return attention_flops(q_BHSE.transpose(1, 2), k_BKSE.transpose(1, 2), causal)
+
+
+def attention_flops(
+    q_BSHE: Tensor, k_BSKE: Tensor, causal: bool, window: int | None = None
+) -> float:
+    """Two products over all pairs that see each other; causal queries are the last keys'."""
+    batch, queries, heads, size = q_BSHE.shape
+    keys = k_BSKE.shape[1]
+    pairs = float(queries * keys)
+    if causal:
+        pairs -= queries * queries / 2
+        out_of_sight = max(keys - window, 0) if window else 0  # of the last query
+        hidden = min(out_of_sight, queries)
+        pairs -= out_of_sight * hidden - hidden * hidden / 2
+    return 4.0 * batch * heads * size * pairs

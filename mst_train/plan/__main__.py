@@ -1,0 +1,107 @@
+"""python -m mst_train.plan [key=value ...]: what a run will take, before it starts."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from mst_train.command import run_command
+from mst_train.config import AUTO, Config
+
+HELP = """\
+python -m mst_train.plan [the arguments of a training command] [plan.KEY=VALUE ...]
+
+Predicts the memory and the time of a training step, without the device and without the weights: the
+step itself runs on tensors that have only shapes.
+  --help     this page
+  --config   print the configuration that the arguments make, and stop
+
+Devices: {devices};
+auto (this machine's), cpu, or a size in GiB such as 80.
+
+Settings of the plan and their defaults; all settings of training hold too:
+{settings}"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    return run_command(_run, arguments, "nothing was written")
+
+
+def _run(arguments: list[str]) -> int:
+    from mst_train.compose import compose, describe
+
+    if "--help" in arguments or "-h" in arguments:
+        from mst_train.memory.devices import DEVICES
+
+        settings = describe(Config()).partition("\nplan:\n")[2].rstrip()
+        print(HELP.format(devices=", ".join(DEVICES), settings=settings))
+        return 0
+    config = compose([a for a in arguments if a != "--config"])
+    if "--config" in arguments:
+        print(describe(config), end="")
+        return 0
+    report, text = _plan(config)
+    print(json.dumps(report) if config.plan.output == "json" else text)
+    return 0
+
+
+def _plan(config: Config) -> tuple[dict[str, Any], str]:
+    """The report and what to show of it."""
+    from tqdm import tqdm
+
+    from mst_train.memory.devices import GIB
+    from mst_train.plan.choose import choose, longest
+    from mst_train.plan.predict import make_target, predict
+    from mst_train.plan.show import render
+    from mst_train.plan.sweep import over_lengths
+
+    target = make_target(config)
+    notes: list[str] = []
+    with tqdm(desc="predicting", unit=" step", leave=False, disable=None) as bar:
+
+        def advance(what: str) -> None:
+            bar.set_postfix_str(what)
+            bar.update()
+
+        if config.plan.sweep:
+            predictions = over_lengths(config, target, advance)
+        elif config.memory.policy == AUTO:
+            choice = choose(config, target, advance)
+            predictions = [choice.chosen]
+            notes += ["", choice.reason]
+        else:
+            predictions = [predict(config, target)]
+        best = longest(config, target, advance) if config.plan.search else None
+    report = predictions[0].report()
+    if config.plan.sweep:
+        report = {"sweep": [p.report() for p in predictions]}
+        notes += ["", *_write_sweep(config, predictions)]
+    if config.plan.search:
+        length = best.config.data.sequence_length if best else 0
+        report["max_sequence_length"] = length
+        peak = best.simulation.peak_bytes / GIB if best else 0.0
+        notes += [
+            "",
+            f"The longest sequence that fits: {length:,} tokens ({peak:.2f} GiB)"
+            if best
+            else "No sequence of 1,024 tokens or more fits",
+        ]
+    return report, render(predictions, notes)
+
+
+def _write_sweep(config: Config, predictions: list[Any]) -> list[str]:
+    from mst_train.plan import plot, show
+
+    folder = Path(config.plan.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    table, image, data = (folder / f"sweep.{end}" for end in ("md", "png", "json"))
+    header = ("tokens", "peak", "", "host", "step", "tokens/s", "settings")
+    table.write_text(show.markdown(header, show.rows(predictions)))
+    data.write_text(json.dumps([p.report() for p in predictions], indent=1) + "\n")
+    plot.draw_memory(predictions, image, config.run.name)
+    return [f"Written: {table}, {data}, {image}"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

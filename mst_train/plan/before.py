@@ -1,0 +1,114 @@
+"""What the training command asks of the planner before it starts."""
+
+import logging
+from collections.abc import Iterator
+
+import torch
+
+from mst_train.config import AUTO, Config
+from mst_train.errors import UserError
+from mst_train.memory.devices import GIB, this_device
+from mst_train.plan.choose import choose, describe
+from mst_train.plan.predict import Prediction, make_target, predict
+from mst_train.plan.show import LABELS
+
+log = logging.getLogger(__name__)
+
+TRUST = {"cpu": 1.0, "cuda": 1.05}
+"""A run is refused where the tensors of its step take so many times what there is.
+
+On a CPU the prediction is exact. On a GPU, attention's workspace is modelled: up to there a run is
+warned of and may try."""
+
+STATES = ("parameters", "gradients", "optimizer")
+
+
+def before_training(config: Config, device: torch.device) -> Prediction:
+    """The prediction for a run on this device, with the settings that it will have.
+
+    Chooses them where memory.policy is auto; warns where what is configured will probably not fit.
+    Raises UserError where it certainly does not, or auto finds nothing that does.
+    """
+    target = make_target(config, this_device(device))
+    if config.memory.policy == AUTO:
+        choice = choose(config, target)
+        log.info(choice.reason)
+        return choice.chosen
+    prediction = predict(config, target)
+    problems = [*_device_problems(prediction), *_host_problems(prediction)]
+    if problems:
+        raise UserError(problems)
+    if not prediction.fits:
+        log.warning(
+            "this run will probably not fit: %s at data.sequence_length=%d needs %.2f GiB (%s) and "
+            "has %.2f GiB. memory.policy=auto chooses settings that fit",
+            describe(prediction),
+            config.data.sequence_length,
+            prediction.simulation.peak_bytes / GIB,
+            largest_parts(prediction),
+            target.budget_bytes / GIB,
+        )
+    return prediction
+
+
+def largest_parts(prediction: Prediction, count: int = 3) -> str:
+    """The largest parts of the peak, with their sizes."""
+    parts = sorted(prediction.simulation.breakdown.items(), key=lambda item: -item[1])
+    return ", ".join(f"{LABELS[kind]} {size / GIB:.2f} GiB" for kind, size in parts[:count])
+
+
+def _device_problems(prediction: Prediction) -> Iterator[str]:
+    target, found = prediction.target, prediction.simulation
+    needed, what = found.allocated_bytes, largest_parts(prediction)
+    if target.device.kind == "cpu" and found.host_bytes:  # one memory for both
+        needed += found.host_bytes
+        what += f", offloaded {found.host_bytes / GIB:.2f} GiB"
+    if needed <= TRUST[target.device.kind] * target.budget_bytes:
+        return
+    whose = f"the {target.device.kind} device has"
+    if target.budget_bytes < target.device.memory_bytes:
+        whose = "memory.device_budget_gib allows"
+    name = prediction.config.run.name
+    yield (
+        f"{name} does not fit: its step needs {needed / GIB:.2f} GiB ({what}) "
+        f"and {whose} {target.budget_bytes / GIB:.2f} GiB. {_advice(prediction)}"
+    )
+
+
+def _host_problems(prediction: Prediction) -> Iterator[str]:
+    config, found = prediction.config, prediction.simulation
+    budget = prediction.target.host_budget_bytes
+    if budget is None or found.host_bytes <= budget:
+        return
+    whose = "this machine has"
+    if config.memory.host_budget_gib is not None:
+        whose = "memory.host_budget_gib allows"
+    ways = ["a smaller data.sequence_length", "memory.keep_attention=false"]
+    if config.optimizer.offload == "host":
+        ways = ["optimizer.offload=none"]
+    yield (
+        f"{config.run.name} does not fit: what is offloaded needs {found.host_bytes / GIB:.2f} GiB "
+        f"of host memory and {whose} {budget / GIB:.2f} GiB. Set {' or '.join(ways)}."
+    )
+
+
+def _advice(prediction: Prediction) -> str:
+    config, breakdown = prediction.config, prediction.simulation.breakdown
+    states = sum(breakdown.get(kind, 0) for kind in STATES)
+    if states <= prediction.target.budget_bytes:
+        return (
+            "Set memory.policy=auto or a smaller data.sequence_length: python -m mst_train.plan "
+            "with plan.search=true finds the longest."
+        )
+    ways = ["a larger device", "a smaller model"]
+    if config.precision != "bf16" and config.optimizer.offload == "none":
+        ways.append("precision=bf16")
+    if not config.optimizer.in_backward and config.train.accumulation_steps == 1:
+        ways.append("optimizer.in_backward=true with optimizer.max_grad_norm=null")
+    if config.optimizer.offload == "none":
+        bf16 = " with precision=bf16_master" if config.precision == "bf16" else ""
+        ways.append(f"optimizer.offload=host{bf16}")
+    return (
+        f"The weights and their states alone are too large: take {', '.join(ways[:-1])} or "
+        f"{ways[-1]}."
+    )

@@ -1,0 +1,67 @@
+"""Plots of predictions: what the memory holds, over the sequence's length."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mst_train.memory.devices import GIB
+from mst_train.memory.tracker import KINDS
+from mst_train.plan.predict import Prediction
+from mst_train.plan.show import LABELS
+
+COLORS = {
+    "parameters": "#334e68",
+    "gradients": "#829ab1",
+    "optimizer": "#627d98",
+    "checkpoints": "#2f9e44",
+    "working_set": "#f08c00",
+    "head": "#e03131",
+    "other": "#adb5bd",
+    "overhead": "#dee2e6",
+}
+INK = "#2b2f36"
+
+
+def draw_memory(predictions: Sequence[Prediction], path: Path, title: str) -> None:
+    """Stacked areas of the peak's parts against length, with the device's limit as a line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    stack(axes, [prediction.report() for prediction in predictions])
+    axes.set_title(title, loc="left", fontsize=12, color=INK)
+    axes.legend(loc="upper left", fontsize=8, frameon=False, reverse=True)
+    axes.set_ylabel("GiB on each device at the peak", color=INK)
+    figure.savefig(path, dpi=160, facecolor="white")
+
+
+def stack(axes: Any, reports: Sequence[dict[str, Any]]) -> None:
+    """The areas and the limit, on given axes; reports: as ``Prediction.report`` gives them."""
+    lengths = [report["sequence_length"] / 1024 for report in reports]
+    parts = [report["breakdown"] for report in reports]
+    kinds = [kind for kind in (*KINDS, "overhead") if any(part[kind] for part in parts)]
+    axes.stackplot(
+        lengths,
+        [[part[kind] / GIB for part in parts] for kind in kinds],
+        labels=[LABELS[kind] for kind in kinds],
+        colors=[COLORS[kind] for kind in kinds],
+        linewidth=0,
+    )
+    limit = reports[0]["budget_bytes"] / GIB
+    axes.axhline(limit, color=INK, linewidth=1, linestyle="--")
+    axes.annotate(
+        f"{reports[0]['device']}: {limit:.0f} GiB",
+        (lengths[-1], limit),
+        xytext=(-4, 4),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color=INK,
+    )
+    axes.set_xlabel("tokens in a sequence (thousands of 1,024)", color=INK)
+    axes.margins(x=0)
+    axes.set_ylim(bottom=0)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

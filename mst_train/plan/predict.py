@@ -1,0 +1,141 @@
+"""Memory and time of one training step, against what there is."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from mst_train.config import Config
+from mst_train.errors import UserError
+from mst_train.memory.devices import GIB, Device, device_bytes, find_device
+from mst_train.memory.simulate import Build, Simulation, simulate
+from mst_train.memory.tracker import KINDS
+from mst_train.model.flops import parameter_count
+from mst_train.plan.speed import Rates, rates, seconds
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a run is planned for.
+
+    budget_bytes: of each device. host_budget_bytes: of the host for each device; None: not known.
+    """
+
+    device: Device
+    gpus: int
+    budget_bytes: int
+    host_budget_bytes: int | None
+    rates: Rates | None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A step of ``config`` on one device of ``target``."""
+
+    config: Config
+    target: Target
+    simulation: Simulation
+
+    @property
+    def fits(self) -> bool:
+        return self.shortage_bytes <= 0
+
+    @property
+    def shortage_bytes(self) -> int:
+        """Bytes beyond the budget that is exceeded more; negative where there is room in both."""
+        found, host = self.simulation, self.target.host_budget_bytes
+        on_device = found.peak_bytes - self.target.budget_bytes
+        if self.target.device.kind == "cpu":  # one memory for both
+            on_device += found.host_bytes
+        if host is None or not found.host_bytes:
+            return on_device
+        return max(on_device, found.host_bytes - host)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a step; None where the device's rates are not known."""
+        rates = self.target.rates
+        return None if rates is None else seconds(self.simulation.work, rates)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all devices."""
+        train, parallel = self.config.train, self.config.parallel
+        sequences = self.target.gpus // parallel.sequence_parallel
+        sequences *= train.micro_batch_size * train.accumulation_steps
+        return sequences * self.config.data.sequence_length
+
+    def report(self) -> dict[str, Any]:
+        """For programs; sizes in bytes, each for one device."""
+        found, memory = self.simulation, self.config.memory
+        return {
+            "fits": self.fits,
+            "peak_bytes": found.peak_bytes,
+            "allocated_bytes": found.allocated_bytes,
+            "budget_bytes": self.target.budget_bytes,
+            "host_bytes": found.host_bytes,
+            "host_budget_bytes": self.target.host_budget_bytes,
+            "breakdown": {kind: found.breakdown.get(kind, 0) for kind in KINDS}
+            | {"overhead": found.overhead_bytes},
+            "flops_per_step": found.work.flops,
+            "predicted_step_seconds": self.seconds,
+            "tokens_per_step": self.tokens_per_step,
+            "device": self.target.device.name,
+            "gpus": self.target.gpus,
+            "sequence_length": self.config.data.sequence_length,
+            "policy": memory.policy,
+            "keep_attention": found.policy.keep_attention and memory.policy == "mst",
+            "offload": memory.offload,
+            "in_backward": self.config.optimizer.in_backward,
+            "optimizer_offload": self.config.optimizer.offload,
+            "block_chunk_tokens": found.policy.block_chunk_tokens,
+            "mlp_chunk_tokens": found.policy.mlp_chunk_tokens,
+            "head_chunk_tokens": found.policy.head_chunk_tokens,
+        }
+
+
+def make_target(config: Config, device: Device | None = None) -> Target:
+    """What ``config`` is to be planned for: its plan.device, or ``device``, which is here.
+
+    Raises UserError for an unknown device, or one that cannot hold the weights at all.
+    """
+    here = device is not None or config.plan.device in ("auto", "cpu")
+    device = device or find_device(config.plan.device)
+    memory = config.memory
+    budget = device.memory_bytes
+    if memory.device_budget_gib is not None:
+        budget = min(budget, int(memory.device_budget_gib * GIB))
+    host = None if memory.host_budget_gib is None else int(memory.host_budget_gib * GIB)
+    if host is None and here:
+        host = device_bytes(torch.device("cpu"))
+    gpus = config.plan.gpus or config.parallel.sequence_parallel
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    target = Target(device, gpus, budget, host, rates(device, dtype))
+    _require_weights(config, target, dtype)
+    return target
+
+
+def predict(config: Config, target: Target, build: Build | None = None) -> Prediction:
+    """Run the step of ``config`` without its data; memory.policy must not be auto."""
+    assert config.memory.policy != "auto"
+    simulation = simulate(config, target.device, gpus=target.gpus, build=build)
+    return Prediction(config, target, simulation)
+
+
+def with_length(config: Config, length: int) -> Config:
+    """The same configuration at another sequence length."""
+    return replace(config, data=replace(config.data, sequence_length=length))
+
+
+def _require_weights(config: Config, target: Target, dtype: torch.dtype) -> None:
+    shared = target.gpus if config.parallel.zero_stage == 3 else 1
+    weights = parameter_count(config.model) * dtype.itemsize // shared
+    if weights > target.budget_bytes:
+        whose = f"{target.device.name} has"
+        if target.budget_bytes < target.device.memory_bytes:
+            whose = "memory.device_budget_gib allows"
+        raise UserError(
+            f"the weights alone take {weights / GIB:.2f} GiB, and {whose} "
+            f"{target.budget_bytes / GIB:.2f} GiB: take a larger device or budget, a smaller "
+            f"model, or parallel.zero_stage=3 on several devices"
+        )

@@ -1,0 +1,119 @@
+"""How fast a device does the work of a step.
+
+For devices elsewhere: the makers' rates times the shares below, which are assumed from what others
+have published for such kernels; not yet measured here. For this machine's CPU: measured, in about
+a second, the first time it is asked for.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from mst_train.memory.counter import LARGE_BYTES, Work, attention_flops
+from mst_train.memory.devices import Device
+from mst_train.model.attention import CpuKernel
+
+PRODUCT_SHARE = 0.70
+ATTENTION_FORWARD_SHARE = 0.60
+ATTENTION_BACKWARD_SHARE = 0.50
+MEMORY_SHARE = 0.80
+"""Of the makers' rates for bf16 products and memory."""
+
+HOST_MEMORY_RATE = 100e9
+"""Bytes per second that the host's AdamW reads and writes. Assumed."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations and bytes per second.
+
+    large: bytes of large new tensors; None where making them costs nothing. source: where the
+    numbers are from.
+    """
+
+    products: float
+    attention_forward: float
+    attention_backward: float
+    memory: float
+    link: float
+    large: float | None
+    source: str
+
+
+def rates(device: Device, dtype: torch.dtype) -> Rates | None:
+    """A device's rates; None where they are not known."""
+    if device.kind == "cpu":
+        return _measured(dtype, torch.get_num_threads())
+    if not (device.bf16_flops and device.memory_rate and device.link_rate):
+        return None
+    flops = device.bf16_flops
+    return Rates(
+        products=flops * PRODUCT_SHARE,
+        attention_forward=flops * ATTENTION_FORWARD_SHARE,
+        attention_backward=flops * ATTENTION_BACKWARD_SHARE,
+        memory=device.memory_rate * MEMORY_SHARE,
+        link=device.link_rate,
+        large=None,
+        source=(
+            f"assumed: {PRODUCT_SHARE:.0%} of the bf16 peak in products, "
+            f"{ATTENTION_FORWARD_SHARE:.0%} and {ATTENTION_BACKWARD_SHARE:.0%} in attention's "
+            f"forward and backward, {MEMORY_SHARE:.0%} of the memory's rate"
+        ),
+    )
+
+
+def seconds(work: Work, rates: Rates) -> float:
+    """A step's time: computing, with copies to and from the host beside it; the host's AdamW after.
+
+    Copies go both ways at once, half of them in each direction.
+    """
+    computing = (
+        work.product_flops / rates.products
+        + work.attention_forward_flops / rates.attention_forward
+        + work.attention_backward_flops / rates.attention_backward
+        + work.memory_bytes / rates.memory
+    )
+    if rates.large:
+        computing += work.large_bytes / rates.large
+    copying = work.link_bytes / 2 / rates.link
+    return max(computing, copying) + work.host_memory_bytes / HOST_MEMORY_RATE
+
+
+@functools.cache
+def _measured(dtype: torch.dtype, threads: int) -> Rates:
+    left, right = torch.ones(1024, 512, dtype=dtype), torch.ones(512, 2048, dtype=dtype)
+    product = 2 * 1024 * 512 * 2048 / _best(lambda: left @ right)
+    q = torch.ones(1, 1024, 8, 64, dtype=dtype)
+    kernel = CpuKernel()
+    out, lse = kernel.forward(q, q, q)
+    flops = attention_flops(q, q, causal=True)
+    forward = flops / _best(lambda: kernel.forward(q, q, q))
+    backward = 2.5 * flops / _best(lambda: kernel.backward(q, q, q, q, out, lse))
+    small = torch.ones(2**20)
+    memory = 3 * small.nbytes / _best(lambda: torch.add(small, 1.0, out=small).mul_(1.0))
+    written = torch.ones(2 * LARGE_BYTES // 4)
+    reused = _best(lambda: written.fill_(1.0))
+    fresh = _best(lambda: torch.empty_like(written).fill_(1.0))
+    return Rates(
+        products=product,
+        attention_forward=forward,
+        attention_backward=backward,
+        memory=memory,
+        link=memory,
+        large=written.nbytes / max(fresh - reused, 1e-6),
+        source=f"measured on this machine's CPU with {threads} threads",
+    )
+
+
+def _best(run: Callable[[], object]) -> float:
+    """The least seconds of a few runs."""
+    run()
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return min(times)

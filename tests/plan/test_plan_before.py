@@ -1,0 +1,84 @@
+"""What the training command refuses, warns of and chooses, before it starts."""
+
+import pytest
+import torch
+
+import mst_train.plan.before as before
+from mst_train.compose import compose
+from mst_train.errors import UserError
+from mst_train.memory.devices import GIB, Device, device_bytes
+from mst_train.plan.before import before_training
+
+CPU = torch.device("cpu")
+IN_BACKWARD = ("optimizer.in_backward=true", "optimizer.max_grad_norm=null")
+SMALL = ("model=llama_tiny", "data.sequence_length=1024")
+
+
+def refusal(*arguments):
+    with pytest.raises(UserError) as caught:
+        before_training(compose(arguments), CPU)
+    return str(caught.value)
+
+
+def test_what_is_refused_could_not_have_worked():
+    """A budget of a byte more is enough and of a byte less is not: on a CPU it is exact."""
+    exact = before_training(compose(SMALL), CPU).simulation.allocated_bytes
+    before_training(compose([*SMALL, f"memory.device_budget_gib={(exact + 1) / GIB}"]), CPU)
+    message = refusal(*SMALL, f"memory.device_budget_gib={(exact - 1) / GIB}")
+    assert f"its step needs {exact / GIB:.2f} GiB" in message
+    assert "memory.device_budget_gib allows" in message
+
+
+def test_advice_for_activations():
+    vanilla = ("model=llama_bench", "memory.policy=vanilla", "data.sequence_length=8192")
+    message = refusal(*vanilla, "memory.device_budget_gib=1")
+    assert "kept activations" in message
+    assert "Set memory.policy=auto or a smaller data.sequence_length" in message
+
+
+def test_advice_for_states():
+    paper = ("+experiment=llama3_8b_seq60k", "data.sequence_length=1024")
+    message = refusal(*paper, "memory.device_budget_gib=20")
+    assert "weights and their states alone are too large" in message
+    assert "optimizer.offload=host with precision=bf16_master" in message
+    assert "in_backward" not in message
+    ordinary = refusal(*paper, "optimizer.in_backward=false", "memory.device_budget_gib=20")
+    assert "optimizer.in_backward=true with optimizer.max_grad_norm=null" in ordinary
+    full = refusal(*paper, "precision=fp32", "memory.device_budget_gib=23")
+    assert "precision=bf16," in full or "weights alone" in full
+
+
+def test_what_the_host_cannot_hold():
+    offloaded = (*SMALL, "memory.offload=host")
+    message = refusal(*offloaded, "memory.host_budget_gib=0.001")
+    assert "what is offloaded needs" in message
+    assert "memory.host_budget_gib allows 0.00 GiB" in message
+    assert "memory.keep_attention=false" in message
+
+
+def test_a_cpu_has_one_memory_for_both():
+    config = compose([*SMALL, "memory.offload=host"])
+    prediction = before_training(config, CPU).simulation
+    between = prediction.allocated_bytes + prediction.host_bytes // 2
+    message = refusal(*SMALL, "memory.offload=host", f"memory.device_budget_gib={between / GIB}")
+    assert "offloaded" in message
+
+
+def test_a_gpu_may_try_what_is_close(monkeypatch, caplog):
+    config = compose(["+experiment=llama3_8b_seq60k"])
+
+    def on(memory_bytes):
+        device = Device("a GPU", "cuda", int(memory_bytes))
+        monkeypatch.setattr(before, "this_device", lambda _: device)
+        return before_training(config, torch.device("cuda"))
+
+    found = on(200 * GIB).simulation
+    assert not caplog.text
+    on(found.allocated_bytes * 1.005)
+    assert "will probably not fit: mst" in caplog.text
+    with pytest.raises(UserError, match="the cuda device has"):
+        on(found.allocated_bytes / 1.06)
+
+
+def test_memory_of_this_machine():
+    assert GIB < device_bytes(CPU) < 2**50

@@ -1,0 +1,95 @@
+"""memory.policy=auto: the fastest settings that fit."""
+
+import pytest
+
+from mst_train.compose import compose
+from mst_train.errors import UserError
+from mst_train.memory.tracker import MemoryTracker
+from mst_train.plan.choose import choose, describe
+from mst_train.plan.predict import make_target, predict
+from mst_train.train import train
+
+AUTO = ["model=llama_bench", "plan.device=cpu", "memory.policy=auto"]
+IN_BACKWARD = ["optimizer.max_grad_norm=null"]
+
+
+def choice(*arguments):
+    config = compose([*AUTO, *arguments])
+    return choose(config, make_target(config))
+
+
+def test_the_fastest_that_fits():
+    found = choice("data.sequence_length=1024")
+    fitting = [p for p in found.compared if p.fits]
+    assert found.chosen.seconds == min(p.seconds for p in fitting)
+    assert found.chosen.config.memory.policy in ("vanilla", "mst")
+
+
+def test_a_budget_that_only_the_method_meets():
+    roomy = choice("data.sequence_length=4096")
+    peaks = {describe(p): p.simulation.peak_bytes for p in roomy.compared}
+    between = (peaks["vanilla"] + peaks["mst"]) / 2 / 2**30
+    found = choice("data.sequence_length=4096", f"memory.device_budget_gib={between}")
+    assert found.chosen.config.memory.policy == "mst"
+    assert found.chosen.fits
+    assert "too large: vanilla" in found.reason
+
+
+def test_nothing_fits_names_what_would():
+    with pytest.raises(UserError) as caught:
+        choice("data.sequence_length=8192", "memory.device_budget_gib=0.35")
+    message = str(caught.value)
+    assert "data.sequence_length=8192" in message
+    assert "The nearest that fits: data.sequence_length=" in message
+    length = int(message.partition("nearest that fits: data.sequence_length=")[2].split()[0])
+    assert length % 1024 == 0
+    assert 1024 <= length < 8192
+    choice(f"data.sequence_length={length}", "memory.device_budget_gib=0.35")
+
+
+def test_updates_in_the_backward_only_where_they_are_allowed():
+    def settings(*arguments):
+        config = compose([*AUTO, *arguments])
+        from mst_train.plan.choose import settings
+
+        return [c for group in settings(config) for c in group]
+
+    assert not any(c.optimizer.in_backward for c in settings())  # clipping
+    assert any(c.optimizer.in_backward for c in settings(*IN_BACKWARD))
+    accumulating = settings(*IN_BACKWARD, "train.accumulation_steps=2")
+    assert not any(c.optimizer.in_backward for c in accumulating)
+    asked = settings("memory.keep_attention=false")
+    assert not any(c.memory.keep_attention for c in asked)
+    assert all(c.memory.offload == "host" for c in settings("memory.offload=host"))
+
+
+def test_offload_is_chosen_where_attention_is_kept_for_it():
+    """Llama3-8B at 60K tokens on 80 GB: copies cost less than computing attention again."""
+    config = compose(
+        ["+experiment=llama3_8b_auto", "plan.device=a100_80gb", "memory.host_budget_gib=256"]
+    )
+    chosen = choose(config, make_target(config)).chosen
+    assert chosen.config.memory.offload == "host"
+    assert chosen.config.memory.keep_attention
+    assert chosen.config.optimizer.in_backward
+    without = compose(
+        ["+experiment=llama3_8b_auto", "plan.device=a100_80gb", "memory.host_budget_gib=1"]
+    )
+    chosen = choose(without, make_target(without)).chosen
+    assert (chosen.config.memory.offload, chosen.config.memory.keep_attention) == ("none", False)
+
+
+def test_training_stays_inside_the_budget(tmp_path, monkeypatch):
+    """A run with a budget that only the method meets, measured by the tracker."""
+    arguments = ["model=llama_tiny", "memory.policy=auto", "train.steps=2", "train.eval_every=0"]
+    arguments += ["data.sequence_length=2048", "plan.device=cpu", f"run.dir={tmp_path}/run"]
+    config = compose(arguments)
+    target = make_target(config)
+    peaks = {describe(p): p.simulation.peak_bytes for p in choose(config, target).compared}
+    budget = (peaks["vanilla"] + peaks["mst"]) / 2
+    config = compose([*arguments, f"memory.device_budget_gib={budget / 2**30}"])
+    predicted = predict(choose(config, make_target(config)).chosen.config, make_target(config))
+    with MemoryTracker() as tracker:
+        train(config)
+    assert tracker.peak_bytes <= budget
+    assert tracker.peak_bytes == pytest.approx(predicted.simulation.allocated_bytes, rel=0.05)

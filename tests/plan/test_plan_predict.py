@@ -1,0 +1,212 @@
+"""Predictions: what they count, and the promises about Llama3-8B on 80 GB."""
+
+import json
+
+import pytest
+import torch
+
+from mst_train.compose import compose
+from mst_train.memory.devices import DEVICES, find_device
+from mst_train.memory.simulate import simulate
+from mst_train.memory.tracker import KINDS
+from mst_train.model.flops import parameter_count, training_flops
+from mst_train.plan.__main__ import main
+from mst_train.plan.choose import longest
+from mst_train.plan.predict import make_target, predict, with_length
+from mst_train.plan.speed import rates, seconds
+
+GIB = 2**30
+LLAMA3 = ["+experiment=llama3_8b_seq60k"]
+
+
+def predicted(*arguments):
+    config = compose(arguments)
+    return predict(config, make_target(config))
+
+
+def test_weights_and_states_are_those_of_the_model():
+    found = predicted(*LLAMA3).simulation
+    parameters = parameter_count(compose(LLAMA3).model)
+    assert found.breakdown["parameters"] == pytest.approx(2 * parameters, rel=1e-4)
+    assert found.breakdown["optimizer"] == pytest.approx(4 * parameters, rel=1e-3)
+
+
+def test_flops_are_the_models_and_what_is_recomputed():
+    """Keeping everything: the model's own, but for attention's backward (2.5 forwards, not 2)."""
+    config = compose([*LLAMA3, "memory.policy=vanilla", "data.sequence_length=8192"])
+    work = predict(config, make_target(config)).simulation.work
+    counted = work.product_flops + 3 * work.attention_forward_flops
+    assert counted == pytest.approx(training_flops(config.model, 8192), rel=1e-6)
+    assert work.attention_backward_flops == pytest.approx(2.5 * work.attention_forward_flops)
+
+
+def test_products_of_each_policy():
+    """MLP products: 9 with everything kept, 11 with the method.
+
+    Plain recomputation has 11 too, because torch's stops once everything saved is there again:
+    before the down projection.
+    """
+    length, layers, hidden, wide = 8192, 32, 4096, 14336
+    one = 2 * length * hidden * wide * layers
+
+    def products(*memory):
+        config = compose([*LLAMA3, f"data.sequence_length={length}", *memory])
+        return predict(config, make_target(config)).simulation.work.product_flops
+
+    vanilla = products("memory.policy=vanilla")
+    one_chunk = "memory.block_chunk_tokens=8192"
+    projections = 2 * length * hidden * 2 * (4096 + 1024) * layers  # q, k, v and output
+    assert products("memory.policy=recompute") - vanilla == pytest.approx(2 * one + projections)
+    method = products("memory.policy=mst", one_chunk)
+    assert method - vanilla == pytest.approx(2 * one + projections)
+
+
+def test_deep_models_are_extrapolated_exactly():
+    from mst_train.memory.simulate import _extrapolated, _run, with_layers
+
+    config = compose([*LLAMA3, "data.sequence_length=16384"])
+    device = find_device("a100_80gb")
+    at = {n: _run(with_layers(config, n), device, 1, None) for n in (3, 4, 9)}
+    beyond = _extrapolated(at[3], at[4], 5)
+    assert beyond.moments == {m: pytest.approx(k) for m, k in at[9].moments.items()}
+    assert beyond.work == pytest.approx(at[9].work)
+
+
+@pytest.mark.parametrize("settings", [["memory.offload=host"], ["optimizer.in_backward=false"]])
+def test_alternating_windows_are_extrapolated_exactly(settings):
+    from mst_train.memory.simulate import _run
+
+    config = compose(["+experiment=gemma2_9b_seq36k", "model.num_layers=12", *settings])
+    device = find_device("a100_80gb")
+    whole = _run(config, device, 1, None)
+    found = simulate(config, device)
+    peak = max(sum(kinds.values()) for kinds in whole.moments.values())
+    assert found.allocated_bytes == pytest.approx(peak, rel=1e-9)
+    assert found.host_bytes == whole.host_bytes
+    assert found.work.flops == pytest.approx(sum(whole.work[k] for k in FLOPS))
+
+
+FLOPS = ("product_flops", "attention_forward_flops", "attention_backward_flops")
+
+
+def test_windows_cost_less_than_whole_attention():
+    whole = predicted("+experiment=mistral_7b_seq70k", "model.sliding_window=null").simulation.work
+    windowed = predicted("+experiment=mistral_7b_seq70k").simulation.work
+    window, length = 4096, 71680
+    share = (window * length - window**2 / 2) / (length**2 / 2)
+    ratio = windowed.attention_backward_flops / whole.attention_backward_flops
+    assert ratio == pytest.approx(share, rel=0.01)
+
+
+def test_the_methods_reach_on_80_gib():
+    """100K tokens without offload; 500K with it and 512 GiB of host memory."""
+    assert predicted("+experiment=llama3_8b_seq100k").fits
+    offloaded = predicted("+experiment=llama3_8b_seq500k_offload")
+    assert offloaded.fits
+    assert offloaded.config.data.sequence_length >= 500_000
+    assert offloaded.simulation.host_bytes < 512 * GIB
+    assert offloaded.target.budget_bytes < 80 * GIB
+
+
+def test_sequence_parallel_scales():
+    """Twice the GPUs hold twice the sequence with the same memory on each."""
+    two = predicted("+experiment=llama3_8b_seq120k_2gpu").simulation
+    four = predicted("+experiment=llama3_8b_seq240k_4gpu").simulation
+    assert four.peak_bytes == pytest.approx(two.peak_bytes, rel=0.01)
+
+
+def test_zero_shares_states_out():
+    def breakdown(stage):
+        arguments = [*LLAMA3, "optimizer.in_backward=false", "memory.policy=mst"]
+        arguments += [f"parallel.zero_stage={stage}", "plan.gpus=8", "data.sequence_length=8192"]
+        return predicted(*arguments).simulation.breakdown
+
+    whole = breakdown(0)
+    assert breakdown(1)["optimizer"] == pytest.approx(whole["optimizer"] / 8, rel=1e-3)
+    assert breakdown(1)["parameters"] == whole["parameters"]
+    assert breakdown(3)["parameters"] == pytest.approx(whole["parameters"] / 8, rel=1e-3)
+
+
+def test_offload_moves_bytes_to_the_host():
+    config = compose([*LLAMA3, "memory.offload=host", "memory.keep_attention=true"])
+    found = predict(config, make_target(config)).simulation
+    tokens, layers = config.data.sequence_length, config.model.num_layers
+    kept = 2 * 8192 + 32 * 4 + 2 * 2048  # block's input, attention's result, lse, keys and values
+    assert found.host_bytes == pytest.approx(tokens * layers * kept, rel=0.01)
+    assert found.work.link_bytes == pytest.approx(2 * found.host_bytes, rel=0.01)
+
+
+def test_time_is_work_over_rates():
+    device = DEVICES["h100_80gb"]
+    found = simulate(compose(LLAMA3), device)
+    speed = rates(device, torch.bfloat16)
+    assert seconds(found.work, speed) > found.work.flops / device.bf16_flops
+    assert rates(find_device("80"), torch.bfloat16) is None
+    here = rates(find_device("cpu"), torch.float32)
+    assert here.products > 1e9 and here.memory > 1e8
+    assert here.source.startswith("measured")
+
+
+def test_longest_rounds_down_to_1024():
+    config = compose(["model=llama_tiny", "memory.device_budget_gib=0.2", "plan.device=cpu"])
+    target = make_target(config)
+    found = longest(config, target)
+    length = found.config.data.sequence_length
+    assert length % 1024 == 0
+    assert found.fits
+    assert not predict(with_length(config, length + 1024), target).fits
+
+
+@pytest.mark.parametrize("name", sorted(DEVICES))
+def test_devices(name):
+    device = find_device(name)
+    assert device.kind == "cuda"
+    size = int("".join(c for c in name.rpartition("_")[2] if c.isdigit()) or 0)
+    if name.endswith("gb"):
+        assert 0.9 * size < device.memory_bytes / GIB < size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan.device=a1000"], "plan.device=a1000 is not known: name one of a100_40gb"),
+        (["plan.device=-5"], "plan.device=-5 is not known"),
+        (["memory.device_budget_gib=-1"], "memory.device_budget_gib=-1.0 must be greater than 0"),
+        (["memory.host_budget_gib=0"], "memory.host_budget_gib=0.0 must be greater than 0"),
+        ([*LLAMA3, "plan.device=rtx3090_24gb", "memory.device_budget_gib=4"], "weights alone take"),
+        (["plan.gpus=3", "parallel.sequence_parallel=2"], "plan.gpus=3 is not a multiple"),
+        (["plan.output=xml"], "plan.output=xml is not one of table, json"),
+        (["plan.sweep=[0]"], "plan.sweep=0 must be at least 2"),
+    ],
+)
+def test_refusals(arguments, message, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert not captured.out
+
+
+def test_json_is_one_object_on_stdout(capsys):
+    assert main(["model=llama_tiny", "plan.device=2", "plan.output=json", "plan.search=true"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["fits"] is True
+    assert report["budget_bytes"] == 2 * GIB
+    assert report["peak_bytes"] == sum(report["breakdown"].values())
+    assert report["predicted_step_seconds"] is None
+    assert report["max_sequence_length"] % 1024 == 0
+    assert set(report["breakdown"]) == {*KINDS, "overhead"}
+    for key in ("host_bytes", "host_budget_bytes", "flops_per_step", "policy", "head_chunk_tokens"):
+        assert key in report
+
+
+def test_table_and_sweep(tmp_path, capsys):
+    assert main(["model=llama_tiny", "plan.device=a100_80gb", "precision=bf16"]) == 0
+    table = capsys.readouterr().out
+    assert "at the peak" in table
+    assert "tokens/s" in table
+    folder = tmp_path / "sweep"
+    arguments = ["model=llama_tiny", "plan.device=a100_80gb", "plan.sweep=[1024,2048,4096]"]
+    assert main([*arguments, f"plan.dir={folder}"]) == 0
+    assert (folder / "sweep.png").stat().st_size > 10_000
+    assert len(json.loads((folder / "sweep.json").read_text())) == 3
+    assert (folder / "sweep.md").read_text().count("fits") == 3
