@@ -22,7 +22,7 @@ from mst_train.memory.devices import GIB
 from mst_train.memory.tracker import process_peak_bytes
 from mst_train.metrics import Metrics, Progress, write_json
 from mst_train.model import Transformer, build_model, select_attention
-from mst_train.model.flops import peak_flops, training_flops
+from mst_train.model.flops import training_flops
 from mst_train.mst import HostBudgetError, Offload, Policy
 from mst_train.optim import build_optimizer, learning_rate
 from mst_train.plan.before import before_training, largest_parts
@@ -78,7 +78,7 @@ def train(config: Config) -> dict[str, Any]:
     flops_per_token = training_flops(config.model, config.data.sequence_length) / (
         config.data.sequence_length
     )
-    peak_rate = peak_flops(device)
+    peak_rate = prediction.target.device.bf16_flops
     summary: dict[str, Any] = progress_made["summary"]
     exit_code = 1
     try:

@@ -11,9 +11,9 @@ from mst_train.bench.measure import Measurement, Variant, collect_garbage, measu
 from mst_train.bench.progress import Progress
 from mst_train.bench.workload import Batch, build, chosen, lengths, loss_problems, random_batch
 from mst_train.config import Config
-from mst_train.memory.devices import GIB
+from mst_train.memory.devices import GIB, this_device
 from mst_train.model import Transformer
-from mst_train.model.flops import peak_flops, training_flops
+from mst_train.model.flops import training_flops
 from mst_train.mst import Offload, Policy
 from mst_train.optim import Optimizer, build_optimizer
 
@@ -63,7 +63,7 @@ def step_rows(
     config: Config, length: int, measurements: list[Measurement], device: torch.device
 ) -> list[dict[str, Any]]:
     """One row for each variant, with speed and utilisation."""
-    rate = peak_flops(device)
+    rate = this_device(device).bf16_flops
     flops = training_flops(config.model, length)
     rows = []
     for measurement in measurements:

@@ -1,16 +1,6 @@
-"""Floating-point operations of a training step, and how fast a device can do them."""
-
-import torch
+"""Parameters of a model, and the floating-point operations of training it."""
 
 from mst_train.config import ModelConfig
-
-PEAK_BF16_FLOPS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-}
-"""Dense bf16 rate per second by a part of the device's name, from the makers' data sheets."""
 
 
 def matrix_parameters(config: ModelConfig) -> int:
@@ -51,11 +41,3 @@ def training_flops(config: ModelConfig, sequence_length: int) -> float:
     spans = (min(window, sequence_length) for window in windows)
     scores = sum(span * (sequence_length - span / 2) for span in spans)
     return float(dense + 12 * scores * config.num_heads * config.head_dim)
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 rate per second; None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for part, rate in PEAK_BF16_FLOPS.items() if part in name), None)
