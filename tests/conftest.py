@@ -46,9 +46,9 @@ def corpus(tmp_path_factory):
         for _ in range(400)
     ]
     followers = {word: generator.sample(words, 4) for word in words}
-    for i in range(12):
+    for i in range(48):
         word, text = words[i], []
-        for _ in range(1500):
+        for _ in range(375):
             text.append(word)
             word = generator.choice(followers[word])
         (folder / f"document_{i:02d}.txt").write_text(" ".join(text))

@@ -20,12 +20,13 @@ from mst_train.config import Config
 from mst_train.data import Batch
 from mst_train.errors import UserError
 from mst_train.memory.devices import GIB, this_device
+from mst_train.memory.simulate import with_length
 from mst_train.memory.tracker import OPTIMIZER_RANGE, MemoryTracker
 from mst_train.model import Transformer, build_model, select_attention
 from mst_train.mst import Offload
 from mst_train.optim import Optimizer, build_optimizer
 from mst_train.plan.choose import longest
-from mst_train.plan.predict import Target, make_target, predict, with_length
+from mst_train.plan.predict import Target, make_target, predict
 from mst_train.plan.search import STEP, longest_fitting
 from mst_train.step import train_step
 

@@ -13,8 +13,9 @@ What tensors do not show is added as constants, named below: the CUDA context, c
 buffers of communication, and what the caching allocator cannot use.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -31,6 +32,7 @@ from mst_train.model import Transformer, build_model, select_attention
 from mst_train.model.attention import Attention, KernelAttention
 from mst_train.model.flops import parameter_count
 from mst_train.mst import Offload, Policy
+from mst_train.mst.attention_rows import KEYS_AT_ONCE
 from mst_train.optim import Optimizer, build_optimizer
 from mst_train.step import train_step
 
@@ -92,25 +94,28 @@ def simulate(
     build: makes the model, where it is not the decoder of this project.
 
     Micro-batches beyond the second change nothing but the work, which is counted for all. Deep
-    models are run at two small depths and extrapolated: the blocks are alike, so at each moment of
-    a step (the forward of the first block, the head, the backward of the last block, ...) every
-    number is a straight line over the number of blocks.
+    models are run at two small depths, and sequences of many chunks at three shorter lengths, and
+    extrapolated: blocks are alike and so are chunks. At each moment of a step (the forward of the
+    first block, the head, the backward of the last block, ...) memory is a straight line over the
+    number of blocks, and over the length; the work is one over the blocks, and with attention a
+    parabola over the length.
     """
-    period = layer_period(config.model)
-    shallow, deep = (_SHALLOW * period, (_SHALLOW + 1) * period)
-    layers = config.model.num_layers
-    if layers <= deep or layers % period:
-        found = _run(config, device, gpus, build)
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    tokens = config.train.micro_batch_size * _local_length(config)
+    policy = Policy.from_config(config.memory)
+    policy = policy.resolved(config.model, tokens, dtype, torch.device(device.kind))
+    run = partial(_at_any_depth, policy, dtype, device, gpus, build or build_decoder)
+    lengths = _shorter_lengths(config, policy)
+    if lengths is None:
+        found = run(config)
     else:
-        low, high = (
-            _run(with_layers(config, depth), device, gpus, build) for depth in (shallow, deep)
-        )
-        found = _extrapolated(low, high, (layers - deep) // period)
+        length = config.data.sequence_length
+        found = _at_length(length, lengths, [run(with_length(config, n)) for n in lengths])
     peak = max(found.moments.values(), key=lambda kinds: sum(kinds.values()))
     breakdown = {kind: round(size) for kind, size in peak.items() if size}
     allocated = sum(breakdown.values())
     return Simulation(
-        policy=found.policy,
+        policy=policy,
         allocated_bytes=allocated,
         overhead_bytes=_overhead(allocated, config, device, gpus),
         host_bytes=round(found.host_bytes),
@@ -121,6 +126,77 @@ def simulate(
 
 _SHALLOW = 3
 """Blocks that differ by their place: the first, the last, and those between."""
+
+_MANY_CHUNKS = 24
+"""From here on chunks are extrapolated."""
+
+
+def _at_any_depth(
+    policy: Policy, dtype: torch.dtype, device: Device, gpus: int, build: "Build", config: Config
+) -> "_Found":
+    period = layer_period(config.model)
+    shallow, deep = (_SHALLOW * period, (_SHALLOW + 1) * period)
+    layers = config.model.num_layers
+    run = partial(_run, policy, dtype, device, gpus, build)
+    if layers <= deep or layers % period:
+        return run(config)
+    low, high = (run(with_layers(config, depth)) for depth in (shallow, deep))
+    return _combined([low, high], lambda values: _line(layers, (shallow, deep), values))
+
+
+def _shorter_lengths(config: Config, policy: Policy) -> tuple[int, int, int] | None:
+    """Lengths to run in the place of one with many chunks.
+
+    All of them have the chunks before them that a backward may see at once.
+    """
+    chunk = policy.mlp_chunk_tokens
+    if policy.recompute and config.parallel.sequence_parallel == 1:
+        chunk = policy.block_chunk_tokens
+    assert isinstance(chunk, int)
+    rows = -(-chunk // config.train.micro_batch_size)
+    rows *= config.parallel.sequence_parallel
+    first = max(8, -(-KEYS_AT_ONCE // rows) + 1) * rows
+    lengths = (first, first + 4 * rows, first + 8 * rows)
+    chunked = policy.mini_sequence and lengths[-1] < config.data.sequence_length
+    if not chunked or config.data.sequence_length < _MANY_CHUNKS * rows:
+        return None
+    return lengths
+
+
+def _at_length(length: int, lengths: tuple[int, int, int], found: list["_Found"]) -> "_Found":
+    last = _combined(found[1:], lambda values: _line(length, lengths[1:], values))
+    work = {
+        name: _parabola(length, lengths, [one.work[name] for one in found])
+        for name in found[0].work
+    }
+    return last._replace(work=work)
+
+
+def _combined(found: list["_Found"], at: Callable[[list[float]], float]) -> "_Found":
+    """What ``at`` makes of each number of several runs."""
+
+    def numbers(several: list[Numbers]) -> Numbers:
+        names = dict.fromkeys(name for one in several for name in one)
+        return {name: at([one.get(name, 0.0) for one in several]) for name in names}
+
+    moments = {m: numbers([one.moments[m] for one in found]) for m in found[-1].moments}
+    work = numbers([one.work for one in found])
+    return _Found(moments, at([one.host_bytes for one in found]), work)
+
+
+def _line(x: float, places: Sequence[int], values: Sequence[float]) -> float:
+    slope = (values[1] - values[0]) / (places[1] - places[0])
+    return values[1] + slope * (x - places[1])
+
+
+def _parabola(x: float, places: Sequence[int], values: Sequence[float]) -> float:
+    """The parabola through three points (Lagrange)."""
+    a, b, c = places
+    return (
+        values[0] * (x - b) * (x - c) / ((a - b) * (a - c))
+        + values[1] * (x - a) * (x - c) / ((b - a) * (b - c))
+        + values[2] * (x - a) * (x - b) / ((c - a) * (c - b))
+    )
 
 
 class Build(Protocol):
@@ -139,37 +215,14 @@ class Build(Protocol):
 class _Found(NamedTuple):
     """What one run of a step gives: bytes by kind at each moment's peak, and sums over the step."""
 
-    policy: Policy
     moments: dict[Any, Numbers]
     host_bytes: float
     work: Numbers
 
 
-def _extrapolated(shallow: _Found, deep: _Found, steps: int) -> _Found:
-    """What a run deeper than ``deep`` by ``steps`` times their difference gives."""
-
-    def beyond(low: float, high: float) -> float:
-        return high + steps * (high - low)
-
-    def all_beyond(low: Numbers, high: Numbers) -> Numbers:
-        return {name: beyond(low.get(name, 0), high.get(name, 0)) for name in {*low, *high}}
-
-    return _Found(
-        deep.policy,
-        {
-            moment: all_beyond(shallow.moments[moment], kinds)
-            for moment, kinds in deep.moments.items()
-        },
-        beyond(shallow.host_bytes, deep.host_bytes),
-        all_beyond(shallow.work, deep.work),
-    )
-
-
-def _run(config: Config, device: Device, gpus: int, build: "Build | None") -> _Found:
-    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    tokens = config.train.micro_batch_size * _local_length(config)
-    policy = Policy.from_config(config.memory)
-    policy = policy.resolved(config.model, tokens, dtype, torch.device(device.kind))
+def _run(
+    policy: Policy, dtype: torch.dtype, device: Device, gpus: int, build: Build, config: Config
+) -> _Found:
     boundaries = _boundaries(config)
     counter = StepCounter(
         ALLOCATION_BYTES if device.kind == "cuda" else 1, _shares(config.parallel.zero_stage, gpus)
@@ -177,7 +230,7 @@ def _run(config: Config, device: Device, gpus: int, build: "Build | None") -> _F
     micro_batches = min(config.train.accumulation_steps, 2)
     batches = [_batch(config, boundaries) for _ in range(micro_batches)]
     with counter:
-        model = (build or build_decoder)(config, policy, dtype, device, counter)
+        model = build(config, policy, dtype, device, counter)
         counter.watch_module(model)
         with record_function(OPTIMIZER_RANGE):
             optimizer = _optimizer(model, config)
@@ -188,7 +241,6 @@ def _run(config: Config, device: Device, gpus: int, build: "Build | None") -> _F
         counter.end_moment()
     repeated = config.train.accumulation_steps / micro_batches
     return _Found(
-        policy,
         _keyed(counter.moments, config),
         counter.peak_host_bytes,
         {name: repeated * number for name, number in counter.work.items()},
@@ -212,6 +264,11 @@ def _keyed(moments: Mapping[Moment, Numbers], config: Config) -> dict[Any, Numbe
 def layer_period(model: ModelConfig) -> int:
     """After how many blocks they repeat."""
     return len(model.sliding_window_pattern) if model.sliding_window else 1
+
+
+def with_length(config: Config, length: int) -> Config:
+    """The same configuration at another sequence length."""
+    return replace(config, data=replace(config.data, sequence_length=length))
 
 
 def with_layers(config: Config, layers: int) -> Config:

@@ -16,8 +16,8 @@ from typing import Any
 from mst_train.config import AUTO, Config
 from mst_train.errors import UserError
 from mst_train.memory.devices import GIB
-from mst_train.memory.simulate import Build
-from mst_train.plan.predict import Prediction, Target, predict, with_length
+from mst_train.memory.simulate import Build, with_length
+from mst_train.plan.predict import Prediction, Target, predict
 from mst_train.plan.search import STEP, longest_fitting
 
 SMALL_BLOCK_CHUNK = 1024

@@ -1,6 +1,6 @@
 """Memory and time of one training step, against what there is."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,12 @@ class Target:
     gpus: int
     budget_bytes: int
     host_budget_bytes: int | None
-    rates: Rates | None
+    dtype: torch.dtype
+
+    @property
+    def rates(self) -> Rates | None:
+        """How fast the device is with tensors of this type; None where it is not known."""
+        return rates(self.device, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ def make_target(config: Config, device: Device | None = None) -> Target:
         host = device_bytes(torch.device("cpu"))
     gpus = config.plan.gpus or config.parallel.sequence_parallel
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    target = Target(device, gpus, budget, host, rates(device, dtype))
+    target = Target(device, gpus, budget, host, dtype)
     _require_weights(config, target, dtype)
     return target
 
@@ -120,11 +125,6 @@ def predict(config: Config, target: Target, build: Build | None = None) -> Predi
     assert config.memory.policy != "auto"
     simulation = simulate(config, target.device, gpus=target.gpus, build=build)
     return Prediction(config, target, simulation)
-
-
-def with_length(config: Config, length: int) -> Config:
-    """The same configuration at another sequence length."""
-    return replace(config, data=replace(config.data, sequence_length=length))
 
 
 def _require_weights(config: Config, target: Target, dtype: torch.dtype) -> None:

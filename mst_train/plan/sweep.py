@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 from mst_train.config import AUTO, Config
+from mst_train.memory.simulate import with_length
 from mst_train.plan.choose import choose
-from mst_train.plan.predict import Prediction, Target, predict, with_length
+from mst_train.plan.predict import Prediction, Target, predict
 
 
 def at_length(config: Config, target: Target, length: int) -> Prediction:

@@ -1,14 +1,12 @@
 """The simulated step against the real one, measured by the tracker."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from mst_train.compose import compose
 from mst_train.data import Batch
 from mst_train.memory.devices import find_device
-from mst_train.memory.simulate import _extrapolated, _run, simulate, with_layers
+from mst_train.memory.simulate import simulate
 from mst_train.memory.tracker import MemoryTracker
 from mst_train.model import build_model, select_attention
 from mst_train.mst import Offload, Policy

@@ -1,18 +1,21 @@
 """Predictions: what they count, and the promises about Llama3-8B on 80 GB."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
+import mst_train.memory.simulate as simulate_module
+import mst_train.mst.attention_rows as attention_rows
 from mst_train.compose import compose
 from mst_train.memory.devices import DEVICES, find_device
-from mst_train.memory.simulate import simulate
+from mst_train.memory.simulate import simulate, with_length
 from mst_train.memory.tracker import KINDS
 from mst_train.model.flops import parameter_count, training_flops
 from mst_train.plan.__main__ import main
 from mst_train.plan.choose import longest
-from mst_train.plan.predict import make_target, predict, with_length
+from mst_train.plan.predict import make_target, predict
 from mst_train.plan.speed import rates, seconds
 
 GIB = 2**30
@@ -61,32 +64,52 @@ def test_products_of_each_policy():
     assert method - vanilla == pytest.approx(2 * one + projections)
 
 
-def test_deep_models_are_extrapolated_exactly():
-    from mst_train.memory.simulate import _extrapolated, _run, with_layers
+@pytest.fixture
+def in_full(monkeypatch):
+    """simulate without extrapolation."""
 
-    config = compose([*LLAMA3, "data.sequence_length=16384"])
-    device = find_device("a100_80gb")
-    at = {n: _run(with_layers(config, n), device, 1, None) for n in (3, 4, 9)}
-    beyond = _extrapolated(at[3], at[4], 5)
-    assert beyond.moments == {m: pytest.approx(k) for m, k in at[9].moments.items()}
-    assert beyond.work == pytest.approx(at[9].work)
+    def run(config, device):
+        with monkeypatch.context() as patch:
+            patch.setattr(simulate_module, "_SHALLOW", 10**6)
+            patch.setattr(simulate_module, "_MANY_CHUNKS", 10**9)
+            return simulate(config, device)
 
-
-@pytest.mark.parametrize("settings", [["memory.offload=host"], ["optimizer.in_backward=false"]])
-def test_alternating_windows_are_extrapolated_exactly(settings):
-    from mst_train.memory.simulate import _run
-
-    config = compose(["+experiment=gemma2_9b_seq36k", "model.num_layers=12", *settings])
-    device = find_device("a100_80gb")
-    whole = _run(config, device, 1, None)
-    found = simulate(config, device)
-    peak = max(sum(kinds.values()) for kinds in whole.moments.values())
-    assert found.allocated_bytes == pytest.approx(peak, rel=1e-9)
-    assert found.host_bytes == whole.host_bytes
-    assert found.work.flops == pytest.approx(sum(whole.work[k] for k in FLOPS))
+    return run
 
 
-FLOPS = ("product_flops", "attention_forward_flops", "attention_backward_flops")
+def assert_same(found, expected):
+    assert found.allocated_bytes == pytest.approx(expected.allocated_bytes, rel=1e-9)
+    assert found.breakdown == pytest.approx(expected.breakdown, rel=1e-9)
+    assert found.host_bytes == pytest.approx(expected.host_bytes, rel=1e-9)
+    assert dataclasses.asdict(found.work) == pytest.approx(dataclasses.asdict(expected.work))
+    assert found.policy == expected.policy
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["+experiment=llama3_8b_seq60k", "data.sequence_length=16384", "model.num_layers=9"],
+        ["+experiment=gemma2_9b_seq36k", "model.num_layers=12", "memory.offload=host"],
+        ["+experiment=gemma2_9b_seq36k", "model.num_layers=10", "optimizer.in_backward=false"],
+        ["+experiment=llama3_8b_vanilla_seq5k", "model.num_layers=7"],
+        ["model=llama_tiny", "model.num_layers=8", "train.accumulation_steps=3"],
+    ],
+)
+def test_deep_models_are_extrapolated_exactly(in_full, arguments):
+    config, device = compose(arguments), find_device("a100_80gb")
+    assert_same(simulate(config, device), in_full(config, device))
+
+
+@pytest.mark.parametrize("memory", [["memory.offload=host"], ["memory.keep_attention=false"], []])
+def test_long_sequences_are_extrapolated_exactly(in_full, monkeypatch, memory):
+    for module in (simulate_module, attention_rows):
+        monkeypatch.setattr(module, "KEYS_AT_ONCE", 1024)
+    arguments = ["model=llama_tiny", "model.num_layers=1", "data.sequence_length=15360"]
+    arguments += ["memory.block_chunk_tokens=512", "memory.head_chunk_tokens=256", *memory]
+    config, device = compose(arguments), find_device("a100_80gb")
+    lengths = simulate_module._shorter_lengths(config, simulate(config, device).policy)
+    assert lengths == (4096, 6144, 8192)
+    assert_same(simulate(config, device), in_full(config, device))
 
 
 def test_windows_cost_less_than_whole_attention():
