@@ -31,7 +31,15 @@ def compose(arguments: Sequence[str]) -> Config:
     Raises UserError with every problem found.
     """
     folder = config_folder()
-    tree = _compose_tree(folder, _overrides(folder, arguments))
+    overrides = _overrides(folder, arguments)
+    tree = _compose_tree(folder, overrides)
+    model = tree.get("model")
+    name = model.get("from_pretrained") if isinstance(model, dict) else None
+    if isinstance(name, str) and name.strip():
+        from mst_train.pretrained import with_pretrained  # which imports torch
+
+        given = {override.lstrip("+").partition("=")[0] for override in overrides}
+        tree = with_pretrained(tree, given)
     schema = OmegaConf.structured(Config)
     _make_writable(schema)
     problems = []

@@ -23,6 +23,7 @@ from mst_train.memory.tracker import process_peak_bytes
 from mst_train.metrics import Metrics, Progress, write_json
 from mst_train.model import Transformer, build_model, select_attention
 from mst_train.model.flops import training_flops
+from mst_train.model.huggingface import load_weights
 from mst_train.mst import HostBudgetError, Offload, Policy
 from mst_train.optim import build_optimizer, learning_rate
 from mst_train.plan.before import before_training, largest_parts
@@ -55,6 +56,8 @@ def train(config: Config) -> dict[str, Any]:
 
     # Model and optimizer, at their first step or where the checkpoint left them.
     model = _build(config, device)
+    if checkpoint is None and config.model.from_pretrained is not None:
+        load_weights(model, config.model.from_pretrained)
     optimizer = build_optimizer(
         model, config.optimizer, master_weights=config.precision == "bf16_master"
     )

@@ -34,7 +34,11 @@ HOMES = {
     "sentencepiece": ("mst_train.data.tokenizer",),
     "triton": ("mst_kernels",),
     "deepspeed": ("mst_train.optim", "mst_train.bench.systems", "mst_train.bench.peers"),
-    "transformers": ("mst_train.bench.systems", "mst_train.plan.baseline"),
+    "transformers": (
+        "mst_train.bench.systems",
+        "mst_train.plan.baseline",
+        "mst_train.integrations",
+    ),
     "liger_kernel": ("mst_train.bench.systems", "mst_train.bench.peers"),
     "cut_cross_entropy": ("mst_train.bench.peers",),
     "matplotlib": ("mst_train.bench.plot", "mst_train.plan.plot", "mst_train.data.statistics"),

@@ -260,12 +260,15 @@ def test_two_processes_do_not_share_a_folder(small_config):
     second.close()
 
 
+AUTO_CHUNKS = {"memory.mlp_chunk_tokens": "auto", "memory.head_chunk_tokens": "auto"}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"model.vocab_size": 100}, r"model\.vocab_size=100 is smaller than the tokenizer's"),
         ({"data.source": "/nowhere/at/all.txt"}, "/nowhere/at/all.txt"),
-        ({"data.sequence_length": 10**7}, "data.sequence_length"),
+        ({"data.sequence_length": 10**6, **AUTO_CHUNKS}, "data.sequence_length"),
         ({"kernel.attention": "cudnn"}, "kernel.attention=cudnn cannot be used"),
         ({"kernel.backend": "triton"}, "kernel.backend=triton cannot be used: .* needs CUDA"),
         ({"memory.device_budget_gib": 1e-5}, "memory.device_budget_gib allows"),

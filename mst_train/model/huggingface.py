@@ -132,6 +132,11 @@ def load_weights(model: Transformer, name: str | Path) -> None:
     _copy(_checked_files(_folder(name), model), model)
 
 
+def pretrained_folder(name: str | Path) -> Path:
+    """A checkpoint's folder, downloaded where it is the Hub's. Raises UserError without one."""
+    return _folder(name)
+
+
 def pretrained_config(name: str | Path) -> ModelConfig:
     """The settings of a checkpoint's model. Raises UserError where it is not supported."""
     return _config_of(_folder(name))

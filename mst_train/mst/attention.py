@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mst_train.mst.autocast import Autocast
 from mst_train.mst.autograd import first_order_only
 from mst_train.mst.rerun import current_run
 
@@ -172,7 +173,10 @@ def attend(
 
     Memory: saves q, k, v, the result and its log-sum-exp.
     """
-    out: Tensor = _Attend.apply(q, k, v, kernel, documents)  # type: ignore[no-untyped-call]
+    autocast = Autocast.here(q.device)
+    q, k, v = map(autocast.cast, (q, k, v))
+    with autocast.off():
+        out: Tensor = _Attend.apply(q, k, v, kernel, documents)  # type: ignore[no-untyped-call]
     return out
 
 

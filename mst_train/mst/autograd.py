@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from mst_train.mst.autocast import Autocast
+
 
 def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of a backward that cannot itself be differentiated: it refuses where it would be.
@@ -23,6 +25,7 @@ def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "mini-sequence functions are differentiable once: leave out create_graph=True, or "
                 "use the plain implementation for gradients of gradients"
             )
-        return once(ctx, *gradients)
+        with Autocast(gradients[0].device.type).off():  # whatever surrounds the backward
+            return once(ctx, *gradients)
 
     return checked

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from mst_train.mst.attention import AttentionKernel, Documents
 from mst_train.mst.attention_rows import attend_rows, attend_rows_backward
+from mst_train.mst.autocast import Autocast
 from mst_train.mst.autograd import first_order_only
 from mst_train.mst.chunking import BLOCK_BYTES, chunk_slices, resolve_chunk_tokens
 from mst_train.mst.offload import Offload, Stored
@@ -109,10 +110,12 @@ def mini_sequence_block(
         offload,
         torch.is_grad_enabled() and (x.requires_grad or bool(parameters)),
         [(p, p._version) for p in parameters],
+        Autocast.here(x.device),
     )
-    y: Tensor = _MiniSequenceBlock.apply(  # type: ignore[no-untyped-call]
-        settings, len(row_arguments), x, *row_arguments, *parameters
-    )
+    with settings.autocast.restored():
+        y: Tensor = _MiniSequenceBlock.apply(  # type: ignore[no-untyped-call]
+            settings, len(row_arguments), x, *row_arguments, *parameters
+        )
     return y
 
 
@@ -126,6 +129,14 @@ class _Settings(NamedTuple):
     needs_backward: bool
     parameters: list[tuple[nn.Parameter, int]]
     """Those that want gradients, with their versions."""
+    autocast: Autocast
+
+    def before_attention(
+        self, x_BTD: Tensor, arguments: Sequence[Tensor], *, queries: bool = True
+    ) -> list[Tensor]:
+        """The block's, as attention takes it; without ``queries`` keys and values alone."""
+        parts = self.block.before_attention(x_BTD, *arguments, queries=queries)
+        return [self.autocast.cast(part) for part in parts if part is not None]
 
 
 class _MiniSequenceBlock(torch.autograd.Function):
@@ -133,7 +144,7 @@ class _MiniSequenceBlock(torch.autograd.Function):
     def forward(
         ctx: Any, settings: _Settings, row_arguments: int, x_BSD: Tensor, *tensors: Tensor
     ) -> Tensor:
-        block, kernel, documents, chunk_rows, keep_attention, offload, needs_backward, _ = settings
+        block, kernel, documents, chunk_rows, keep_attention, offload, needs_backward, *_ = settings
         arguments = tensors[:row_arguments]
         y_BSD = torch.empty_like(x_BSD, memory_format=torch.contiguous_format)
         keys_values = _Rows(x_BSD.shape[1])
@@ -141,9 +152,8 @@ class _MiniSequenceBlock(torch.autograd.Function):
         stored: list[Stored] = []
         for rows in chunk_slices(x_BSD.shape[1], chunk_rows):
             x_BTD = x_BSD[:, rows]
-            q_BTHE, *new = block.before_attention(x_BTD, *_cut(arguments, rows))
+            q_BTHE, *new = settings.before_attention(x_BTD, _cut(arguments, rows))
             k_BSKE, v_BSKE = keys_values.put(rows, new)
-            assert q_BTHE is not None
             out, lse = attend_rows(kernel, q_BTHE, k_BSKE, v_BSKE, rows, documents)
             del q_BTHE, new
             attention = [out, lse] if keep_attention and needs_backward else []
@@ -163,63 +173,68 @@ class _MiniSequenceBlock(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, dy_BSD: Tensor) -> tuple[Tensor | None, ...]:
-        block, kernel, documents, chunk_rows, *_ = ctx.settings
-        saved = ctx.saved_tensors  # once: hooks of others may unpack them
-        arguments = saved[: ctx.row_arguments]
-        chunks = list(chunk_slices(dy_BSD.shape[1], chunk_rows))
-        kept = _Kept(ctx, list(saved[ctx.row_arguments :]), chunks)
-        after = _After(block)
-        dx_BSD = torch.empty_like(dy_BSD, memory_format=torch.contiguous_format)
-        dk_BSKE = dv_BSKE = None
-        with _aliases(block, ctx.settings.parameters) as parameters:
-            sums = [_Sum(several=len(chunks) > 1) for _ in parameters]
-            if len(chunks) > 1:
-                k_BSKE, v_BSKE = kept.keys_values(block, arguments)
-                dk_BSKE, dv_BSKE = _zeros_to_sum(k_BSKE), _zeros_to_sum(v_BSKE)
-            for rows in reversed(chunks):
-                x_BTD, attention = kept.chunk(rows)
-                x_BTD = x_BTD.detach().requires_grad_()
-                with torch.enable_grad():
-                    q_BTHE, k_BTKE, v_BTKE = block.before_attention(x_BTD, *_cut(arguments, rows))
-                if len(chunks) == 1:
-                    k_BSKE, v_BSKE = k_BTKE.detach(), v_BTKE.detach()
-                q_rows = (q_BTHE.detach(), k_BSKE, v_BSKE)
-                out, lse = attention or attend_rows(kernel, *q_rows, rows, documents)
-                out = out.detach().requires_grad_()
-                stream_and_branch = after(x_BTD, out)
-                dx_BTD, dout, *gradients = torch.autograd.grad(
-                    stream_and_branch,
-                    (x_BTD, out, *parameters),
-                    (dy_BSD[:, rows],) * 2,
-                    allow_unused=True,
-                )
-                _add(sums, gradients)
-                dq, dk, dv = attend_rows_backward(
-                    kernel,
-                    dout,
-                    *q_rows,
-                    out.detach(),
-                    lse,
-                    rows,
-                    documents,
-                    dk_BSKE,
-                    dv_BSKE,
-                )
-                del out, lse, attention, dout, stream_and_branch, q_rows
-                more_dx_BTD, *gradients = torch.autograd.grad(
-                    (q_BTHE, k_BTKE, v_BTKE),
-                    (x_BTD, *parameters),
-                    (dq, dk, dv),
-                    allow_unused=True,
-                )
-                del q_BTHE, k_BTKE, v_BTKE, dq, dk, dv
-                _add(sums, gradients)
-                dx_BSD[:, rows] = _sum_of(x_BTD, dx_BTD, more_dx_BTD)
-                # What the next chunk does not need would be there at its peak.
-                del x_BTD, dx_BTD, more_dx_BTD, gradients
-        nothing = [None] * (2 + ctx.row_arguments)
-        totals = [total.result(p.dtype) for total, p in zip(sums, parameters, strict=True)]
-        return (*nothing[:2], dx_BSD, *nothing[2:], *totals)
+        with ctx.settings.autocast.restored():
+            return _backward(ctx, dy_BSD)
+
+
+def _backward(ctx: Any, dy_BSD: Tensor) -> tuple[Tensor | None, ...]:
+    block, kernel, documents, chunk_rows, *_ = ctx.settings
+    saved = ctx.saved_tensors  # once: hooks of others may unpack them
+    arguments = saved[: ctx.row_arguments]
+    chunks = list(chunk_slices(dy_BSD.shape[1], chunk_rows))
+    kept = _Kept(ctx, list(saved[ctx.row_arguments :]), chunks)
+    after = _After(block)
+    dx_BSD = torch.empty_like(dy_BSD, memory_format=torch.contiguous_format)
+    dk_BSKE = dv_BSKE = None
+    with _aliases(block, ctx.settings.parameters) as parameters:
+        sums = [_Sum(several=len(chunks) > 1) for _ in parameters]
+        if len(chunks) > 1:
+            k_BSKE, v_BSKE = kept.keys_values(ctx.settings, arguments)
+            dk_BSKE, dv_BSKE = _zeros_to_sum(k_BSKE), _zeros_to_sum(v_BSKE)
+        for rows in reversed(chunks):
+            x_BTD, attention = kept.chunk(rows)
+            x_BTD = x_BTD.detach().requires_grad_()
+            with torch.enable_grad():
+                q_BTHE, k_BTKE, v_BTKE = ctx.settings.before_attention(x_BTD, _cut(arguments, rows))
+            if len(chunks) == 1:
+                k_BSKE, v_BSKE = k_BTKE.detach(), v_BTKE.detach()
+            q_rows = (q_BTHE.detach(), k_BSKE, v_BSKE)
+            out, lse = attention or attend_rows(kernel, *q_rows, rows, documents)
+            out = out.detach().requires_grad_()
+            stream_and_branch = after(x_BTD, out)
+            dx_BTD, dout, *gradients = torch.autograd.grad(
+                stream_and_branch,
+                (x_BTD, out, *parameters),
+                (dy_BSD[:, rows],) * 2,
+                allow_unused=True,
+            )
+            _add(sums, gradients)
+            dq, dk, dv = attend_rows_backward(
+                kernel,
+                dout,
+                *q_rows,
+                out.detach(),
+                lse,
+                rows,
+                documents,
+                dk_BSKE,
+                dv_BSKE,
+            )
+            del out, lse, attention, dout, stream_and_branch, q_rows
+            more_dx_BTD, *gradients = torch.autograd.grad(
+                (q_BTHE, k_BTKE, v_BTKE),
+                (x_BTD, *parameters),
+                (dq, dk, dv),
+                allow_unused=True,
+            )
+            del q_BTHE, k_BTKE, v_BTKE, dq, dk, dv
+            _add(sums, gradients)
+            dx_BSD[:, rows] = _sum_of(x_BTD, dx_BTD, more_dx_BTD)
+            # What the next chunk does not need would be there at its peak.
+            del x_BTD, dx_BTD, more_dx_BTD, gradients
+    nothing = [None] * (2 + ctx.row_arguments)
+    totals = [total.result(p.dtype) for total, p in zip(sums, parameters, strict=True)]
+    return (*nothing[:2], dx_BSD, *nothing[2:], *totals)
 
 
 class _Kept:
@@ -237,15 +252,13 @@ class _Kept:
                 "in the first. Run the forward again, or leave offload out"
             )
 
-    def keys_values(self, block: RowwiseBlock, arguments: Sequence[Tensor]) -> list[Tensor]:
+    def keys_values(self, settings: _Settings, arguments: Sequence[Tensor]) -> list[Tensor]:
         """Keys and values of all rows."""
         if self._x is None:
             return self._stored.pop().load()
         keys_values = _Rows(self._x.shape[1])
         for rows in self._chunks:
-            _, *new = block.before_attention(
-                self._x[:, rows], *_cut(arguments, rows), queries=False
-            )
+            new = settings.before_attention(self._x[:, rows], _cut(arguments, rows), queries=False)
             keys_values.put(rows, new)
         return keys_values.tensors
 

@@ -17,6 +17,7 @@ from torch.autograd.function import FunctionCtx
 
 from mst_kernels import cross_entropy_
 from mst_train.mst.accumulate import WeightGradient
+from mst_train.mst.autocast import Autocast
 from mst_train.mst.autograd import first_order_only
 from mst_train.mst.chunking import chunk_slices, resolve_chunk_tokens
 
@@ -77,7 +78,7 @@ def mini_sequence_cross_entropy(
 
     Args:
         hidden: [N, D], floating point.
-        weight: [V, D] as in ``nn.Linear``, of hidden's type.
+        weight: [V, D] as in ``nn.Linear``, of hidden's type (autocast casts both).
         labels: [N] int64, already shifted: labels[i] is the token that hidden[i] predicts.
         chunk_tokens: tokens computed at a time; "auto" bounds the logits by bytes.
         ignore_index: the label of tokens that count for nothing.
@@ -98,6 +99,8 @@ def mini_sequence_cross_entropy(
     and weight; the weight's in fp32 until then. Under ``torch.no_grad``, or where neither input
     needs a gradient, no gradient is computed or held.
     """
+    autocast = Autocast.here(hidden.device)
+    hidden, weight = autocast.cast(hidden), autocast.cast(weight)
     _check(hidden, weight, labels)
     bytes_per_token = weight.shape[0] * hidden.element_size()
     chunk = resolve_chunk_tokens(chunk_tokens, hidden.shape[0], bytes_per_token, hidden.device)
@@ -110,9 +113,10 @@ def mini_sequence_cross_entropy(
         "label_smoothing": label_smoothing,
         "gradient": gradient,
     }
-    loss_sum: Tensor = _MiniSequenceCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, labels, chunk, options
-    )
+    with autocast.off():
+        loss_sum: Tensor = _MiniSequenceCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, labels, chunk, options
+        )
     return loss_sum, (labels != ignore_index).sum()
 
 

@@ -17,6 +17,7 @@ from torch.autograd.function import FunctionCtx
 
 from mst_kernels import glu_backward_, glu_forward
 from mst_train.mst.accumulate import WeightGradient
+from mst_train.mst.autocast import Autocast
 from mst_train.mst.autograd import first_order_only
 from mst_train.mst.chunking import chunk_slices, resolve_chunk_tokens
 from mst_train.mst.rerun import current_run, unread
@@ -65,7 +66,7 @@ def mini_sequence_mlp(
 
     Args:
         x: [..., D], floating point.
-        gate_weight, up_weight: [F, D] as in ``nn.Linear``, of x's type.
+        gate_weight, up_weight: [F, D] as in ``nn.Linear``, of x's type (autocast casts all four).
         down_weight: [D, F], of x's type.
         chunk_tokens: tokens computed at a time; "auto" bounds the intermediates by bytes.
         activation: "silu" (SwiGLU) or "gelu_tanh" (GeGLU).
@@ -86,6 +87,10 @@ def mini_sequence_mlp(
     intermediate, hidden = gate_weight.shape
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    autocast = Autocast.here(x.device)
+    x, gate_weight, up_weight, down_weight = map(
+        autocast.cast, (x, gate_weight, up_weight, down_weight)
+    )
     if {gate_weight.dtype, up_weight.dtype, down_weight.dtype} != {x.dtype}:
         raise ValueError(
             f"x is {x.dtype}, gate_weight {gate_weight.dtype}, up_weight {up_weight.dtype} and "
@@ -104,9 +109,10 @@ def mini_sequence_mlp(
     x_ND = x.reshape(-1, hidden)
     bytes_per_token = BACKWARD_INTERMEDIATES * intermediate * x.element_size()
     chunk = resolve_chunk_tokens(chunk_tokens, x_ND.shape[0], bytes_per_token, x.device)
-    y_ND: Tensor = _MiniSequenceMLP.apply(  # type: ignore[no-untyped-call]
-        x_ND, gate_weight, up_weight, down_weight, chunk, activation
-    )
+    with autocast.off():
+        y_ND: Tensor = _MiniSequenceMLP.apply(  # type: ignore[no-untyped-call]
+            x_ND, gate_weight, up_weight, down_weight, chunk, activation
+        )
     return y_ND.view(x.shape)
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from mst_train.mst.autocast import Autocast
 from mst_train.mst.offload import Offload, Stored
 from mst_train.mst.rerun import BlockRun, running
 
@@ -92,6 +93,7 @@ class Frame(BlockRun):
         self._x = x.detach()
         self._x_requires_grad = x.requires_grad
         self._x_version = x._version
+        self._autocast = Autocast.here(x.device)
         self._kept: list[Tensor] = []
         self._stored: Stored | None = None
         self._handles: list[weakref.ref[_Handle]] = []
@@ -150,7 +152,7 @@ class Frame(BlockRun):
         del self._x
         try:
             hooks = saved_tensors_hooks(self._collect, self.open)
-            with torch.enable_grad(), running(self), hooks:
+            with torch.enable_grad(), self._autocast.restored(), running(self), hooks:
                 self._block(x, *self._arguments)
         except _Rebuilt:
             return

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from keeps_float64 import KeepsFloat64
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.overrides import TorchFunctionMode
 
 from mst_train.config import ModelConfig, RopeScalingConfig
 from mst_train.errors import UserError
@@ -111,25 +111,6 @@ POLICIES = {
     "mst, attention again": Policy(True, True, 1000, 5, False, 8),
     "mst, whole blocks": Policy(True, True, 13, 1000, True, 1000),
 }
-
-
-class KeepsFloat64(TorchFunctionMode):
-    """Leaves fp64 tensors fp64 where transformers casts to fp32 (norms, softmax, logits).
-
-    What it has in fp32 from the start, the rotary angles, stays so.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
-            asked = (*args[1:], *kwargs.values())
-            if function is torch.Tensor.float:
-                return args[0]
-            if function is torch.Tensor.to and torch.float32 in asked:
-                return args[0]
-            if function is F.softmax and torch.float32 in asked:
-                return F.softmax(args[0], dim=kwargs["dim"])
-        return function(*args, **kwargs)
 
 
 def make_theirs(name, dtype=torch.float64, seed=0):

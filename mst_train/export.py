@@ -1,0 +1,177 @@
+"""python -m mst_train.export checkpoint=DIR output=DIR: a run's model in Hugging Face's format."""
+
+import logging
+import sys
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from mst_train.command import run_command
+from mst_train.errors import UserError
+
+HELP = """\
+python -m mst_train.export checkpoint=DIR output=DIR [key=value ...]
+
+Writes a run's model as a checkpoint that transformers reads. The output is whole or not there.
+  --help     this page
+
+  checkpoint  a run's folder (its newest checkpoint that is whole), or a folder step_NNNNNNNN
+  output      the folder to write: new, or empty
+  model_type  llama, mistral, ...; without it the first family that has such models
+  tokenizer   a sentencepiece .model file, or null for none; without it the run's"""
+
+KEYS = ("checkpoint", "output", "model_type", "tokenizer")
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    return run_command(_run, arguments, "nothing was written")
+
+
+def _run(arguments: list[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        print(HELP)
+        return 0
+    settings, problems = {}, []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key not in KEYS or not equals or not value:
+            problems.append(f"cannot use {argument!r}: give {', '.join(KEYS)}, each as key=value")
+        settings[key] = value
+    problems += [f"{key} is missing: {key}=DIR" for key in KEYS[:2] if key not in settings]
+    if problems:
+        raise UserError(problems)
+    checkpoint, step = export(**settings)
+    print(f"{settings['output']}: the model of {checkpoint}, after {step} steps")
+    return 0
+
+
+def export(
+    checkpoint: str | Path,
+    output: str | Path,
+    model_type: str | None = None,
+    tokenizer: str | Path | None = None,
+) -> tuple[Path, int]:
+    """Write the model of a checkpoint to a new folder.
+
+    Args:
+        checkpoint: a checkpoint's folder, or a run's: its newest checkpoint that is undamaged.
+        output: where to; it must be new or empty.
+        model_type: the family it is written as; None: the first that has such models.
+        tokenizer: a .model file; "null": none; None: the run's, where it is still there.
+
+    Returns:
+        (the checkpoint's folder, its step).
+
+    The weights are those that the run computes with, in their type: bf16 ones without their fp32
+    masters. Memory: the checkpoint's file is mapped, one file of the output is held.
+
+    Raises:
+        UserError: no whole checkpoint, an output that is there, a model that no family has. Nothing
+            is left behind then.
+    """
+    from mst_train.checkpoint import first_undamaged, load_part
+    from mst_train.model import build_model
+    from mst_train.model.huggingface import save_pretrained
+
+    output = Path(output).expanduser()
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"output={output} is there already: name a new folder, or empty it")
+    found = first_undamaged(_candidates(Path(checkpoint).expanduser()))
+    assert found is not None
+    trainer, state = load_part(found, "trainer"), load_part(found, "model")
+    settings = trainer["config"]
+    config = _model_config(settings["model"], found)
+    model = build_model(config, device="meta", dtype=state["embedding.weight"].dtype)
+    model.load_state_dict(state, assign=True)
+    if config.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    with tempfile.TemporaryDirectory() as temporary:
+        file, token_ids = _tokenizer(tokenizer, settings, Path(temporary))
+        save_pretrained(
+            model,
+            output,
+            model_type=model_type,
+            sequence_length=settings["data"]["sequence_length"],
+            tokenizer=file,
+            token_ids=token_ids,
+        )
+    return found, trainer["step"]
+
+
+def _candidates(path: Path) -> list[Path]:
+    """The whole checkpoints that a path names, the best first."""
+    from mst_train.checkpoint import MARKER, complete_checkpoints
+
+    if (path / MARKER).exists():
+        complete = [other for other in complete_checkpoints(path.parent) if other == path]
+    else:
+        complete = complete_checkpoints(path) or complete_checkpoints(path / "checkpoints")
+    if not complete:
+        raise UserError(
+            f"checkpoint={path} holds no whole checkpoint: give a run's folder, or a folder "
+            f"step_NNNNNNNN with a file {MARKER}"
+        )
+    return complete[::-1]
+
+
+def _model_config(settings: dict[str, Any], checkpoint: Path) -> Any:
+    """A model's settings, as a checkpoint has them."""
+    from mst_train.config import ModelConfig, RopeScalingConfig
+
+    known = {field.name for field in fields(ModelConfig)}
+    unknown = sorted(settings.keys() - known)
+    if unknown:
+        raise UserError(
+            f"{checkpoint} has model.{unknown[0]}, which this version does not know: export it "
+            f"with the version that made it"
+        )
+    scaling = RopeScalingConfig(**settings.get("rope_scaling", {}))
+    return ModelConfig(**{**settings, "rope_scaling": scaling})
+
+
+def _tokenizer(
+    tokenizer: str | Path | None, settings: dict[str, Any], temporary: Path
+) -> tuple[Path | None, dict[str, int]]:
+    """The tokenizer's file, and the id that ends a document."""
+    from mst_train.data import Tokenizer
+
+    if str(tokenizer) == "null":
+        return None, {}
+    if tokenizer is None:
+        tokenizer = _run_tokenizer(settings["data"], temporary)
+    if tokenizer is None:
+        return None, {}
+    file = Path(tokenizer).expanduser()
+    return file, {"eos_token_id": Tokenizer.load(file).eod}
+
+
+def _run_tokenizer(settings: dict[str, Any], temporary: Path) -> Path | None:
+    """The tokenizer that a run's tokens were made with, as a file; None where it is gone."""
+    from mst_train.config import DataConfig, MixtureConfig
+    from mst_train.data import load_corpus
+
+    if settings.get("tokenizer") is not None:
+        return Path(settings["tokenizer"])
+    known = {field.name for field in fields(DataConfig)}
+    values = {key: value for key, value in settings.items() if key in known}
+    mixture = [MixtureConfig(**part) for part in values.pop("mixture", [])]
+    if mixture:
+        values["source"] = mixture[0].source
+    try:
+        model = load_corpus(DataConfig(**values)).tokenizer.model
+    except UserError as error:
+        log.warning("the run's tokenizer is left out: %s", error.problems[0])
+        return None
+    if model is None:
+        return None
+    file = temporary / "tokenizer.model"
+    file.write_bytes(model)
+    return file
+
+
+if __name__ == "__main__":
+    sys.exit(main())

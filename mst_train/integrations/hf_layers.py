@@ -1,0 +1,213 @@
+"""transformers' decoder layers as row-wise blocks, and the table of models that have them.
+
+A ``RowwiseLayer`` is a view of one decoder layer: it calls the layer's own norms and projections,
+so that whatever they are (adapters on them, for one) is what runs. Only attention, and an MLP of
+plain linear layers, are computed by this project.
+
+Legend: B batch, T rows of a chunk, D hidden, F intermediate, H query heads, K key-value heads, E
+head size.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mst_train.model.hf_families import ACTIVATIONS
+from mst_train.mst import Scores, mini_sequence_mlp
+from mst_train.mst.chunking import chunk_slices, resolve_chunk_tokens
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models, by the names of its classes in transformers.
+
+    module: the module below ``transformers.models``.
+    prefix: what its classes' names begin with.
+    norms: where a layer's norms are. before: on what attention and MLP read. around: on their
+        results too. after: on their results alone.
+    windows: which layers have the sliding window of the configuration: none, all, or those that
+        ``layer_types`` says.
+    head_norms: queries and keys are normed. none, head (each head), projection (all together).
+    fused: one projection for queries, keys and values.
+    activation_key: where the configuration has the MLP's activation.
+    """
+
+    module: str
+    prefix: str
+    norms: str = "before"
+    windows: str = "none"
+    head_norms: str = "none"
+    fused: bool = False
+    activation_key: str = "hidden_act"
+
+    @property
+    def causal_lm(self) -> str:
+        return f"{self.prefix}ForCausalLM"
+
+    def get(self, name: str) -> Any:
+        """What the family's module has by this name."""
+        module = importlib.import_module(
+            f"transformers.models.{self.module}.modeling_{self.module}"
+        )
+        return getattr(module, name)
+
+    def scores(self, layer: Any) -> Scores:
+        """What a layer's attention computes."""
+        attention = layer.self_attn
+        config = attention.config
+        window = None
+        if self.windows == "all":
+            window = config.sliding_window
+        elif self.windows == "layers":
+            sliding = config.layer_types[attention.layer_idx] == "sliding_attention"
+            window = config.sliding_window if sliding else None
+        softcap = getattr(config, "attn_logit_softcapping", None)
+        return Scores(window, softcap, attention.scaling)
+
+
+FAMILIES = (
+    Family("llama", "Llama"),
+    Family("mistral", "Mistral", windows="all"),
+    Family("qwen2", "Qwen2", windows="layers"),
+    Family("qwen3", "Qwen3", windows="layers", head_norms="head"),
+    Family(
+        "gemma2",
+        "Gemma2",
+        norms="around",
+        windows="layers",
+        activation_key="hidden_activation",
+    ),
+    Family("olmo2", "Olmo2", norms="after", head_norms="projection"),
+    Family("phi3", "Phi3", windows="all", fused=True),
+)
+
+NORMS = {
+    "before": ("input_layernorm", None, "post_attention_layernorm", None),
+    "around": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+}
+"""A layer's norms: before and after attention, before and after the MLP."""
+
+
+class RowwiseLayer:
+    """A decoder layer as ``mini_sequence_block`` takes it. Has no tensors of its own.
+
+    mlp_chunk_tokens: tokens of an MLP's chunk. rerun: whether the layer is run again in the
+    backward; an MLP that is not plain linear layers then goes in the block's own chunks.
+    """
+
+    def __init__(
+        self, layer: Any, family: Family, mlp_chunk_tokens: int | str, *, rerun: bool
+    ) -> None:
+        self._layer, self._family = layer, family
+        self._mlp_chunk_tokens, self._rerun = mlp_chunk_tokens, rerun
+        self._rotate: Callable[..., tuple[Tensor, Tensor]] = family.get("apply_rotary_pos_emb")
+        self._norms = [name and getattr(layer, name) for name in NORMS[family.norms]]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        parameters: Iterator[nn.Parameter] = self._layer.parameters()
+        return parameters
+
+    def modules(self) -> Iterator[nn.Module]:
+        modules: Iterator[nn.Module] = self._layer.modules()
+        return modules
+
+    def before_attention(
+        self, x: Tensor, *row_arguments: Tensor, queries: bool = True
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """[B, T, D], cosines and sines [B or 1, T, E] -> q [B, T, H, E], k and v [B, T, K, E]."""
+        norm = self._norms[0]
+        q, k, v = self._project(norm(x) if norm else x, queries)
+        rotated, k = self._rotate(k[:, :, :0] if q is None else q, k, *row_arguments, 2)
+        return (None if q is None else rotated), k, v
+
+    def after_attention(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, D], [B, T, H, E] -> the residual stream and the MLP's branch, [B, T, D] each."""
+        _, after_attention, before_mlp, after_mlp = self._norms
+        attention_BTD = self._layer.self_attn.o_proj(out.flatten(2))
+        stream_BTD = x + (after_attention(attention_BTD) if after_attention else attention_BTD)
+        branch_BTD = self._mlp(before_mlp(stream_BTD) if before_mlp else stream_BTD)
+        return stream_BTD, after_mlp(branch_BTD) if after_mlp else branch_BTD
+
+    def _project(self, x_BTD: Tensor, queries: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+        attention = self._layer.self_attn
+        if self._family.fused:
+            config = attention.config
+            size, key_size = config.num_attention_heads, config.num_key_value_heads
+            heads = attention.qkv_proj(x_BTD).unflatten(-1, (-1, attention.head_dim))
+            q, k, v = heads.split((size, key_size, key_size), dim=2)
+            return q if queries else None, k, v
+        q = self._heads(attention.q_proj(x_BTD), "q_norm") if queries else None
+        v = attention.v_proj(x_BTD).unflatten(-1, (-1, attention.head_dim))
+        return q, self._heads(attention.k_proj(x_BTD), "k_norm"), v
+
+    def _heads(self, projected: Tensor, norm: str) -> Tensor:
+        """[B, T, heads * E] -> [B, T, heads, E], normed where the family does."""
+        attention, kind = self._layer.self_attn, self._family.head_norms
+        if kind == "projection":
+            projected = getattr(attention, norm)(projected)
+        heads: Tensor = projected.unflatten(-1, (-1, attention.head_dim))
+        if kind == "head":
+            heads = getattr(attention, norm)(heads)
+        return heads
+
+    def _mlp(self, x_BTD: Tensor) -> Tensor:
+        mlp = self._layer.mlp
+        activation = ACTIVATIONS.get(getattr(mlp.config, self._family.activation_key))
+        if activation is not None and not self._family.fused:
+            projections = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+            if not has_hooks(mlp) and all(map(is_plain, projections)):
+                return mini_sequence_mlp(
+                    x_BTD,
+                    *(projection.weight for projection in projections),
+                    chunk_tokens=self._mlp_chunk_tokens,
+                    activation=activation,
+                )
+        if self._rerun or not torch.is_grad_enabled():
+            result: Tensor = mlp(x_BTD)
+            return result
+        # Three arrays of [C, F], each with its gradient.
+        bytes_per_token = 6 * mlp.config.intermediate_size * x_BTD.element_size()
+        tokens = resolve_chunk_tokens(
+            self._mlp_chunk_tokens, x_BTD[..., 0].numel(), bytes_per_token, x_BTD.device
+        )
+        rows = -(-tokens // x_BTD.shape[0])
+        parts = [
+            checkpoint(mlp, x_BTD[:, chunk], use_reentrant=False)
+            for chunk in chunk_slices(x_BTD.shape[1], rows)
+        ]
+        return torch.cat(parts, dim=1)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is its weight and nothing else: no bias, adapter, quantization or hook."""
+    return type(module) is nn.Linear and module.bias is None and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to see a module being called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def random_parts(layer: nn.Module) -> list[str]:
+    """The names of a layer's modules that draw random numbers as it is now."""
+    return [
+        name
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
+    ]
