@@ -162,6 +162,10 @@ class RopeScalingConfig:
 class ModelConfig:
     """The form of a decoder: Llama's where nothing else is said."""
 
+    from_pretrained: str | None = None
+    """A checkpoint in Hugging Face's format to start from (a folder, or owner/name on the Hub). All
+    other settings of the model then are the checkpoint's, unless the command line has them, and so
+    is data.tokenizer; none: weights start at random."""
     vocab_size: int = 4096
     hidden_size: int = 256
     intermediate_size: int = 704
@@ -355,9 +359,9 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
-    prepare: PrepareConfig = field(default_factory=PrepareConfig)
 
 
 def validate(config: Config) -> list[str]:
@@ -420,6 +424,8 @@ def model_problems(model: ModelConfig) -> Iterator[str]:
         line for name, size in sizes.items() for line in _at_least(f"model.{name}", size, 1)
     ]
     yield from problems
+    if model.from_pretrained is not None and not model.from_pretrained.strip():
+        yield "model.from_pretrained is empty: name a folder, or set it to null"
     yield from _positive("model.rope_theta", model.rope_theta)
     yield from _positive("model.norm_epsilon", model.norm_epsilon)
     yield from _positive("model.initializer_std", model.initializer_std)

@@ -1,19 +1,13 @@
-"""Documents to tokens, once: a memory-mapped token file in ``data.cache_dir``.
+"""The tokens that training reads: a prepared folder, opened or, in ``data.cache_dir``, made first.
 
-The layout of the cache is described in ``data/README.md``. Whatever is written is written beside
-its place and renamed into it, so that no run ever meets half of a corpus, and processes that build
-the same one at once do not disturb each other.
+The layout of both is described in ``data/README.md``.
 """
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
-import tempfile
 import time
-from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,28 +17,108 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mst_train.config import DataConfig
-from mst_train.data.documents import Source, digest, find_documents
-from mst_train.data.tokenizer import Tokenizer, train_tokenizer
+from mst_train.data.build import Plan, build, take
+from mst_train.data.checked import CheckedArray
+from mst_train.data.documents import STDLIB, Source, digest, find_documents
+from mst_train.data.manifest import (
+    FORMAT,
+    MANIFEST,
+    OFFSETS,
+    TOKENS,
+    Manifest,
+    inside,
+    is_prepared,
+    read_manifest,
+)
+from mst_train.data.tokenizer import Tokenizer, Vocabulary, train_tokenizer
 from mst_train.errors import UserError
-
-FORMAT = 1
-"""Part of every key: raise it when the same source would give other tokens or other files."""
-BATCH_CHARACTERS = 4_000_000
-"""Documents are tokenised in batches of about this much text."""
-
-TOKENS, OFFSETS, MANIFEST = "tokens.bin", "offsets.npy", "manifest.json"
 
 log = logging.getLogger(__name__)
 
 
+class TokenFiles:
+    """The tokens of all shards, one after the other; what is read is compared with checksums.
+
+    ``UserError`` where a file is damaged.
+    """
+
+    def __init__(self, shards: list[CheckedArray]) -> None:
+        self._shards = shards
+        self.starts = _cumulated([len(shard) for shard in shards])
+        """[shards + 1]: where each shard starts."""
+        self.dtype = shards[0].dtype
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, key: slice) -> NDArray[Any]:
+        """The tokens of a range (of step 1); a view of the file where it is in one shard."""
+        start, stop, _ = key.indices(len(self))
+        parts = []
+        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while start < stop:
+            first = int(self.starts[shard])
+            end = min(stop, int(self.starts[shard + 1]))
+            parts.append(self._shards[shard][start - first : end - first])
+            start, shard = end, shard + 1
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
+
+
+class Documents:
+    """Where the documents of all shards start and end, in tokens from the corpus's beginning."""
+
+    def __init__(self, shards: list[CheckedArray], token_starts: NDArray[np.int64]) -> None:
+        self._shards, self._token_starts = shards, token_starts
+        self._starts = _cumulated([len(shard) - 1 for shard in shards])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def borders(self, first: int, last: int) -> NDArray[np.int64]:
+        """[last - first + 1]: where documents ``first`` .. ``last`` - 1 start and the last ends."""
+        parts = [np.array([self.start(first)])]
+        shard = int(np.searchsorted(self._starts, first, side="right")) - 1
+        while first < last:
+            base = int(self._starts[shard])
+            end = min(last, int(self._starts[shard + 1]))
+            borders = self._shards[shard][first - base + 1 : end - base + 1]
+            parts.append(borders + self._token_starts[shard])
+            first, shard = end, shard + 1
+        return np.concatenate(parts)
+
+    def start(self, document: int) -> int:
+        """The first token of a document; of the one after the last, the corpus's end."""
+        if document == len(self):
+            return int(self._token_starts[-1])
+        shard = int(np.searchsorted(self._starts, document, side="right")) - 1
+        place = document - int(self._starts[shard])
+        return int(self._shards[shard][place : place + 1][0]) + int(self._token_starts[shard])
+
+    def at(self, token: int) -> int:
+        """The document that holds a token; reads a few places in one file."""
+        shard = int(np.searchsorted(self._token_starts, token, side="right")) - 1
+        if shard == len(self._shards):
+            return len(self)
+        offsets, token = self._shards[shard], token - int(self._token_starts[shard])
+        low, high = 0, len(offsets) - 1
+        while high - low > 1:  # offsets[low] <= token < offsets[high]
+            middle = (low + high) // 2
+            if int(offsets[middle : middle + 1][0]) <= token:
+                low = middle
+            else:
+                high = middle
+        return low + int(self._starts[shard])
+
+
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    tokens: NDArray[Any]
-    """[tokens], uint16 or uint32, memory-mapped: the documents one after the other, each with its
-    end-of-document id."""
-    offsets: NDArray[np.int64]
-    """[documents + 1], memory-mapped: document i is tokens[offsets[i]:offsets[i + 1]]."""
-    tokenizer: Tokenizer
+    folder: Path
+    tokens: TokenFiles
+    """uint16 or uint32: the documents one after the other, each with its end-of-document id."""
+    documents: Documents
+    tokenizer: Vocabulary
     fingerprint: str
     """Stands for the tokens and their tokenizer, wherever and whenever they were made."""
 
@@ -58,43 +132,116 @@ class Corpus:
 
 
 def load_corpus(data: DataConfig) -> Corpus:
-    """The tokens of ``data.source``; from the cache where source and tokenizer are unchanged.
-
-    Tokenising holds a batch of text, its tokens and 8 bytes per document in memory.
+    """The tokens of ``data.source``: a prepared folder, or the cache's, which is made if need be.
 
     Raises:
         UserError: the source, the tokenizer or the cache folder cannot be used.
     """
+    prepared = prepared_folder(data.source)
+    if prepared is not None:
+        return _prepared(prepared, data)
     source = find_documents(data)
-    cache = _cache_folder(data)
+    cache = cache_folder(data)
     if data.tokenizer is not None:
         tokenizer = Tokenizer.load(Path(data.tokenizer).expanduser())
     else:
         tokenizer = _trained_tokenizer(source, data.tokenizer_vocab_size, cache)
     folder = cache / "corpora" / digest(FORMAT, source.fingerprint, tokenizer.fingerprint)
-    corpus = _open(folder, tokenizer)
-    if corpus is None:
-        if folder.exists():
-            log.warning("%s is not whole (cut short or edited): building it again", folder)
-        with _writing_to(cache):
-            _build(source, tokenizer, folder)
-        corpus = _open(folder, tokenizer)
-    if corpus is None:
-        raise UserError(
-            f"{folder} was damaged right after it was written: check the file system of "
-            f"data.cache_dir, or choose another data.cache_dir"
-        )
+    corpus = _whole(folder)
+    while corpus is None:
+        with writing_to(cache):
+            built = _build(source, tokenizer, folder)
+        corpus = _whole(folder)
+        if built and corpus is None:
+            raise UserError(
+                f"{folder} was damaged right after it was written: check the file system of "
+                f"data.cache_dir, or choose another data.cache_dir"
+            )
     return corpus
 
 
-def _cache_folder(data: DataConfig) -> Path:
+def _prepared(folder: Path, data: DataConfig) -> Corpus:
+    """A prepared folder, which must have been prepared with ``data.tokenizer`` if there is one."""
+    corpus = open_corpus(folder)
+    if data.tokenizer is not None:
+        given = Tokenizer.load(Path(data.tokenizer).expanduser())
+        if given.fingerprint != corpus.tokenizer.fingerprint:
+            raise UserError(
+                f"data.source={data.source} was prepared with another tokenizer than "
+                f"data.tokenizer={data.tokenizer}: set data.tokenizer=null, or prepare the source "
+                f"with this one"
+            )
+    return corpus
+
+
+def prepared_folder(source: str) -> Path | None:
+    """The prepared folder that ``data.source`` names, if it does."""
+    try:
+        path = Path(source).expanduser()
+        return path if source != STDLIB and is_prepared(path) else None
+    except (OSError, RuntimeError):
+        return None
+
+
+def open_corpus(folder: Path) -> Corpus:
+    """A prepared folder; files' sizes are compared now, their content when it is first read.
+
+    Raises:
+        UserError: the folder is not whole, or its manifest is not to be trusted.
+    """
+    manifest = read_manifest(folder)
+    advice = (
+        "restore it from a copy, or delete it and run the command that prepared "
+        f"{folder} again: it makes that file anew"
+    )
+    tokens: list[CheckedArray] = []
+    offsets: list[CheckedArray] = []
+    for shard in manifest.shards:
+        for suffix, dtype, limit, arrays in (
+            (TOKENS, manifest.dtype, manifest.vocab_size, tokens),
+            (OFFSETS, "<i8", shard.tokens + 1, offsets),
+        ):
+            path = inside(folder, shard.name + suffix)
+            array = CheckedArray(path, shard.files[suffix], dtype, limit, advice)
+            array.check_size()
+            arrays.append(array)
+    token_files = TokenFiles(tokens)
+    return Corpus(
+        folder=folder,
+        tokens=token_files,
+        documents=Documents(offsets, token_files.starts),
+        tokenizer=_tokenizer_of(folder, manifest),
+        fingerprint=manifest.fingerprint,
+    )
+
+
+def verify(folder: Path) -> Iterator[str]:
+    """Read everything in a prepared folder; every problem found.
+
+    Raises:
+        UserError: the manifest itself cannot be used.
+    """
+    manifest = read_manifest(folder)
+    _tokenizer_of(folder, manifest)
+    advice = "restore it from a copy, or delete it and prepare the data again, which makes it anew"
+    for shard in tqdm(manifest.shards, desc="verifying", unit=" shards", disable=None):
+        for suffix in (TOKENS, OFFSETS):
+            path = inside(folder, shard.name + suffix)
+            try:
+                CheckedArray(path, shard.files[suffix], "<u2", None, advice).check_all()
+            except UserError as error:
+                yield str(error)
+
+
+def cache_folder(data: DataConfig) -> Path:
     if data.cache_dir is not None:
         return Path(data.cache_dir).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mst_train")
 
 
 @contextlib.contextmanager
-def _writing_to(cache: Path) -> Iterator[None]:
+def writing_to(cache: Path) -> Iterator[None]:
+    """Have errors of the file system say that it is the cache they are about."""
     try:
         yield
     except OSError as error:
@@ -113,8 +260,8 @@ def _trained_tokenizer(source: Source, vocab_size: int, cache: Path) -> Tokenize
         except UserError:
             log.warning("%s is damaged: training it again", path)
     start = time.monotonic()
-    with _writing_to(cache):
-        tokenizer = train_tokenizer(source.documents(), vocab_size, path)
+    with writing_to(cache):
+        tokenizer = train_tokenizer(source.sampled(), vocab_size, path)
     log.info(
         "trained a tokenizer of %d tokens on %s in %.1f s",
         tokenizer.vocab_size,
@@ -124,89 +271,63 @@ def _trained_tokenizer(source: Source, vocab_size: int, cache: Path) -> Tokenize
     return tokenizer
 
 
-def _open(folder: Path, tokenizer: Tokenizer) -> Corpus | None:
-    """The corpus in ``folder``; none where its files are missing or do not fit its manifest."""
+def _whole(folder: Path) -> Corpus | None:
+    """The corpus in a folder of the cache, where it is there and all files have their sizes."""
+    if not is_prepared(folder):
+        return None
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        tokens = np.memmap(folder / TOKENS, dtype=manifest["dtype"], mode="r")
-        offsets = np.load(folder / OFFSETS, mmap_mode="r")
-        whole = len(tokens) == offsets[-1] == manifest["tokens"]
-        return Corpus(tokens, offsets, tokenizer, manifest["fingerprint"]) if whole else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return open_corpus(folder)
+    except UserError:
         return None
 
 
-def _build(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
-    """Tokenise ``source`` into ``folder``."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        built = Path(temporary, "built")
-        built.mkdir()
-        start = time.monotonic()
-        manifest = _write(source, tokenizer, built)
-        log.info(
-            "tokenised %s: %d documents, %d bytes, %d tokens in %.1f s",
-            source.name,
-            manifest["documents"],
-            manifest["text_bytes"],
-            manifest["tokens"],
-            time.monotonic() - start,
-        )
-        if folder.exists() and _open(folder, tokenizer) is None:
-            with contextlib.suppress(FileNotFoundError):
-                folder.rename(Path(temporary, "damaged"))
-        try:
-            built.rename(folder)
-        except OSError:
-            # Another process may have put the same corpus there in the meantime.
-            if _open(folder, tokenizer) is None:
-                raise
-
-
-def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
-    """Write the three files of a corpus; its manifest."""
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    offsets = array("q", [0])
-    text_bytes = 0
-    hashed = hashlib.sha256(tokenizer.fingerprint.encode())
-    progress = tqdm(
-        source.documents(), desc="tokenising", total=source.count, unit=" documents", disable=None
+def _build(source: Source, tokenizer: Tokenizer, folder: Path) -> bool:
+    """Make a corpus of the cache, or what is missing of it; whether nothing is missing now."""
+    plan = Plan()
+    start = time.monotonic()
+    try:
+        manifest = take(folder, source, plan)
+    except UserError:
+        log.warning("%s is damaged: building it again", folder)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        manifest = take(folder, source, plan)
+    if manifest is not None:
+        return True
+    manifest = build(source, tokenizer, folder, plan)
+    if manifest is None:  # another process is at the rest of it
+        time.sleep(0.1)
+        return False
+    log.info(
+        "tokenised %s: %d documents, %d bytes, %d tokens in %.1f s",
+        source.name,
+        manifest.documents,
+        manifest.text_bytes,
+        manifest.tokens,
+        time.monotonic() - start,
     )
-    with (folder / TOKENS).open("wb") as file:
-        for batch in _batches(progress):
-            for tokens in tokenizer.encode(batch):
-                tokens.append(tokenizer.eod)
-                raw = np.array(tokens, dtype).tobytes()
-                file.write(raw)
-                hashed.update(raw)
-                offsets.append(offsets[-1] + len(tokens))
-            text_bytes += sum(len(text.encode()) for text in batch)
-    np.save(folder / OFFSETS, np.array(offsets, np.int64))
-    manifest = {
-        "format": FORMAT,
-        "source": source.name,
-        "source_fingerprint": source.fingerprint,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "eod": tokenizer.eod,
-        "dtype": dtype.str,
-        "documents": len(offsets) - 1,
-        "tokens": offsets[-1],
-        "text_bytes": text_bytes,
-        "fingerprint": hashed.hexdigest()[:32],
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    return manifest
+    return True
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in documents:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def _tokenizer_of(folder: Path, manifest: Manifest) -> Vocabulary:
+    if manifest.tokenizer is None:
+        tokenizer = Vocabulary(manifest.vocab_size, manifest.eod)
+    else:
+        path = inside(folder, manifest.tokenizer)
+        try:
+            tokenizer = Tokenizer(path.read_bytes(), str(path))
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read ({error.strerror or error}): restore it from a copy, or "
+                f"prepare the data again"
+            ) from error
+    known = (tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod)
+    if known != (manifest.tokenizer_fingerprint, manifest.vocab_size, manifest.eod):
+        raise UserError(
+            f"{folder} holds another tokenizer than the one it was prepared with: restore "
+            f"{manifest.tokenizer} from a copy, or prepare the data again"
+        )
+    return tokenizer
+
+
+def _cumulated(lengths: list[int]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

@@ -4,23 +4,45 @@ A source is read more than once (for the tokenizer's sample, then for the tokens
 documents in the same order every time. Blank documents are skipped.
 """
 
+import functools
 import glob
 import hashlib
 import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from mst_train.config import DataConfig
-from mst_train.data.huggingface import HuggingFaceDataset
-from mst_train.data.readers import READERS, read_file, unreadable
+from mst_train.data.huggingface import HuggingFaceRows
+from mst_train.data.megatron import SUFFIX as MEGATRON
+from mst_train.data.megatron import MegatronTokens
+from mst_train.data.pieces import Document, Piece, Reader, Report, cores, refuse
+from mst_train.data.readers import (
+    JSON_LINES,
+    PARQUET,
+    FileReader,
+    JsonLines,
+    Parquet,
+    read_text,
+    unreadable,
+)
 from mst_train.errors import UserError
 
 STDLIB = "stdlib"
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "__pycache__"}
-SUFFIXES = tuple(READERS)
+
+SMALLEST_PIECE = 1 << 20
+PIECES = 64
+"""A source is divided into about this many pieces or more, where they are not smaller than
+SMALLEST_PIECE then."""
+SAMPLED_BYTES = 1 << 30
+"""A tokenizer is trained on a sample of about this much of the source or less."""
+REPOSITORY_CHARACTERS = 1 << 26
+"""A repository with more text is several documents."""
 
 
 @dataclass(frozen=True)
@@ -29,27 +51,49 @@ class Source:
     """``data.source``, for messages."""
     fingerprint: str
     """Changes when the text may have changed. Files: of their relative paths, sizes and times of
-    modification (and of ``data.text_field``). Data sets: of what ``datasets`` says."""
-    count: int | None
-    """The number of documents, blank ones included, where it is known without reading them."""
-    read: Callable[[], Iterator[str]]
+    modification (and of the settings that decide how they are read). Data sets: of what
+    ``datasets`` says."""
+    settings: str
+    """Stands for the settings that decide how the source is read."""
+    reader: Reader
+    divide: Callable[[int], list[Piece]]
+    """Pieces of about so many bytes at most, where the source can be divided so."""
 
     def documents(self) -> Iterator[str]:
         """Every document that is not blank, in the source's order.
 
         Raises:
-            UserError: a file, line or row cannot be used, or there is no document at all.
+            UserError: a file, line or row cannot be used, or there is no text at all.
         """
+        yield from self._texts(None, refuse)
+
+    def sampled(self, report: Report = refuse) -> Iterator[str]:
+        """Documents from all over the source, of about SAMPLED_BYTES in all where it has more."""
+        yield from self._texts(SAMPLED_BYTES, report)
+
+    def _texts(self, limit: int | None, report: Report) -> Iterator[str]:
         empty = True
-        for document in self.read():
-            if document and not document.isspace():
-                empty = False
-                yield document
+        pieces = self.divide(1 << 28)
+        size_is_known = all(piece.size or piece.files for piece in pieces)
+        if limit is not None and size_is_known and sum(piece.size for piece in pieces) <= limit:
+            limit = None
+        for piece in pieces:
+            size = 0
+            for document in self.reader.read(piece, report):
+                if not isinstance(document.content, str):
+                    raise UserError(
+                        f"data.source={self.name} holds tokens and no text to train a tokenizer "
+                        f"on: give the one that made them as data.tokenizer (or, to prepare them, "
+                        f"prepare.vocab_size and prepare.end_of_document)"
+                    )
+                if not document.blank:
+                    empty = False
+                    yield document.content
+                size += document.size
+                if limit is not None and size > limit // len(pieces):
+                    break
         if empty:
-            raise UserError(
-                f"data.source={self.name} holds no text (every document is blank): name a source "
-                f"with text, or another data.text_field"
-            )
+            raise no_text_at_all(self.name)
 
 
 def find_documents(data: DataConfig) -> Source:
@@ -61,18 +105,19 @@ def find_documents(data: DataConfig) -> Source:
     if data.source == STDLIB:
         return _stdlib()
     try:
-        if _looks_like_a_path(data.source):
+        if _looks_like_a_path(data):
             return _files(data)
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"data.source={data.source} cannot be looked up ({error}): correct the path"
         ) from error
-    rows = HuggingFaceDataset(data)
+    rows = HuggingFaceRows.load(data)
     return Source(
         name=data.source,
         fingerprint=digest("huggingface", rows.fingerprint, data.text_field),
-        count=len(rows),
-        read=rows.__iter__,
+        settings=digest("huggingface", data.text_field),
+        reader=rows,
+        divide=rows.divide,
     )
 
 
@@ -81,101 +126,240 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
+def no_text_at_all(name: str) -> UserError:
+    return UserError(
+        f"data.source={name} holds no text (every document is blank): name a source with text, or "
+        f"another data.text_field"
+    )
+
+
+@dataclass(frozen=True)
+class Files:
+    """Reads the files of a folder."""
+
+    root: Path
+    text_field: str
+    text_suffixes: tuple[str, ...]
+    repository_depth: int | None = None
+    """Text files that have so many folders in common, from the root on, are one document; None:
+    each file is one."""
+    errors: str = "strict"
+    """As ``read_text`` takes it."""
+
+    def read(self, piece: Piece, report: Report) -> Iterator[Document]:
+        path = self.root
+        try:
+            if state_of(self.root, piece.files) != piece.state:
+                raise UserError(
+                    f"{self.root / piece.files[0]}{' and others' * (len(piece.files) > 1)} changed "
+                    f"while data.source was read: start again when nothing writes to it any more"
+                )
+            reader = self.reader_of(piece.files[0])
+            if reader is not None:
+                path = self.root / piece.files[0]
+                yield from reader.read(path, piece.start, piece.stop, report)
+            elif self.repository_depth is not None:
+                for _, files in groupby(piece.files, self._repository_of):
+                    yield from self._repository(list(files), report)
+            else:
+                for name in piece.files:
+                    path = self.root / name
+                    yield from read_text(path, report, self.errors)
+        except OSError as error:
+            raise unreadable(Path(error.filename or path), error) from error
+
+    def reader_of(self, name: str) -> FileReader | None:
+        """What reads a file that is divided; None for one that is text as a whole."""
+        name = name.lower()
+        if name.endswith(self.text_suffixes):
+            return None
+        if name.endswith(JSON_LINES):
+            return JsonLines(self.text_field)
+        if name.endswith(PARQUET):
+            return Parquet(self.text_field)
+        return MegatronTokens()
+
+    def belong(self, name: str, other: str) -> bool:
+        """Whether two files are parts of one document."""
+        if self.repository_depth is None:
+            return False
+        return self._repository_of(name) == self._repository_of(other)
+
+    def usable(self, name: str) -> bool:
+        return name.lower().endswith((*self.text_suffixes, *JSON_LINES, PARQUET, MEGATRON))
+
+    def _repository_of(self, name: str) -> list[str]:
+        return name.split("/")[: self.repository_depth]
+
+    def _repository(self, names: list[str], report: Report) -> Iterator[Document]:
+        """The files of a repository as one document, or several where that would be very long."""
+        parts: list[str] = []
+        size = characters = 0
+        for name in names:
+            header = f"=== {name.encode(errors='replace').decode()} ===\n"
+            for part in read_text(self.root / name, report, self.errors):
+                text = part.content
+                assert isinstance(text, str)
+                if not text or text.isspace():
+                    continue
+                if parts and characters + len(text) > REPOSITORY_CHARACTERS:
+                    yield Document("".join(parts), size)
+                    parts, size, characters = [], 0, 0
+                parts += [header, text, "" if part.more or text.endswith("\n") else "\n"]
+                size += part.size
+                characters += len(text)
+                header = ""
+        yield Document("".join(parts), size)
+
+
+def state_of(root: Path, names: tuple[str, ...]) -> str:
+    """Stands for the sizes and times of modification of files; ``OSError``."""
+    stats = [(root / name).stat() for name in names]
+    return digest([(stat.st_size, stat.st_mtime_ns) for stat in stats])
+
+
 def _stdlib() -> Source:
     root = Path(sysconfig.get_path("stdlib"))
-    files = [
-        file
-        for file in (_walk(root) if root.is_dir() else ())
-        if file.suffix == ".py" and not STDLIB_EXCLUDED.intersection(file.relative_to(root).parts)
+    names = [
+        name
+        for name in (_walk(root) if root.is_dir() else ())
+        if name.endswith(".py") and not STDLIB_EXCLUDED.intersection(name.split("/"))
     ]
-    if not files:
+    if not names:
         raise UserError(
             f"data.source={STDLIB}: this Python keeps no source files in {root}: name a folder of "
             f"text instead"
         )
-    files = _sorted(files, root)
-
-    def read() -> Iterator[str]:
-        for file in files:
-            try:
-                # Python tests its handling of broken encodings on files of its own.
-                yield file.read_bytes().decode(errors="replace")
-            except OSError as error:
-                raise unreadable(file, error) from error
-
-    return Source(STDLIB, digest(STDLIB, _state(files, root)), len(files), read)
+    # Python tests its handling of broken encodings on files of its own.
+    return _source(STDLIB, Files(root, "", (".py",), errors="replace"), names, STDLIB)
 
 
 def _files(data: DataConfig) -> Source:
-    root, files = _usable_files(data.source)
-    files = _sorted(files, root)
+    suffixes = tuple(suffix.lower() for suffix in data.text_suffixes)
+    root, found = _found_files(data.source)
+    depth = None
+    if data.documents == "repository":
+        depth = 0 if (root / ".git").exists() else 1  # one checkout, or a folder of them
+    files = Files(root, data.text_field, suffixes, depth)
+    names = [name for name in found if files.usable(name)]
+    if not names:
+        known = ", ".join((*suffixes, *JSON_LINES[:3], PARQUET, MEGATRON))
+        raise UserError(
+            f"data.source={data.source} has no file that can be read: it must hold or be {known} "
+            f"files (data.text_suffixes adds others that are text)"
+        )
+    return _source(data.source, files, names, "files", data.text_field, suffixes, depth)
 
-    def read() -> Iterator[str]:
-        for file in files:
-            yield from read_file(file, data.text_field)
+
+def _source(name: str, files: Files, names: list[str], *settings: object) -> Source:
+    names = sorted(names)
+    states = []
+    for file in names:
+        try:
+            status = (files.root / file).stat()
+        except OSError as error:
+            raise unreadable(files.root / file, error) from error
+        states.append((file, status.st_size, status.st_mtime_ns))
+
+    @functools.cache
+    def sizes() -> list[int]:
+        return _measured(files, names, [size for _, size, _ in states])
 
     return Source(
-        name=data.source,
-        fingerprint=digest("files", data.text_field, _state(files, root)),
-        count=len(files) if all(file.suffix.lower() == ".txt" for file in files) else None,
-        read=read,
+        name=name,
+        fingerprint=digest(*settings, states),
+        settings=digest(*settings),
+        reader=files,
+        divide=lambda limit: _divide(files, names, sizes(), limit),
     )
 
 
-def _looks_like_a_path(source: str) -> bool:
+def _measured(files: Files, names: list[str], on_disk: list[int]) -> list[int]:
+    """About how many bytes of text each file holds."""
+
+    def measure(name: str, size: int) -> int:
+        reader = files.reader_of(name)
+        try:
+            return size if reader is None else reader.measure(files.root / name)
+        except OSError as error:
+            raise unreadable(files.root / name, error) from error
+
+    # Compressed files are read to be measured; their decompression leaves other threads free.
+    with ThreadPoolExecutor(cores()) as pool:
+        return list(pool.map(measure, names, on_disk))
+
+
+def _divide(files: Files, names: list[str], sizes: list[int], limit: int) -> list[Piece]:
+    """Pieces of about ``limit`` bytes: neighbouring text files together, other files divided."""
+    target = max(SMALLEST_PIECE, min(limit, sum(sizes) // PIECES))
+    pieces: list[Piece] = []
+    together: list[str] = []
+    size = 0
+
+    def end_piece() -> None:
+        nonlocal size
+        if together:
+            pieces.append(Piece(tuple(together), 0, 0, size, state_of(files.root, tuple(together))))
+            together.clear()
+            size = 0
+
+    for name, file_size in zip(names, sizes, strict=True):
+        reader = files.reader_of(name)
+        if reader is not None:
+            end_piece()
+            state = state_of(files.root, (name,))
+            parts = reader.divide(files.root / name, file_size, target)
+            pieces += [Piece((name,), start, stop, part, state) for start, stop, part in parts]
+            continue
+        if size + file_size > target and not (together and files.belong(together[-1], name)):
+            end_piece()
+        together.append(name)
+        size += file_size
+    end_piece()
+    return pieces
+
+
+def _looks_like_a_path(data: DataConfig) -> bool:
+    source = data.source
+    suffixes = (*data.text_suffixes, *JSON_LINES, PARQUET, MEGATRON)
     return (
         source.startswith(("/", ".", "~"))
         or any(character in source for character in "*?[")
-        or source.lower().endswith(SUFFIXES)
+        or source.lower().endswith(suffixes)
         or Path(source).exists()
+        or Path(source + MEGATRON).exists()
     )
 
 
-def _usable_files(source: str) -> tuple[Path, list[Path]]:
-    """The folder that a path or glob leads to, and its files with a suffix that has a reader."""
+def _found_files(source: str) -> tuple[Path, list[str]]:
+    """The folder that a path or glob leads to, and its files, relative to it."""
     path = Path(source).expanduser()
-    known = ", ".join(SUFFIXES)
     if path.is_dir():
-        root, found = path, list(_walk(path))
-    elif path.exists():
-        root, found = path.parent, [path]
-    else:
-        matches = (Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207 - absolute patterns
-        found = [match for match in matches if not match.is_dir()]
-        if not found:
-            raise UserError(
-                f"data.source={source} matches no file or folder: correct the path (relative ones "
-                f"start from {Path.cwd()})"
-            )
-        root = Path(os.path.commonpath([match.parent for match in found]))
-    usable = [file for file in found if file.suffix.lower() in READERS]
-    if not usable:
+        return path, list(_walk(path))
+    if path.exists():
+        # Megatron's pair of files goes by the name of either, or of both without a suffix.
+        return path.parent, [
+            path.with_suffix(MEGATRON).name if path.suffix == ".bin" else path.name
+        ]
+    if Path(f"{path}{MEGATRON}").exists():
+        return path.parent, [f"{path.name}{MEGATRON}"]
+    matches = (Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207 - absolute patterns
+    found = [match for match in matches if not match.is_dir()]
+    if not found:
         raise UserError(
-            f"data.source={source} has no file that can be read: it must hold or be {known} files"
+            f"data.source={source} matches no file or folder: correct the path (relative ones "
+            f"start from {Path.cwd()})"
         )
-    return root, usable
+    root = Path(os.path.commonpath([match.parent for match in found]))
+    return root, [match.relative_to(root).as_posix() for match in found]
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
+def _walk(root: Path) -> Iterator[str]:
+    """Every file in a folder and the folders below it, relative to it."""
+
+    def refuse_folder(error: OSError) -> None:
         raise unreadable(Path(error.filename), error) from error
 
-    for folder, _, names in os.walk(root, onerror=refuse):
+    for folder, _, names in os.walk(root, onerror=refuse_folder):
         for name in names:
-            yield Path(folder, name)
-
-
-def _sorted(files: list[Path], root: Path) -> list[Path]:
-    return sorted(files, key=lambda file: file.relative_to(root).as_posix())
-
-
-def _state(files: list[Path], root: Path) -> list[tuple[str, int, int]]:
-    """(relative path, bytes, time of modification in ns) of each file."""
-    state = []
-    for file in files:
-        try:
-            status = file.stat()
-        except OSError as error:
-            raise unreadable(file, error) from error
-        state.append((file.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns))
-    return state
+            yield Path(folder, name).relative_to(root).as_posix()

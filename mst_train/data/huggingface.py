@@ -1,27 +1,53 @@
 """Hugging Face data sets to documents: the one place that imports ``datasets``."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from mst_train.config import DataConfig
-from mst_train.data.readers import missing_field, text_of
+from mst_train.data.pieces import Document, Piece, Report, ranges
+from mst_train.data.readers import missing_field, no_text
 from mst_train.errors import UserError
 
 ROWS = 256
 """Rows in memory at a time."""
+PIECE_ROWS = 1 << 16
+"""The most rows in a piece."""
+PIECES = 64
+SMALLEST_PIECE_ROWS = 1 << 10
 
 
-class HuggingFaceDataset:
+@dataclass(frozen=True)
+class HuggingFaceRows:
     """The rows of ``data.source`` = NAME or NAME:CONFIG, split ``data.split``; a row is a document.
 
-    ``fingerprint`` is the one that ``datasets`` gives the loaded split.
+    With ``data.streaming`` the rows come from where the data set is, a piece from each of its
+    files; without, they are downloaded first, and a piece is a range of rows.
     """
 
-    def __init__(self, data: DataConfig) -> None:
+    name: str
+    text_field: str
+    rows: Any
+    streamed: bool
+    fingerprint: str
+    """The one that ``datasets`` gives the loaded split or, where it is streamed, its files."""
+
+    @classmethod
+    def load(cls, data: DataConfig) -> "HuggingFaceRows":
+        """Raises ``UserError`` where there is no such data set or field."""
         name, _, config = data.source.partition(":")
+        settings: dict[str, Any] = {"streaming": True} if data.streaming else {}
         try:
             import datasets
 
-            self._rows = datasets.load_dataset(name, config or None, split=data.split)
+            rows = datasets.load_dataset(name, config or None, split=data.split, **settings)
+            if data.streaming:
+                fingerprint = datasets.load_dataset_builder(name, config or None).hash or ""
+            else:
+                fingerprint = rows._fingerprint
+            columns = rows.column_names
+            if columns is None:  # streamed, and of a format that does not say
+                columns = list(next(iter(rows), {}))
         # Loading runs into network, file system, parser and naming trouble, each with a type of
         # its own: all of it is about what the user named.
         except Exception as error:
@@ -31,19 +57,48 @@ class HuggingFaceDataset:
                 f"`datasets` could load (data.split={data.split}): {reason}. Correct the name, or "
                 f"start a path with ./ or /"
             ) from error
-        if data.text_field not in self._rows.column_names:
-            raise missing_field(
-                f"the data set {data.source}", data.text_field, self._rows.column_names
-            )
-        self._source, self._text_field = data.source, data.text_field
-        self.fingerprint: str = self._rows._fingerprint
+        if data.text_field not in columns:
+            raise missing_field(f"the data set {data.source}", data.text_field, columns)
+        return cls(data.source, data.text_field, rows, data.streaming, str(fingerprint))
 
-    def __len__(self) -> int:
-        return len(self._rows)
+    def divide(self, limit: int) -> list[Piece]:
+        """The pieces; ``limit`` is not needed, since rows of text are short."""
+        if self.streamed:
+            count = self.rows.num_shards
+            return [Piece((), index, index + 1, 0, self.fingerprint) for index in range(count)]
+        first = self.rows.select_columns([self.text_field])[: min(ROWS, len(self.rows))]
+        texts = [text for text in first[self.text_field] if isinstance(text, str)]
+        row_bytes = 1 + sum(len(text) for text in texts) // max(1, len(texts))
+        rows = max(SMALLEST_PIECE_ROWS, min(PIECE_ROWS, len(self.rows) // PIECES))
+        rows = max(1, min(rows, limit // row_bytes))
+        return [
+            Piece((), start, stop, (stop - start) * row_bytes, self.fingerprint)
+            for start, stop in ranges(len(self.rows), -(-len(self.rows) // rows))
+        ]
 
-    def __iter__(self) -> Iterator[str]:
-        row = 0
-        for batch in self._rows.select_columns([self._text_field]).iter(batch_size=ROWS):
-            for text in batch[self._text_field]:
-                row += 1
-                yield from text_of(text, f"{self._source}, row {row}", self._text_field)
+    def read(self, piece: Piece, report: Report) -> Iterator[Document]:
+        rows = self.rows.select_columns([self.text_field])
+        if self.streamed:
+            rows = rows.shard(num_shards=self.rows.num_shards, index=piece.start)
+            place, row = f"{self.name}, file {piece.start + 1}", 0
+        else:
+            rows = rows.select(range(piece.start, piece.stop))
+            place, row = self.name, piece.start
+        try:
+            for batch in rows.iter(batch_size=ROWS):
+                for text in batch[self.text_field]:
+                    row += 1
+                    problem = no_text(text, self.text_field)
+                    if problem is not None:
+                        report(UserError(f"{place}, row {row}: {problem}"))
+                    elif text is not None:
+                        yield Document(text, len(text))
+        except UserError:
+            raise
+        # As above: a file of the data set may be gone, damaged or out of reach by now.
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"{place} cannot be read further than row {row} ({reason}): start again when it "
+                f"can be"
+            ) from error

@@ -11,6 +11,34 @@ from numpy.typing import NDArray
 
 _MASK = (1 << 64) - 1
 _INCREMENT = 0x9E3779B97F4A7C15
+_TURNS = 8
+
+
+def pseudo_random(*key: int) -> int:
+    """An integer of 64 bits, fixed by ``key`` (any integers)."""
+    state = 0
+    for part in key:
+        state = _mix_one(state ^ (part & _MASK))
+    return state
+
+
+def shuffled(place: int, count: int, *key: int) -> int:
+    """Element ``place`` of a permutation of 0 .. count-1, fixed by ``key``, without the others.
+
+    A Feistel network permutes the numbers of twice as many bits as its halves have, the smallest
+    such power of four that is at least ``count``; a result beyond ``count`` goes through it again
+    until one is not (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    start = pseudo_random(*key)
+    while True:
+        left, right = place >> half, place & mask
+        for turn in range(_TURNS):
+            left, right = right, left ^ (_mix_one(start ^ (turn << 48 | right)) & mask)
+        place = left << half | right
+        if place < count:
+            return place
 
 
 def pseudo_random_order(count: int, *key: int) -> NDArray[np.int64]:
@@ -22,6 +50,14 @@ def pseudo_random_order(count: int, *key: int) -> NDArray[np.int64]:
     return np.argsort(
         _mix(start + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_INCREMENT))
     )
+
+
+def _mix_one(z: int) -> int:
+    """``_mix`` of one number."""
+    z = z + _INCREMENT & _MASK
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & _MASK
+    return z ^ z >> 31
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:

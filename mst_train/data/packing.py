@@ -3,31 +3,60 @@
 Shapes: S sequence length in tokens (``data.sequence_length``).
 """
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from mst_train.data.corpus import TokenFiles
+from mst_train.data.order import shuffled
 from mst_train.errors import UserError
+
+Ints = NDArray[np.int64]
 
 IGNORED = -100
 """The label of a token after which there is nothing to predict."""
 
 
 class Sequence(NamedTuple):
-    tokens: Tensor
+    tokens: Ints
     """[S] int64, the model's input."""
-    labels: Tensor
+    labels: Ints
     """[S] int64, the token after each; IGNORED where there is nothing to predict."""
-    positions: Tensor
+    positions: Ints
     """[S] int64."""
-    starts: Tensor | None
+    starts: Ints | None
     """[documents] int64, where documents begin, the first at 0; None where it does not matter."""
 
 
-class PackedSequences:
+class Sequences(ABC):
+    """Training sequences that can be had by number, and the order in which a run sees them."""
+
+    sequence_length: int
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sequence:
+        """Reads from disk; ``UserError`` where a file is damaged."""
+
+    def drawn(self, position: int, seed: int) -> int:
+        """The number of the sequence that a run with this seed sees as its ``position``-th.
+
+        Each epoch holds every sequence once, in an order of its own.
+        """
+        epoch, place = divmod(position, len(self))
+        return shuffled(place, len(self), seed, epoch)
+
+    def spread(self, limit: int) -> list[int]:
+        """The numbers of ``limit`` sequences (or all, where there are fewer), spread evenly."""
+        count = min(limit, len(self))
+        return [place * len(self) // count for place in range(count)]
+
+
+class PackedSequences(Sequences):
     """A stream cut into windows of S + 1 tokens, S apart: S inputs and, one token on, S labels.
 
     The stream is the documents one after the other, each with its end-of-document token. A sequence
@@ -43,14 +72,14 @@ class PackedSequences:
 
     def __init__(
         self,
-        tokens: NDArray[np.unsignedinteger],
-        spans: NDArray[np.int64],
+        tokens: TokenFiles | NDArray[np.unsignedinteger],
+        spans: Ints,
         sequence_length: int,
         confine_to: int | None = None,
     ) -> None:
         """
         Args:
-            tokens: [corpus tokens], memory-mapped or not.
+            tokens: the corpus's.
             spans: [spans, 2], the token ranges [start, end) that make up the stream, in order.
             confine_to: the end-of-document token, where each document is to stand for itself:
                 positions restart after it, and it has no label, since what follows is unrelated.
@@ -81,21 +110,18 @@ class PackedSequences:
         if not 0 <= index < self._count:
             raise IndexError(f"sequence {index} of {self._count}")
         start = index * self.sequence_length
-        window = torch.from_numpy(self._read(start, start + self.sequence_length + 1))  # [S + 1]
+        window = self._read(start, start + self.sequence_length + 1)  # [S + 1]
         tokens, labels = window[:-1], window[1:]
-        positions = torch.arange(self.sequence_length)
+        positions = np.arange(self.sequence_length)
         if self._confine_to is None:
             return Sequence(tokens, labels, positions, None)
         ends = tokens == self._confine_to
-        starts = torch.cat([positions[:1], positions[1:][ends[:-1]]])
+        starts = np.concatenate([positions[:1], positions[1:][ends[:-1]]])
         return Sequence(
-            tokens,
-            labels.masked_fill(ends, IGNORED),
-            positions - starts[torch.searchsorted(starts, positions, right=True) - 1],
-            starts,
+            tokens, np.where(ends, IGNORED, labels), positions_from(starts, positions), starts
         )
 
-    def _read(self, start: int, end: int) -> NDArray[np.int64]:
+    def _read(self, start: int, end: int) -> Ints:
         """The stream's tokens [start, end)."""
         out = np.empty(end - start, np.int64)
         position = start
@@ -107,3 +133,8 @@ class PackedSequences:
             position = stop
             span += 1
         return out
+
+
+def positions_from(starts: Ints, positions: Ints) -> Ints:
+    """``positions``, counted from the last of ``starts`` before each."""
+    return positions - starts[np.searchsorted(starts, positions, side="right") - 1]

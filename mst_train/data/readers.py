@@ -1,27 +1,47 @@
-"""Files to documents: one function per suffix.
+"""Files to documents: one class for each kind of file that holds many.
 
-Every function takes a path and the name of the text field and yields the file's documents in order.
 Characters are passed on as they are (NUL and carriage returns too); only a byte order mark at the
-start of a file is dropped. What cannot be read is a ``UserError`` that gives the file and the line
-or row.
+start of a file is dropped. A line or row without text is reported with its place; a file that
+cannot be read at all is a ``UserError``.
 """
 
+import codecs
+import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, Protocol, cast
 
+from mst_train.data.pieces import Document, Report, ranges
 from mst_train.errors import UserError
 
 PARQUET_ROWS = 256
 """Rows of a .parquet file in memory at a time."""
+READ_BYTES = 1 << 20
+TEXT_PART_BYTES = 1 << 24
+COMPRESSED_PIECES = 16
+"""A compressed file is read from its start for every piece of it, so it has few."""
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+PARQUET = ".parquet"
 
 
-def read_file(path: Path, text_field: str) -> Iterator[str]:
-    """The documents of a .txt, .jsonl or .parquet file."""
-    try:
-        yield from READERS[path.suffix.lower()](path, text_field)
-    except OSError as error:
-        raise unreadable(path, error) from error
+class FileReader(Protocol):
+    """Reads one kind of file, by ranges of what it counts."""
+
+    def measure(self, path: Path) -> int:
+        """About how many bytes of text the file holds."""
+        ...
+
+    def divide(self, path: Path, size: int, target: int) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, size) of ranges of about ``target`` bytes; ``size``: of the file."""
+        ...
+
+    def read(self, path: Path, start: int, stop: int, report: Report) -> Iterator[Document]:
+        """The documents that begin in the range."""
+        ...
 
 
 def unreadable(path: Path, error: OSError) -> UserError:
@@ -31,60 +51,227 @@ def unreadable(path: Path, error: OSError) -> UserError:
     )
 
 
-def read_txt(path: Path, text_field: str) -> Iterator[str]:
-    """A file is a document; it is held in memory as a whole."""
-    yield _decode(path.read_bytes(), path)
+def read_text(path: Path, report: Report, errors: str = "strict") -> Iterator[Document]:
+    """The text of a file, in parts of about TEXT_PART_BYTES where it is longer.
+
+    ``errors``: what becomes of bytes that are not UTF-8, as in ``bytes.decode``.
+    """
+    if path.stat().st_size <= TEXT_PART_BYTES:
+        raw = path.read_bytes()
+        try:
+            yield Document(
+                raw.decode("utf-8-sig" if errors == "strict" else "utf-8", errors), len(raw)
+            )
+        except UnicodeDecodeError as error:
+            report(not_utf8(path, error))
+        return
+    try:
+        # What was passed on cannot be taken back, so the whole file is decoded once before.
+        for _ in _text_parts(path, errors) if errors == "strict" else ():
+            pass
+    except UnicodeDecodeError as error:
+        report(not_utf8(path, error))
+        return
+    before = None
+    for part in _text_parts(path, errors):
+        if before is not None:
+            yield before._replace(more=True)
+        before = part
+    if before is not None:
+        yield before
 
 
-def read_jsonl(path: Path, text_field: str) -> Iterator[str]:
-    """A line is a document; blank lines and null texts are skipped."""
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            line = _decode(raw, f"{path}:{number}")
-            if line.isspace():
+def _text_parts(path: Path, errors: str) -> Iterator[Document]:
+    """Parts that end after a newline, where there is one."""
+    encoding = "utf-8-sig" if errors == "strict" else "utf-8"
+    decoder = codecs.getincrementaldecoder(encoding)(errors)
+    rest = ""
+    with path.open("rb") as file:
+        while raw := file.read(TEXT_PART_BYTES):
+            text = rest + decoder.decode(raw)
+            end = text.rfind("\n") + 1 or len(text)
+            text, rest = text[:end], text[end:]
+            yield Document(text, len(raw))
+    yield Document(rest + decoder.decode(b"", final=True), 0)
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """A line is a document, its text in the field ``text_field``. Ranges are of bytes.
+
+    Blank lines and null texts are skipped. A compressed file is measured by reading it once.
+    """
+
+    text_field: str
+
+    def measure(self, path: Path) -> int:
+        if path.suffix.lower() not in COMPRESSIONS:
+            return path.stat().st_size
+        with self._open(path) as file:
+            return sum(len(part) for part in iter(lambda: file.read(READ_BYTES), b""))
+
+    def divide(self, path: Path, size: int, target: int) -> Iterator[tuple[int, int, int]]:
+        if path.suffix.lower() in COMPRESSIONS:
+            target = max(target, size // COMPRESSED_PIECES)
+        for start, stop in ranges(size, max(1, round(size / target))):
+            yield start, stop, stop - start
+
+    def read(self, path: Path, start: int, stop: int, report: Report) -> Iterator[Document]:
+        number = 0
+        skipped_lines: int | None = None
+
+        def where() -> str:
+            nonlocal skipped_lines
+            if skipped_lines is None:
+                skipped_lines = self._lines_before(path, start)
+            return f"{path}:{skipped_lines + number}"
+
+        for raw in self._lines(path, start, stop):
+            number += 1
+            try:
+                line = raw.decode("utf-8-sig" if start == 0 and number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                report(not_utf8(where(), error))
+                continue
+            if not line or line.isspace():
                 continue
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{path}:{number} is not JSON ({error}): correct the line or remove it"
-                ) from error
+                report(UserError(f"{where()} is not JSON ({error}): correct the line or remove it"))
+                continue
             if not isinstance(row, dict):
-                raise UserError(
-                    f"{path}:{number} is a JSON {type(row).__name__}, not an object with a field "
-                    f"data.text_field={text_field}: correct the line or remove it"
+                report(
+                    UserError(
+                        f"{where()} is a JSON {type(row).__name__}, not an object with a field "
+                        f"data.text_field={self.text_field}: correct the line or remove it"
+                    )
                 )
-            if text_field not in row:
-                raise missing_field(f"{path}:{number}", text_field, list(row))
-            yield from text_of(row[text_field], f"{path}:{number}", text_field)
+            elif self.text_field not in row:
+                report(missing_field(where(), self.text_field, list(row)))
+            else:
+                problem = no_text(row[self.text_field], self.text_field)
+                if problem is not None:
+                    report(UserError(f"{where()}: {problem}"))
+                elif row[self.text_field] is not None:
+                    yield Document(row[self.text_field], len(raw))
+
+    def _lines(self, path: Path, start: int, stop: int) -> Iterator[bytes]:
+        """The lines whose first byte is in the range."""
+        with self._open(path) as file:
+            position = start
+            if start:
+                self._skip(file, start - 1)
+                position += len(file.readline()) - 1
+            while position < stop and (line := file.readline()):
+                position += len(line)
+                yield line
+
+    def _lines_before(self, path: Path, start: int) -> int:
+        """How many lines begin before ``start``."""
+        lines, last = 0, b"\n"
+        with self._open(path) as file:
+            while start > 0 and (part := file.read(min(READ_BYTES, start))):
+                lines += part.count(b"\n")
+                start -= len(part)
+                last = part[-1:]
+        return lines + (last != b"\n")
+
+    def _skip(self, file: IO[bytes], count: int) -> None:
+        if file.seekable():
+            file.seek(count)
+            return
+        while count > 0 and (part := file.read(min(READ_BYTES, count))):
+            count -= len(part)
+
+    def _open(self, path: Path) -> IO[bytes]:
+        compression = COMPRESSIONS.get(path.suffix.lower())
+        if compression is None:
+            return path.open("rb")
+        import pyarrow
+
+        stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), compression)
+        return cast(IO[bytes], io.BufferedReader(stream, READ_BYTES))
 
 
-def read_parquet(path: Path, text_field: str) -> Iterator[str]:
-    """A row is a document; null texts are skipped. Rows are read in batches of PARQUET_ROWS."""
-    import pyarrow
-    import pyarrow.parquet
+@dataclass(frozen=True)
+class Parquet:
+    """A row is a document, its text in the column ``text_field``. Ranges are of row groups.
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if text_field not in file.schema_arrow.names:
-                raise missing_field(str(path), text_field, file.schema_arrow.names)
-            row = 0
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    yield from text_of(text, f"{path}, row {row}", text_field)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read as .parquet ({_first_line(error)}): replace it or take it out "
-            f"of data.source"
-        ) from error
+    Null texts are skipped. PARQUET_ROWS are in memory at a time.
+    """
 
+    text_field: str
 
-READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
-    ".txt": read_txt,
-    ".jsonl": read_jsonl,
-    ".parquet": read_parquet,
-}
+    def measure(self, path: Path) -> int:
+        with self._open(path) as file:
+            groups = range(file.metadata.num_row_groups)
+            return sum(self._group_size(file, group) for group in groups)
+
+    def divide(self, path: Path, size: int, target: int) -> Iterator[tuple[int, int, int]]:
+        with self._open(path) as file:
+            start = size = 0
+            for group in range(file.metadata.num_row_groups):
+                if group > start and size + self._group_size(file, group) > target:
+                    yield start, group, size
+                    start, size = group, 0
+                size += self._group_size(file, group)
+            if file.metadata.num_row_groups > start:
+                yield start, file.metadata.num_row_groups, size
+
+    def read(self, path: Path, start: int, stop: int, report: Report) -> Iterator[Document]:
+        import pyarrow
+
+        with self._open(path) as file:
+            row = sum(file.metadata.row_group(group).num_rows for group in range(start))
+            batches = file.iter_batches(
+                batch_size=PARQUET_ROWS,
+                row_groups=list(range(start, stop)),
+                columns=[self.text_field],
+                use_threads=False,
+            )
+            try:
+                for batch in batches:
+                    for text in batch.column(0).to_pylist():
+                        row += 1
+                        problem = no_text(text, self.text_field)
+                        if problem is not None:
+                            report(UserError(f"{path}, row {row}: {problem}"))
+                        elif text is not None:
+                            yield Document(text, len(text))
+            except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+                raise self._broken(path, error) from error
+
+    def _open(self, path: Path) -> Any:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            # A buffer has the columns read in parts rather than whole row groups at once.
+            file = pyarrow.parquet.ParquetFile(path, buffer_size=READ_BYTES)
+        except pyarrow.ArrowException as error:
+            raise self._broken(path, error) from error
+        if self.text_field not in file.schema_arrow.names:
+            names = file.schema_arrow.names
+            file.close()
+            raise missing_field(str(path), self.text_field, names)
+        return file
+
+    def _group_size(self, file: Any, group: int) -> int:
+        metadata = file.metadata.row_group(group)
+        columns = (metadata.column(index) for index in range(metadata.num_columns))
+        return sum(
+            column.total_uncompressed_size
+            for column in columns
+            if column.path_in_schema.partition(".")[0] == self.text_field
+        )
+
+    def _broken(self, path: Path, error: Exception) -> UserError:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return UserError(
+            f"{path} cannot be read as .parquet ({reason}): replace it or take it out of "
+            f"data.source"
+        )
 
 
 def missing_field(where: str, text_field: str, fields: list[str]) -> UserError:
@@ -94,33 +281,26 @@ def missing_field(where: str, text_field: str, fields: list[str]) -> UserError:
     )
 
 
-def text_of(value: object, where: str, text_field: str) -> Iterator[str]:
-    """The document in a row's text field: none where the field is null."""
+def no_text(value: object, text_field: str) -> str | None:
+    """Why a row's text field holds neither text nor null; None where it does."""
     if value is None:
-        return
+        return None
     if not isinstance(value, str):
-        raise UserError(
-            f"{where}: data.text_field={text_field} holds a {type(value).__name__}, not text: "
-            f"name a field of text or correct the row"
+        return (
+            f"data.text_field={text_field} holds a {type(value).__name__}, not text: name a field "
+            f"of text or correct the row"
         )
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: data.text_field={text_field} holds half a surrogate pair, which is not "
-            f"text ({error}): correct the row or remove it"
-        ) from error
-    yield value
+        return (
+            f"data.text_field={text_field} holds half a surrogate pair, which is not text "
+            f"({error}): correct the row or remove it"
+        )
+    return None
 
 
-def _decode(raw: bytes, where: object) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where} is not UTF-8 ({error}): convert it to UTF-8 or take it out of data.source"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def not_utf8(where: object, error: UnicodeDecodeError) -> UserError:
+    return UserError(
+        f"{where} is not UTF-8 ({error}): convert it to UTF-8 or take it out of data.source"
+    )

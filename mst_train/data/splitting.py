@@ -8,15 +8,58 @@ The choice depends on the documents' lengths and on ``data.validation_fraction``
 ``data.sequence_length``, not on ``train.seed``: runs with other seeds validate on the same text.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
-from mst_train.data.order import pseudo_random_order
+from mst_train.data.corpus import Documents
+from mst_train.data.order import pseudo_random, pseudo_random_order
 from mst_train.errors import UserError
 
 Ints = NDArray[np.int64]
 
 SPLIT_KEY = 0x7370_6C69_7400
+MANY_DOCUMENTS = 1 << 16
+"""From here on it is ranges of documents that are held out, and most lengths stay unread."""
+RANGES = 64
+CHUNK_DOCUMENTS = 1 << 16
+
+
+def split_corpus(
+    documents: Documents, fraction: float, sequence_length: int
+) -> tuple[Ints, Ints | None]:
+    """The spans of the training stream and of the validation stream (none where fraction is 0).
+
+    As ``split_stream``. Of more than MANY_DOCUMENTS, RANGES runs of neighbouring documents are held
+    out, spread evenly over the corpus at places that are fixed but not regular.
+
+    Raises:
+        UserError: the corpus is too short for that.
+    """
+    count = len(documents)
+    if count <= MANY_DOCUMENTS:
+        return split_stream(documents.borders(0, count), fraction, sequence_length)
+    total, minimum = documents.start(count), sequence_length + 1
+    if total < (2 * minimum if fraction else minimum):
+        raise _too_short(total, fraction, sequence_length)
+    if not fraction:
+        return np.array([[0, total]]), None
+    target = max(int(fraction * total), minimum)
+    width, length = total // RANGES, -(-target // RANGES)
+    borders = [0]
+    for index in range(RANGES):
+        free = max(1, width - length)
+        start = index * width + pseudo_random(SPLIT_KEY, index) % free
+        end = min(start + length, total - 1)
+        borders += [documents.start(documents.at(place)) for place in (start, end)]
+    spans = np.array([*borders, total]).reshape(-1, 2)  # of training, with the gaps between them
+    validation = np.stack([spans[:-1, 1], spans[1:, 0]], axis=1)
+    training, validation = (part[part[:, 0] < part[:, 1]] for part in (spans, validation))
+    held_out = int((validation[:, 1] - validation[:, 0]).sum())
+    if held_out < minimum or total - held_out < minimum:
+        return _end_held_out(total, target, minimum)
+    return merged(training), merged(validation)
 
 
 def split_documents(lengths: Ints, fraction: float, minimum_tokens: int) -> tuple[Ints, Ints]:
@@ -73,8 +116,38 @@ def split_stream(offsets: Ints, fraction: float, sequence_length: int) -> tuple[
     training, validation = split_documents(np.diff(offsets), fraction, minimum)
     if len(validation):
         return merged(spans[training]), merged(spans[validation])
-    border = total - min(max(int(fraction * total), minimum), total - minimum)
+    return _end_held_out(total, max(int(fraction * total), minimum), minimum)
+
+
+def _end_held_out(total: int, target: int, minimum: int) -> tuple[Ints, Ints]:
+    border = total - min(target, total - minimum)
     return np.array([[0, border]]), np.array([[border, total]])
+
+
+def documents_in(documents: Documents, spans: Ints) -> Iterator[tuple[Ints, bool]]:
+    """The documents of a stream, CHUNK_DOCUMENTS at most at a time.
+
+    Yields:
+        ([n + 1] where n neighbouring documents start and the last one ends, both within the span;
+        whether the last one goes on behind it).
+    """
+    for start, end in spans.tolist():
+        first, last = documents.at(start), documents.at(end - 1) + 1
+        for low in range(first, last, CHUNK_DOCUMENTS):
+            borders = documents.borders(low, min(low + CHUNK_DOCUMENTS, last))
+            yield borders.clip(start, end), bool(borders[-1] > end)
+
+
+def long_documents(documents: Documents, spans: Ints, minimum: int) -> Ints:
+    """The spans of the stream's documents that have at least ``minimum`` tokens."""
+    found = [np.empty((0, 2), np.int64)]
+    for borders, _ in documents_in(documents, spans):
+        pairs = np.stack([borders[:-1], borders[1:]], axis=1)
+        pairs = pairs[pairs[:, 1] - pairs[:, 0] >= minimum]
+        if len(pairs):
+            found.append(merged(pairs))
+    pairs = np.concatenate(found)
+    return merged(pairs) if len(pairs) else pairs
 
 
 def merged(spans: Ints) -> Ints:

@@ -8,20 +8,24 @@ brings keeps its own rules (Llama's, for one, puts a space before the text).
 
 import hashlib
 import io
-import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
+from numpy.typing import NDArray
 
+from mst_train.data.pieces import cores
 from mst_train.errors import UserError
 
 SAMPLE_CHARACTERS = 8_000_000
 """The most text a tokenizer is trained on."""
 SAMPLE_PART_CHARACTERS = 16_384
 """The unit of the sample; sentencepiece holds positions in a word in 16 bits."""
+ENCODE_BATCH_CHARACTERS = 4_000_000
+"""About how much text is encoded in one call, whose result is a list of Python's large integers."""
 ENCODE_PART_CHARACTERS = 262_144
 """Longer texts are encoded part by part: sentencepiece needs 40 bytes per character of the part,
 and its time per character grows with the part's length."""
@@ -35,14 +39,36 @@ _SPACE_SYMBOLS = re.compile(f"({_SPACE_SYMBOL}+)")
 _RESERVED = "\u2585"
 
 
-class Tokenizer:
-    """A sentencepiece model.
+class Vocabulary:
+    """Token ids without a tokenizer: what is known of tokens that came as such.
 
     Attributes:
         vocab_size: the number of token ids.
         eod: the id that ends a document; no text encodes to it.
-        fingerprint: stands for the model's bytes.
+        fingerprint: stands for the ids and what they mean.
+        model: the bytes of the sentencepiece model; None where there is none.
     """
+
+    model: bytes | None = None
+
+    def __init__(self, vocab_size: int, eod: int) -> None:
+        self.vocab_size, self.eod = vocab_size, eod
+        self.fingerprint = hashlib.sha256(f"{vocab_size} {eod}".encode()).hexdigest()[:32]
+
+    def encode_arrays(self, texts: list[str]) -> Iterator[NDArray[np.int32]]:
+        """The token ids of each text, without an end-of-document id."""
+        raise UserError(
+            "data.source holds text, and there is no tokenizer: give a sentencepiece .model file "
+            "as data.tokenizer, and neither prepare.vocab_size nor prepare.end_of_document"
+        )
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of token ids; end-of-document ids have none."""
+        raise UserError("these tokens were prepared without a tokenizer, so they have no text")
+
+
+class Tokenizer(Vocabulary):
+    """A sentencepiece model."""
 
     def __init__(self, model: bytes, name: str) -> None:
         """``name`` says in messages where ``model`` is from.
@@ -52,19 +78,21 @@ class Tokenizer:
         """
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-            self.vocab_size: int = self._processor.vocab_size()
+            vocab_size: int = self._processor.vocab_size()
         except RuntimeError as error:
             raise UserError(f"{name} is not a sentencepiece model: give a .model file") from error
-        if self.vocab_size == 0:
+        if vocab_size == 0:
             raise UserError(f"{name} is not a sentencepiece model: give a .model file")
-        self.eod: int = self._processor.eos_id()
-        if self.eod < 0:
+        eod: int = self._processor.eos_id()
+        if eod < 0:
             raise UserError(
                 f"{name} has no end-of-sequence id, which ends a document: give a sentencepiece "
                 f"model that was trained with one (eos_id)"
             )
+        super().__init__(vocab_size, eod)
+        self.model = model
         self.fingerprint = hashlib.sha256(model).hexdigest()[:32]
-        self._threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else -1
+        self.threads = cores()
         # A model that puts a space before each text would put one before each part of a text.
         first_piece = self._processor.encode("a", out_type=str)[0]
         self._divisible = not first_piece.startswith(_SPACE_SYMBOL)
@@ -83,17 +111,22 @@ class Tokenizer:
         return cls(model, f"data.tokenizer={path}")
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """The token ids of each text, without an end-of-document id; threaded over the texts."""
-        parts = [list(self._parts(text)) for text in texts]
-        flat = [part for text in parts for part in text]
-        encoded = iter(self._processor.encode(flat, num_threads=self._threads))
-        results = []
-        for text in parts:
-            tokens: list[int] = []
-            for part in text:
-                tokens += self._substitute(part, next(encoded))
-            results.append(tokens)
-        return results
+        """The token ids of each text, without an end-of-document id."""
+        return [tokens.tolist() for tokens in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: list[str]) -> Iterator[NDArray[np.int32]]:
+        """As ``encode``, one text after the other, by ``threads`` threads for several at a time."""
+        parts = ((index, part) for index, text in enumerate(texts) for part in self._parts(text))
+        current, tokens = 0, [np.empty(0, np.int32)]
+        for batch in _batches(parts):
+            encoded = self._processor.encode([p for _, p in batch], num_threads=self.threads)
+            for (index, part), ids in zip(batch, encoded, strict=True):
+                if index != current:
+                    yield np.concatenate(tokens)
+                    current, tokens = index, []
+                tokens.append(np.array(self._substitute(part, ids), np.int32))
+        if texts:
+            yield np.concatenate(tokens)
 
     def decode(self, tokens: list[int]) -> str:
         """The text of token ids; end-of-document ids have none."""
@@ -120,6 +153,18 @@ class Tokenizer:
         """``text`` spelt in byte tokens; empty where the model has none."""
         tokens = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
         return tokens if all(self._processor.is_byte(token) for token in tokens) else []
+
+
+def _batches(parts: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    batch, characters = [], 0
+    for index, part in parts:
+        batch.append((index, part))
+        characters += len(part)
+        if characters >= ENCODE_BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, destination: Path) -> Tokenizer:

@@ -8,7 +8,13 @@ import pytest
 from mst_train.config import DataConfig
 
 
-def prose(seed: int, words: int) -> str:
+@pytest.fixture(scope="session")
+def prose() -> Callable[[int, int], str]:
+    """prose(seed, words): as ``make_prose``."""
+    return make_prose
+
+
+def make_prose(seed: int, words: int) -> str:
     """Text of made-up words that is the same for the same seed."""
     random_words = random.Random(seed)
     syllables = ["ka", "lo", "mi", "ter", "un", "ves"]
@@ -23,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     root = tmp_path / "corpus"
     root.mkdir()
     for number in range(40):
-        (root / f"{number:02}.txt").write_text(prose(number, 20 + 5 * (number % 7)) + "\n")
+        (root / f"{number:02}.txt").write_text(make_prose(number, 20 + 5 * (number % 7)) + "\n")
     return root
 
 

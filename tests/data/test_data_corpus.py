@@ -1,8 +1,9 @@
+import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 
 from mst_train.config import DataConfig
-from mst_train.data import Tokenizer, find_documents, load_corpus, train_tokenizer
+from mst_train.data import Tokenizer, find_documents, load_corpus, shards, train_tokenizer, workers
 from mst_train.data import corpus as module
+from mst_train.data.corpus import Corpus
+from mst_train.data.pieces import Document
 from mst_train.errors import UserError
 
 Configure = Callable[..., DataConfig]
@@ -21,49 +24,72 @@ Configure = Callable[..., DataConfig]
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every text that is tokenised from here on."""
     texts: list[str] = []
-    encode = Tokenizer.encode
+    encode = Tokenizer.encode_arrays
 
-    def record(self: Tokenizer, batch: list[str]) -> list[list[int]]:
+    def record(self: Tokenizer, batch: list[str]) -> Iterator[np.ndarray]:
         texts.extend(batch)
         return encode(self, batch)
 
-    monkeypatch.setattr(Tokenizer, "encode", record)
+    monkeypatch.setattr(Tokenizer, "encode_arrays", record)
     return texts
 
 
-def corpus_folder(data: DataConfig, unfinished: int = 0) -> Path:
-    """The one corpus in the cache, with so many unfinished ones beside it."""
-    folders = sorted(Path(str(data.cache_dir), "corpora").iterdir())
-    assert [folder.name[0] == "." for folder in folders] == [True] * unfinished + [False]
-    return folders[-1]
+def corpus_folder(data: DataConfig) -> Path:
+    """The one corpus in the cache."""
+    (folder,) = Path(str(data.cache_dir), "corpora").iterdir()
+    return folder
+
+
+def borders(corpus: Corpus) -> np.ndarray:
+    return corpus.documents.borders(0, len(corpus.documents))
 
 
 def test_documents_are_stored_with_their_ends(configure: Configure) -> None:
     corpus = load_corpus(configure())
     texts = list(find_documents(configure()).documents())
-    assert corpus.tokens.dtype == np.uint16 and isinstance(corpus.tokens, np.memmap)
-    assert corpus.offsets.dtype == np.int64
+    assert corpus.tokens.dtype == np.uint16 and isinstance(corpus.tokens[:5], np.memmap)
     assert (corpus.vocab_size, corpus.eod) == (300, 1)
-    assert len(corpus.offsets) == len(texts) + 1
+    assert len(corpus.documents) == len(texts)
+    offsets = borders(corpus)
     for index, text in enumerate(texts):
-        document = corpus.tokens[corpus.offsets[index] : corpus.offsets[index + 1]].tolist()
+        document = corpus.tokens[offsets[index] : offsets[index + 1]].tolist()
         assert document.count(corpus.eod) == 1 and document[-1] == corpus.eod
         assert corpus.tokenizer.decode(document) == text
 
 
 def test_batches_change_nothing(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = load_corpus(configure())
+    tokens, offsets = np.array(whole.tokens[:]), borders(whole)
     shutil.rmtree(str(configure().cache_dir))
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(shards, "BATCH_CHARACTERS", 500)
     batched = load_corpus(configure())
-    assert np.array_equal(batched.tokens, whole.tokens)
-    assert np.array_equal(batched.offsets, whole.offsets)
+    assert np.array_equal(batched.tokens[:], tokens)
+    assert np.array_equal(borders(batched), offsets)
     assert batched.fingerprint == whole.fingerprint
 
 
+def test_shards_are_one_stream(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = load_corpus(configure())
+    tokens, offsets = np.array(whole.tokens[:]), borders(whole)
+    shutil.rmtree(str(configure().cache_dir))
+    monkeypatch.setattr("mst_train.data.documents.SMALLEST_PIECE", 700)
+    sharded = load_corpus(configure())
+    assert len(sharded.tokens.starts) > 8
+    assert np.array_equal(sharded.tokens[:], tokens)
+    assert np.array_equal(borders(sharded), offsets)
+    for start, stop in ((0, 1), (100, 900), (len(tokens) - 3, len(tokens)), (50, 50)):
+        assert np.array_equal(sharded.tokens[start:stop], tokens[start:stop])
+    for first, last in ((0, 0), (3, 9), (39, 40), (40, 40)):
+        assert np.array_equal(sharded.documents.borders(first, last), offsets[first : last + 1])
+    for token in (0, 1, int(offsets[7]), int(offsets[7]) - 1, len(tokens) - 1):
+        assert sharded.documents.at(token) == np.searchsorted(offsets, token, side="right") - 1
+
+
 def test_batches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 10)
-    assert list(module._batches(["abcd"] * 4 + ["x" * 20, "y"])) == [
+    monkeypatch.setattr(shards, "BATCH_CHARACTERS", 10)
+    texts = ["abcd"] * 3 + [" ", "abcd", "x" * 20, "y", "\n"]
+    batches = shards._batches(Document(text, len(text)) for text in texts)
+    assert [[document.content for document in batch] for batch in batches] == [
         ["abcd"] * 3,
         ["abcd", "x" * 20],
         ["y"],
@@ -83,25 +109,35 @@ def test_second_load_tokenises_nothing(
     caplog.clear()
     second = load_corpus(configure())
     assert len(encoded) == 40 and not caplog.records
-    assert np.array_equal(second.tokens, first.tokens)
+    assert np.array_equal(second.tokens[:], first.tokens[:])
     assert second.fingerprint == first.fingerprint
 
 
 def test_manifest(configure: Configure, encoded: list[str]) -> None:
     corpus = load_corpus(configure())
-    assert json.loads((corpus_folder(configure()) / "manifest.json").read_text()) == {
-        "format": 1,
+    manifest = json.loads((corpus_folder(configure()) / "manifest.json").read_text())
+    (shard,) = manifest.pop("shards")
+    assert manifest == {
+        "kind": "mst_train tokens",
+        "format": 2,
+        "settings": {},
         "source": configure().source,
         "source_fingerprint": find_documents(configure()).fingerprint,
+        "tokenizer": "tokenizer.model",
         "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
         "vocab_size": 300,
         "eod": 1,
         "dtype": "<u2",
+        "malformed": 0,
         "documents": 40,
         "tokens": len(corpus.tokens),
         "text_bytes": sum(len(text.encode()) for text in encoded),
         "fingerprint": corpus.fingerprint,
     }
+    raw = (corpus_folder(configure()) / "shards" / "000000.tokens").read_bytes()
+    assert shard["name"] == "shards/000000"
+    assert shard["files"][".tokens"]["sha256"] == hashlib.sha256(raw).hexdigest()
+    assert (shard["documents"], 2 * shard["tokens"]) == (40, len(raw))
 
 
 def test_changed_source_is_tokenised_again(configure: Configure, folder: Path) -> None:
@@ -141,26 +177,25 @@ def test_other_text_with_the_same_tokenizer_is_another_corpus(
     assert second.fingerprint != first.fingerprint
 
 
-def test_large_vocabulary_takes_four_bytes(configure: Configure, tmp_path: Path) -> None:
-    tokenizer = load_corpus(configure()).tokenizer
-    for vocab_size, dtype in ((65536, "<u2"), (65537, "<u4")):
-        tokenizer.vocab_size = vocab_size
-        manifest = module._write(find_documents(configure()), tokenizer, tmp_path)
-        assert manifest["dtype"] == dtype
-        tokens = np.fromfile(tmp_path / "tokens.bin", dtype)
-        assert len(tokens) == manifest["tokens"] and tokens[-1] == tokenizer.eod
+def test_large_vocabulary_takes_four_bytes() -> None:
+    assert (shards.dtype_of(1 << 16), shards.dtype_of((1 << 16) + 1)) == ("<u2", "<u4")
 
 
 # ---------------------------------------------------------------- damage, interruption, races
 
 
 def truncate(folder: Path) -> None:
-    with (folder / "tokens.bin").open("r+b") as file:
+    with (folder / "shards" / "000000.tokens").open("r+b") as file:
         file.truncate(100)
 
 
 def cut_offsets(folder: Path) -> None:
-    np.save(folder / "offsets.npy", np.load(folder / "offsets.npy")[:-1])
+    path = folder / "shards" / "000000.offsets"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def cut_checksums(folder: Path) -> None:
+    (folder / "shards" / "000000.tokens.crc").write_bytes(b"")
 
 
 def empty_manifest(folder: Path) -> None:
@@ -168,26 +203,38 @@ def empty_manifest(folder: Path) -> None:
 
 
 def remove_tokens(folder: Path) -> None:
-    (folder / "tokens.bin").unlink()
+    (folder / "shards" / "000000.tokens").unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, cut_offsets, empty_manifest, remove_tokens])
-def test_damaged_cache_is_built_again(
-    damage: Callable[[Path], None],
-    configure: Configure,
-    encoded: list[str],
-    caplog: pytest.LogCaptureFixture,
+def other_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.model").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("damage", "texts"),
+    [
+        (truncate, 80),
+        (cut_offsets, 80),
+        (cut_checksums, 80),
+        (empty_manifest, 40),
+        (remove_tokens, 80),
+        (other_tokenizer, 40),
+    ],
+)
+def test_damaged_cache_is_repaired(
+    damage: Callable[[Path], None], texts: int, configure: Configure, encoded: list[str]
 ) -> None:
+    """What is whole of it is kept."""
     first = load_corpus(configure())
-    tokens = np.array(first.tokens)
+    tokens = np.array(first.tokens[:])
     damage(corpus_folder(configure()))
     again = load_corpus(configure())
-    assert "is not whole (cut short or edited): building it again" in caplog.text
-    assert len(encoded) == 80
-    assert np.array_equal(again.tokens, tokens) and again.fingerprint == first.fingerprint
+    assert len(encoded) == texts
+    assert np.array_equal(again.tokens[:], tokens) and again.fingerprint == first.fingerprint
     load_corpus(configure())
-    assert len(encoded) == 80
-    corpus_folder(configure())
+    assert len(encoded) == texts
+    names = {path.name for path in corpus_folder(configure()).iterdir()}
+    assert names == {"manifest.json", "shards", "tokenizer.model"}
 
 
 def test_damaged_tokenizer_is_trained_again(
@@ -201,61 +248,48 @@ def test_damaged_tokenizer_is_trained_again(
 
 
 @pytest.mark.parametrize("problem", [KeyboardInterrupt(), UserError("a bad line")])
-def test_interrupted_build_leaves_nothing(
-    problem: BaseException, configure: Configure, monkeypatch: pytest.MonkeyPatch
+def test_interrupted_build_is_continued(
+    problem: BaseException,
+    configure: Configure,
+    encoded: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 500)
-    encode = Tokenizer.encode
+    monkeypatch.setattr("mst_train.data.documents.SMALLEST_PIECE", 700)
+    make_shard = workers.make_shard
     calls = []
 
-    def stop(self: Tokenizer, batch: list[str]) -> list[list[int]]:
-        calls.append(batch)
+    def stop(*arguments: Any) -> shards.Record:
+        calls.append(arguments)
         if len(calls) == 3:
             raise problem
-        return encode(self, batch)
+        return make_shard(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Tokenizer, "encode", stop)
+        patched.setattr(workers, "make_shard", stop)
         with pytest.raises(type(problem)):
             load_corpus(configure())
-    assert list(Path(str(configure().cache_dir), "corpora").iterdir()) == []
-    assert len(load_corpus(configure()).offsets) == 41
+    assert 0 < len(encoded) < 40
+    assert len(load_corpus(configure()).documents) == 40
+    assert len(encoded) == 40
 
 
-def test_remains_of_a_killed_run_are_not_read(configure: Configure, encoded: list[str]) -> None:
-    first = load_corpus(configure())
-    folder = corpus_folder(configure())
-    remains = folder.with_name(f".{folder.name}-killed") / "built"
-    remains.parent.mkdir()
-    folder.rename(remains)
-    truncate(remains)
-    assert load_corpus(configure()).fingerprint == first.fingerprint
-    assert len(encoded) == 80
-
-
-@pytest.mark.parametrize("damaged_before", [False, True])
 def test_another_process_finishes_first(
-    damaged_before: bool, configure: Configure, monkeypatch: pytest.MonkeyPatch
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if damaged_before:
-        load_corpus(configure())
-        truncate(corpus_folder(configure()))
-    write = module._write
-    others, kept = [], []
+    make_shard = workers.make_shard
+    others = []
 
-    def write_late(*args: Any) -> dict[str, Any]:
-        manifest = write(*args)
+    def make_late(*arguments: Any) -> shards.Record:
         with monkeypatch.context() as patched:
-            patched.setattr(module, "_write", write)
+            patched.setattr(workers, "make_shard", make_shard)
             others.append(load_corpus(configure()))
-        kept.append(corpus_folder(configure(), unfinished=1).stat().st_ino)
-        return manifest
+        return make_shard(*arguments)
 
-    monkeypatch.setattr(module, "_write", write_late)
+    monkeypatch.setattr(workers, "make_shard", make_late)
     corpus = load_corpus(configure())
-    assert corpus.tokens.filename == others[0].tokens.filename
-    assert np.array_equal(corpus.tokens, others[0].tokens)
-    assert [corpus_folder(configure()).stat().st_ino] == kept
+    assert len(others) == 1 and corpus.fingerprint == others[0].fingerprint
+    assert np.array_equal(corpus.tokens[:], others[0].tokens[:])
+    assert not (corpus_folder(configure()) / "work").exists()
 
 
 # ---------------------------------------------------------------- the cache folder
@@ -275,12 +309,11 @@ def test_full_disk(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> Non
     def fail(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "save", fail)
+    monkeypatch.setattr(shards, "write_json", fail)
     with pytest.raises(
         UserError, match=r"data.cache_dir=.* \(No space left on device\): make room"
     ):
         load_corpus(configure())
-    assert list(Path(str(configure().cache_dir), "corpora").iterdir()) == []
 
 
 def test_whole_cache_is_only_read(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +323,8 @@ def test_whole_cache_is_only_read(configure: Configure, monkeypatch: pytest.Monk
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", fail)
-    monkeypatch.setattr(module.tempfile, "mkdtemp", fail)
+    monkeypatch.setattr("tempfile.mkdtemp", fail)
+    monkeypatch.setattr(Path, "replace", fail)
     load_corpus(configure())
 
 
@@ -302,8 +336,8 @@ def test_default_cache_folder(
     assert (tmp_path / "xdg" / "mst_train" / "corpora").is_dir()
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert module._cache_folder(DataConfig()) == tmp_path / ".cache" / "mst_train"
-    assert module._cache_folder(DataConfig(cache_dir="~/x")) == tmp_path / "x"
+    assert module.cache_folder(DataConfig()) == tmp_path / ".cache" / "mst_train"
+    assert module.cache_folder(DataConfig(cache_dir="~/x")) == tmp_path / "x"
 
 
 def test_empty_corpus_is_refused(configure: Configure, tmp_path: Path) -> None:

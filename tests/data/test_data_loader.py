@@ -1,12 +1,19 @@
+import gc
 import itertools
+import threading
+import time
 from collections import Counter
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mst_train.data import Batch, Loader, PackedSequences, fixed_batches
+from mst_train.data.loader import READ_AHEAD
+from mst_train.data.packing import Sequence
+from mst_train.errors import UserError
 
 
 def make(count: int, length: int = 3) -> PackedSequences:
@@ -73,3 +80,62 @@ def test_fixed_batches(count: int, batch_size: int, limit: int) -> None:
     gaps = Counter(np.diff([*used, count]).tolist())
     assert used[0] == 0 and max(gaps) - min(gaps) <= 1
     assert batches == [numbers(batch) for batch in fixed_batches(make(count), batch_size, limit)]
+
+
+# ---------------------------------------------------------------- reading ahead
+
+
+class Recorder(PackedSequences):
+    """Sequences that remember which were read, and fail where they are told to."""
+
+    def __init__(self, count: int, bad: int = -1) -> None:
+        tokens = np.arange(3 * count + 1, dtype=np.uint32)
+        super().__init__(tokens, np.array([[0, len(tokens)]]), 3)
+        self.read: list[int] = []
+        self.bad, self.blocked = bad, threading.Event()
+        self.blocked.set()
+
+    def __getitem__(self, index: int) -> Sequence:
+        self.blocked.wait(10)
+        self.read.append(index)
+        if index == self.bad:
+            raise UserError(f"sequence {index} is damaged")
+        return super().__getitem__(index)
+
+
+def test_batches_are_read_ahead_but_not_counted() -> None:
+    sequences = Recorder(100)
+    loader = Loader(sequences, 2, seed=0)
+    next(loader)
+    deadline = time.monotonic() + 10
+    while len(sequences.read) < 2 * (1 + READ_AHEAD):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert loader.state() == 2
+    time.sleep(0.02)
+    assert len(sequences.read) == 2 * (1 + READ_AHEAD)
+    sequences.blocked.clear()
+    next(loader)  # was read before
+    sequences.blocked.set()
+    assert loader.state() == 4
+
+
+def test_what_goes_wrong_is_raised_with_its_batch() -> None:
+    whole = Loader(make(20), 1, seed=3)
+    order = [numbers(next(whole))[0] for _ in range(20)]
+    loader = Loader(Recorder(20, bad=order[5]), 1, seed=3)
+    assert [numbers(next(loader))[0] for _ in range(5)] == order[:5]
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"sequence {order[5]} is damaged"):
+            next(loader)
+        assert loader.state() == 5
+
+
+def test_loaders_leave_no_threads() -> None:
+    for _ in range(20):
+        next(Loader(make(5), 1, seed=0))
+    deadline = time.monotonic() + 10
+    while any(thread.name.startswith("loader") for thread in threading.enumerate()):
+        gc.collect()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

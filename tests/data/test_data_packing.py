@@ -31,7 +31,7 @@ def test_item() -> None:
     assert inputs.tolist() == [106, 107, 108, 109]
     assert labels.tolist() == [107, 108, 109, 110]
     assert positions.tolist() == [0, 1, 2, 3]
-    assert inputs.dtype == labels.dtype == positions.dtype == torch.int64
+    assert inputs.dtype == labels.dtype == positions.dtype == np.int64
     for index in (-1, 2):
         with pytest.raises(IndexError, match=f"sequence {index} of 2"):
             sequences[index]

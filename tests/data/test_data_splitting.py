@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mst_train.data import split_documents, split_stream
-from mst_train.data.order import pseudo_random_order
-from mst_train.data.splitting import merged
+from mst_train.data.order import pseudo_random_order, shuffled
+from mst_train.data.splitting import merged, split_corpus
 from mst_train.errors import UserError
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
@@ -133,3 +133,83 @@ def test_order_depends_on_each_part_of_its_key_and_on_nothing_else() -> None:
     assert len(orders) == len(keys)
     # A change here would make every run that is resumed see other data.
     assert pseudo_random_order(10, 7, 3).tolist() == [6, 1, 8, 4, 2, 9, 3, 7, 5, 0]
+
+
+@given(st.integers(1, 300), st.integers(), st.integers())
+def test_shuffling_without_the_whole_order(count: int, seed: int, epoch: int) -> None:
+    order = [shuffled(place, count, seed, epoch) for place in range(count)]
+    assert sorted(order) == list(range(count))
+
+
+def test_shuffling_is_fixed_and_even() -> None:
+    # A change here would make every run that is resumed see other data.
+    assert [shuffled(place, 10, 7, 3) for place in range(10)] == [2, 9, 0, 8, 4, 5, 7, 6, 1, 3]
+    assert shuffled(123_456_789, 6_000_000_000, 1, 2) == 3_323_661_399
+    keys = ((0,), (1,), (0, 1))
+    assert len({tuple(shuffled(place, 50, *key) for place in range(50)) for key in keys}) == 3
+    # Over many keys each place holds each number about as often, and neighbours are torn apart.
+    counts = np.zeros((5, 5))
+    for key in range(2000):
+        for place in range(5):
+            counts[place, shuffled(place, 5, key)] += 1
+    assert counts.min() > 320 and counts.max() < 480
+    order = np.array([shuffled(place, 4096, 9) for place in range(4096)])
+    assert abs(np.corrcoef(order, np.arange(4096))[0, 1]) < 0.05
+    assert np.abs(np.diff(order)).mean() == pytest.approx(4096 / 3, rel=0.05)
+
+
+# ---------------------------------------------------------------- many documents
+
+
+class Borders:
+    """``Documents`` of these offsets."""
+
+    def __init__(self, offsets: np.ndarray) -> None:
+        self.offsets, self.looked_up = offsets, 0
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def start(self, document: int) -> int:
+        return int(self.offsets[document])
+
+    def at(self, token: int) -> int:
+        self.looked_up += 1
+        return int(np.searchsorted(self.offsets, token, side="right")) - 1
+
+    def borders(self, first: int, last: int) -> np.ndarray:
+        return self.offsets[first : last + 1]
+
+
+@given(st.lists(st.integers(1, 60), min_size=20, max_size=120), FRACTIONS, st.integers(1, 60))
+def test_ranges_of_many_documents(lengths: list[int], fraction: float, length: int) -> None:
+    documents = Borders(offsets_of(lengths))
+    total, minimum = sum(lengths), length + 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mst_train.data.splitting.MANY_DOCUMENTS", 10)
+        patch.setattr("mst_train.data.splitting.RANGES", 4)
+        if total < 2 * minimum:
+            with pytest.raises(UserError):
+                split_corpus(documents, fraction, length)
+            return
+        training, validation = split_corpus(documents, fraction, length)
+    assert validation is not None
+    assert sorted(covered(training) + covered(validation)) == list(range(total))
+    assert min(len(covered(training)), len(covered(validation))) >= minimum
+    if len(validation) > 1:
+        assert set(validation.ravel().tolist()) <= set(documents.offsets.tolist())
+
+
+def test_many_documents_are_split_by_few_of_them() -> None:
+    documents = Borders(np.arange(0, 30_000_001, 30))
+    training, validation = split_corpus(documents, 0.01, 1000)
+    assert validation is not None and len(validation) == 64
+    assert len(covered(validation)) == pytest.approx(300_000, rel=0.01)
+    assert documents.looked_up == 128
+    assert np.diff(validation[:, 0]).max() < 2 * 30_000_000 / 64
+    assert split_corpus(documents, 0.0, 1000)[1] is None
+    again = split_corpus(documents, 0.01, 1000)[1]
+    assert np.array_equal(validation, again)
+    one_huge = Borders(np.concatenate([[0, 10**9], 10**9 + np.arange(1, 70_000)]))
+    training, validation = split_corpus(one_huge, 0.01, 1000)
+    assert training[-1, 1] == validation[0, 0] and validation[-1, 1] == one_huge.offsets[-1]

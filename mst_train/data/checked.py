@@ -1,0 +1,175 @@
+"""Files whose every block is compared with its checksum before it is used.
+
+Beside a file ``F`` lies ``F.crc``: the CRC-32 of each BLOCK_BYTES of ``F``, little-endian uint32.
+Training jumps about in hundreds of gigabytes, so that checksums of whole files would come too late
+or cost too much. A block is compared when it is first read, in a fraction of a millisecond. The
+SHA-256 of both files stands in the manifest, for ``prepare.verify``.
+"""
+
+import hashlib
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mst_train.errors import UserError
+
+BLOCK_BYTES = 1 << 18
+"""Part of the format."""
+CRC = ".crc"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a manifest says of a file and of the checksums beside it."""
+
+    bytes: int
+    sha256: str
+    crc_sha256: str
+
+
+def crc_bytes(size: int) -> int:
+    """The size of the checksums beside a file of ``size`` bytes."""
+    return 4 * -(-size // BLOCK_BYTES)
+
+
+class CheckedWriter:
+    """A file that is written from start to end, with its checksums; both are new and on disk after
+    ``close``. As a context it closes the files whatever happens."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._crc_file = path.with_name(path.name + CRC).open("wb")
+        self._sha256, self._crc_sha256 = hashlib.sha256(), hashlib.sha256()
+        self._bytes = self._crc = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+        self._crc_file.close()
+
+    def write(self, array: NDArray[Any]) -> None:
+        data = memoryview(array.tobytes())
+        self._file.write(data)
+        self._sha256.update(data)
+        while data:
+            part = data[: BLOCK_BYTES - self._bytes % BLOCK_BYTES]
+            self._crc = zlib.crc32(part, self._crc)
+            self._bytes += len(part)
+            if self._bytes % BLOCK_BYTES == 0:
+                self._end_block()
+            data = data[len(part) :]
+
+    def close(self) -> Written:
+        if self._bytes % BLOCK_BYTES:
+            self._end_block()
+        for file in (self._file, self._crc_file):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        return Written(self._bytes, self._sha256.hexdigest(), self._crc_sha256.hexdigest())
+
+    def _end_block(self) -> None:
+        raw = self._crc.to_bytes(4, "little")
+        self._crc_file.write(raw)
+        self._crc_sha256.update(raw)
+        self._crc = 0
+
+
+class CheckedArray:
+    """The numbers in a file, memory-mapped; no block reaches the caller before it is compared.
+
+    Creating it reads nothing. ``limit``: numbers are at least 0 and below it, or the file cannot
+    be used. Every read raises ``UserError`` where the file is not what was written; ``advice`` says
+    in that message what to do.
+    """
+
+    def __init__(
+        self, path: Path, written: Written, dtype: str, limit: int | None, advice: str
+    ) -> None:
+        self.path, self.dtype = path, np.dtype(dtype)
+        self._written, self._limit, self._advice = written, limit, advice
+        self._mapped: NDArray[Any] | None = None
+        self._crcs = np.empty(0, np.uint32)
+        self._unchecked = np.empty(0, bool)
+
+    def __len__(self) -> int:
+        return self._written.bytes // self.dtype.itemsize
+
+    def __getitem__(self, key: slice) -> NDArray[Any]:
+        """The numbers of a range (of step 1), as a view of the file."""
+        start, stop, _ = key.indices(len(self))
+        array = self._map() if self._mapped is None else self._mapped
+        first = start * self.dtype.itemsize // BLOCK_BYTES
+        last = -(-stop * self.dtype.itemsize // BLOCK_BYTES)
+        if self._unchecked[first:last].any():
+            for block in first + np.flatnonzero(self._unchecked[first:last]):
+                self._check(array, int(block))
+        return array[start:stop]
+
+    def check_size(self) -> None:
+        """Raises ``UserError`` where the files are not there or not of the size they had."""
+        written = self._written.bytes
+        for path, size in ((self.path, written), (self._crc_path, crc_bytes(written))):
+            try:
+                found = path.stat().st_size
+            except OSError as error:
+                reason = error.strerror or error
+                raise UserError(f"{path} cannot be read ({reason}): {self._advice}") from error
+            if found != size:
+                raise UserError(
+                    f"{path} has {found} bytes where {size} were written: {self._advice}"
+                )
+
+    def check_all(self) -> None:
+        """Read both files and compare them with the manifest's checksums (``UserError``)."""
+        self.check_size()
+        for path, sha256 in (
+            (self.path, self._written.sha256),
+            (self._crc_path, self._written.crc_sha256),
+        ):
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    raise UserError(
+                        f"{path} is damaged (its SHA-256 is not the manifest's): {self._advice}"
+                    )
+
+    @property
+    def _crc_path(self) -> Path:
+        return self.path.with_name(self.path.name + CRC)
+
+    def _map(self) -> NDArray[Any]:
+        self.check_size()
+        raw = self._crc_path.read_bytes()
+        if hashlib.sha256(raw).hexdigest() != self._written.crc_sha256:
+            raise UserError(
+                f"{self._crc_path} is damaged (its SHA-256 is not the manifest's): {self._advice}"
+            )
+        self._crcs = np.frombuffer(raw, "<u4")
+        self._unchecked = np.ones(len(self._crcs), bool)
+        self._mapped = (
+            np.memmap(self.path, self.dtype, mode="r") if len(self) else np.empty(0, self.dtype)
+        )
+        return self._mapped
+
+    def _check(self, array: NDArray[Any], block: int) -> None:
+        per_block = BLOCK_BYTES // self.dtype.itemsize
+        part = array[block * per_block : (block + 1) * per_block]
+        if zlib.crc32(part.data) != self._crcs[block]:
+            first = block * BLOCK_BYTES
+            raise UserError(
+                f"{self.path} is damaged: bytes {first} to {first + part.nbytes} are not what was "
+                f"written (their checksum differs): {self._advice}"
+            )
+        if self._limit is not None and not 0 <= int(part.min()) <= int(part.max()) < self._limit:
+            raise UserError(
+                f"{self.path} holds {int(part.max())}, which must be below {self._limit}: "
+                f"{self._advice}"
+            )
+        self._unchecked[block] = False

@@ -1,0 +1,86 @@
+"""What the kinds of source have in common: pieces, documents and reports.
+
+A source is divided into pieces, each a list of files or a range of one, by its content alone. Any
+process can read any piece, and the documents of all pieces in order are those of the source.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mst_train.errors import UserError
+
+Report = Callable[[UserError], None]
+"""Takes what makes a line, row or file unusable: raises it, or notes it and has the reader go on
+with the next."""
+
+
+class Document(NamedTuple):
+    content: str | NDArray[np.integer[Any]]
+    """Text, or token ids [tokens] where the source holds those."""
+    size: int
+    """About how many bytes of the source it took, as ``Piece.size`` counts them."""
+    more: bool = False
+    """Whether this is a part of a very long document, which the next one continues."""
+
+    @property
+    def blank(self) -> bool:
+        """Whether there is nothing in it to learn from."""
+        if self.more:
+            return False
+        if isinstance(self.content, str):
+            return not self.content or self.content.isspace()
+        return len(self.content) == 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a source that becomes one shard of tokens; made of JSON's types."""
+
+    files: tuple[str, ...]
+    """Relative to the source's folder; none in a data set."""
+    start: int
+    stop: int
+    """The range of the one file or of the data set, in what its reader counts (bytes, rows, ...);
+    0, 0 where whole files of text are meant."""
+    size: int
+    """About how many bytes of text; 0 where that is not known."""
+    state: str
+    """Changes when the files may have changed."""
+
+
+class Reader(Protocol):
+    """Reads pieces of one source; is sent to the processes that do (and so can be pickled)."""
+
+    def read(self, piece: Piece, report: Report) -> Iterator[Document]:
+        """The documents of a piece, blank ones included, in order.
+
+        Raises:
+            UserError: a file cannot be read at all, or is not the one that was divided.
+        """
+        ...
+
+
+def refuse(problem: UserError) -> None:
+    """The report that stops at the first problem."""
+    raise problem
+
+
+def ignore(problem: UserError) -> None:
+    """The report that goes on; for readers whose problems another one reports."""
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ranges(count: int, parts: int) -> Iterator[tuple[int, int]]:
+    """0 .. count in ``parts`` ranges of about the same length, the empty ones left out."""
+    borders = [part * count // parts for part in range(parts + 1)]
+    yield from ((a, b) for a, b in pairwise(borders) if a < b)
