@@ -11,6 +11,7 @@ FILES = sorted([*ROOT.glob("mst_train/**/*.py"), *ROOT.glob("kernels/mst_kernels
 FORBIDDEN = {
     "mst_kernels": ("mst_train",),
     "mst_train.errors": ("mst_train", "torch"),
+    "mst_train.environment": ("mst_train",),
     "mst_train.config": ("mst_train", "torch", "hydra", "omegaconf"),
     "mst_train.mst": ("mst_train.model", "mst_train.train", "mst_train.data", "mst_train.optim"),
     "mst_train.model": ("mst_train.train", "mst_train.data", "mst_train.optim"),
@@ -22,6 +23,7 @@ FORBIDDEN = {
     "mst_train.memory": ("mst_train.train", "mst_train.plan", "mst_train.compose"),
     "mst_train.plan": ("mst_train.train", "mst_train.bench"),
     "mst_train.train": ("mst_train.__main__", "mst_train.compose", "mst_train.bench"),
+    "mst_train.paper": ("mst_train.__main__", "mst_train.train"),
 }
 
 HOMES = {
@@ -41,9 +43,15 @@ HOMES = {
     ),
     "liger_kernel": ("mst_train.bench.systems", "mst_train.bench.peers"),
     "cut_cross_entropy": ("mst_train.bench.peers",),
-    "matplotlib": ("mst_train.bench.plot", "mst_train.plan.plot", "mst_train.data.statistics"),
+    "matplotlib": (
+        "mst_train.bench.plot",
+        "mst_train.plan.plot",
+        "mst_train.data.statistics",
+        "mst_train.paper.plot",
+    ),
     "rich": ("mst_train.plan.show",),
     "mst_train.bench": ("mst_train.bench",),
+    "mst_train.paper": ("mst_train.paper",),
 }
 
 

@@ -376,5 +376,5 @@ def test_running_out_of_memory_is_explained(small_config, change, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(training, "train_step", exhausted)
-    with pytest.raises(TrainingError, match=r"sequence_length=100.*policy=recompute .*: try memory"):
+    with pytest.raises(TrainingError, match=r"length=100.*policy=recompute .*: try memory"):
         train(change(small_config, **{"memory.policy": "recompute"}))

@@ -39,6 +39,8 @@ def draw_memory(predictions: Sequence[Prediction], path: Path, title: str) -> No
 
 def stack(axes: Any, reports: Sequence[dict[str, Any]]) -> None:
     """The areas and the limit, on given axes; reports: as ``Prediction.report`` gives them."""
+    from matplotlib.patheffects import withStroke
+
     lengths = [report["sequence_length"] / 1024 for report in reports]
     parts = [report["breakdown"] for report in reports]
     kinds = [kind for kind in (*KINDS, "overhead") if any(part[kind] for part in parts)]
@@ -50,6 +52,7 @@ def stack(axes: Any, reports: Sequence[dict[str, Any]]) -> None:
         linewidth=0,
     )
     limit = reports[0]["budget_bytes"] / GIB
+    halo = [withStroke(linewidth=2.5, foreground="white")]  # legible over any area
     axes.axhline(limit, color=INK, linewidth=1, linestyle="--")
     axes.annotate(
         f"{reports[0]['device']}: {limit:.0f} GiB",
@@ -59,8 +62,9 @@ def stack(axes: Any, reports: Sequence[dict[str, Any]]) -> None:
         ha="right",
         fontsize=8,
         color=INK,
+        path_effects=halo,
     )
-    axes.set_xlabel("tokens in a sequence (thousands of 1,024)", color=INK)
+    axes.set_xlabel("tokens in a sequence (K: 1,024)", color=INK)
     axes.margins(x=0)
     axes.set_ylim(bottom=0)
     for side in ("top", "right"):

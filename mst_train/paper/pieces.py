@@ -1,0 +1,74 @@
+"""The pieces of the page, each of them a computation, a JSON file and a picture."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mst_train.environment import describe
+from mst_train.memory import simulate
+from mst_train.memory.devices import DEVICES
+from mst_train.metrics import write_json
+from mst_train.paper import plot
+from mst_train.paper.ablations import number_of_chunks
+from mst_train.paper.convergence import converge
+from mst_train.paper.lengths import over_all_lengths
+from mst_train.paper.longest import longest_sequences
+from mst_train.paper.several import several_gpus
+from mst_train.plan.speed import rates
+
+Report = dict[str, Any]
+Advance = Callable[[str], None]
+"""Hears of what is computed now."""
+
+DEVICE = DEVICES["a100_80gb"]
+"""What the experiments are planned for (configs/experiment/paper_base.yaml)."""
+
+
+class Piece(NamedTuple):
+    """draw: None where there is no picture. predicted: for a device that is not here."""
+
+    compute: Callable[[Advance], Report]
+    draw: Callable[[Report, Path], None] | None
+    predicted: bool = True
+
+
+PIECES = {
+    "longest": Piece(longest_sequences, plot.draw_longest),
+    "several": Piece(several_gpus, None),
+    "lengths": Piece(over_all_lengths, plot.draw_lengths),
+    "ablations": Piece(number_of_chunks, plot.draw_ablations),
+    "convergence": Piece(converge, plot.draw_convergence, predicted=False),
+}
+
+
+def make(name: str, folder: Path, advance: Advance) -> Report:
+    """Compute a piece, write its JSON and draw it."""
+    piece = PIECES[name]
+    report: Report = describe(torch.device("cpu"), "mst_train.paper")
+    if piece.predicted:
+        report["assumed"] = assumed()
+    started = time.perf_counter()
+    report |= piece.compute(advance)
+    report["seconds"] = time.perf_counter() - started
+    write_json(folder / f"{name}.json", report)
+    if piece.draw is not None:
+        piece.draw(report, folder / f"{name}.png")
+    return report
+
+
+def assumed() -> Report:
+    """What predictions add to what they count."""
+    found = rates(DEVICE, torch.bfloat16)
+    return {
+        "device": DEVICE.name,
+        "device_bytes": DEVICE.memory_bytes,
+        "context_bytes": simulate.CUDA_CONTEXT_BYTES,
+        "workspace_bytes": simulate.CUBLAS_WORKSPACE_BYTES,
+        "unusable_share": simulate.UNUSABLE_SHARE,
+        "communication_bytes": simulate.NCCL_BYTES
+        + simulate.COMMUNICATION_BUFFERS * simulate.BUCKET_BYTES,
+        "rates": found and found.source,
+    }

@@ -1,0 +1,242 @@
+"""The page's sections: each a piece's report as a table, a picture and what to know of them."""
+
+from typing import Any
+
+from mst_train.memory.devices import GIB
+from mst_train.paper.reported import K
+from mst_train.paper.words import duration, prose, short_number, tokens_of
+from mst_train.plan.show import gib, markdown
+
+Report = dict[str, Any]
+
+LONGEST = """
+    Predicted for {device}: bf16 weights and AdamW states, each weight updated in the backward,
+    one sequence in a step, FlashAttention-2's memory. Assumed beside what is counted:
+    {context:.1f} GiB for the CUDA context, {workspace:.0f} MiB for cuBLAS, and {unusable:.0%}
+    that the allocator cannot use. "transformers" is its own model with its own loss, with and
+    without its gradient checkpointing, to 256 tokens. "mst" is this project's `memory.policy=mst`
+    with `memory.keep_attention=false`, to 1K. Offload: the kept activations wait in 512 GiB of
+    host memory, the optimizer stays on the GPU. As a check of the predictions: those for
+    transformers are between {near} of what the paper reports for vanilla and recomputation, with
+    other versions.
+"""
+SEVERAL = """
+    Predicted: settings and assumptions as above, and {communication:.1f} GiB on each GPU for
+    communication. The GPUs share each sequence as in DeepSpeed-Ulysses; each holds all weights
+    and states. This project can plan such runs, but not run them yet.
+"""
+LENGTHS = """
+    Predicted for Llama3-8B on {device}, settings as above; bold fits. The picture ends at twice
+    the device's memory. Times assume rates, none of them measured: {rates}.
+"""
+ABLATIONS = """
+    Predicted for Llama3-8B on {device}, settings as above, attention's result kept; bold fits.
+    What is not cut has the size that `auto` gives it. Where a line is flat, another part of the
+    step sets the peak. The time counts the bytes that each chunk moves, but not that small matrix
+    products run slower than large ones.
+"""
+TRAINING = """
+    Measured in fp32 on {cpu}, {threads} threads: a Llama of {parameters:,} parameters on Python's
+    standard library, {steps} steps of {tokens_per_step:,} tokens, {millions:.2f} million in all.
+    At each step all runs see the same tokens. Losses are in nats per token; the table's are over
+    {sequences} held-out sequences, its times are medians.
+"""
+SAME = """
+    **The method against vanilla.** From the same weights on the same sequences, the losses differ
+    by at most {difference:.1e} of the loss in {steps} steps: fp32 rounding, which training
+    amplifies.
+"""
+LONG_AND_SHORT = """
+    **Long against short.** The run on {short:,} tokens has the same text, cut into pieces. After
+    the same number of tokens, the model that was trained on {long:,} has a {at_long} loss at that
+    length, and a {at_short} one on held-out text cut into pieces of {short:,}. Its steps take
+    {slower:.1f} times as long: in a model this narrow, most of a long step is attention. Its loss
+    is {first:.2f} at the first {short:,} positions and {last:.2f} at the last: a model this
+    small, this early, gets little from text far back, which is what long sequences are for. So
+    this neither reproduces nor contradicts the paper's comparison, where Llama3-8B on longer
+    sequences reaches a lower loss in the same time: not yet measured.
+"""
+
+
+def longest(report: Report) -> list[str]:
+    header = (
+        "",
+        "reported: vanilla",
+        "reported: recomputation",
+        "reported: mini-sequences",
+        "predicted: transformers",
+        "predicted: transformers, checkpointing",
+        "predicted: mst",
+        "predicted: mst, offload",
+        "mst to transformers (checkpointing)",
+        "mst to reported",
+    )
+    lines, baselines = [], ("vanilla", "recompute")
+    for row in report["rows"]:
+        reported, found = row["reported"], row["predicted"]
+        lines.append(
+            (
+                reported["name"],
+                *(_reported(reported, way) for way in ("vanilla", "recompute", "mst")),
+                *(tokens_of(found[way]) for way in baselines),
+                f"**{tokens_of(found['mst'])}**",
+                tokens_of(found["offload"]) if "offload" in found else "",
+                "{} ({})".format(*(_times(found["mst"], _length(found[way])) for way in baselines)),
+                _times(found["mst"], reported["mst"] * K),
+            )
+        )
+    assumed = report["assumed"]
+    about = prose(
+        LONGEST,
+        device=_device(report),
+        context=assumed["context_bytes"] / GIB,
+        workspace=assumed["workspace_bytes"] / 2**20,
+        unusable=assumed["unusable_share"],
+        near=_near_reported(report),
+    )
+    return ["![The longest sequences](longest.png)", markdown(header, lines), about]
+
+
+def several(report: Report) -> list[str]:
+    header = (
+        "",
+        "GPUs",
+        "reported",
+        "predicted at that length",
+        "predicted: longest",
+        "longest to reported",
+    )
+    lines = []
+    for row in report["rows"]:
+        there = row["at_reported"]
+        verdict = "fits" if there["fits"] else "does not fit"
+        lines.append(
+            (
+                row["model"],
+                row["gpus"],
+                f"{short_number(row['reported_tokens'])} †",
+                f"{verdict}: {gib(there['peak_bytes'])} on each",
+                f"**{tokens_of(row['longest'])}**",
+                _times(row["longest"], row["reported_tokens"]),
+            )
+        )
+    communication = report["assumed"]["communication_bytes"] / GIB
+    return [markdown(header, lines), prose(SEVERAL, communication=communication)]
+
+
+def lengths(report: Report) -> list[str]:
+    ways = report["ways"]
+    header = ("tokens", *ways)
+    lines = [
+        (short_number(rows[0]["sequence_length"]), *map(_peak_and_step, rows))
+        for rows in zip(*ways.values(), strict=True)
+    ]
+    about = prose(
+        LENGTHS, device=_device(report), rates=report["assumed"]["rates"].removeprefix("assumed: ")
+    )
+    return ["![Memory over the length](lengths.png)", markdown(header, lines), about]
+
+
+def ablations(report: Report) -> list[str]:
+    names = {"head": "LM head", "mlp": "MLP, blocks in one piece", "block": "whole block"}
+    cells = {(row["tokens"], row["chunks"], row["kind"]): row for row in report["rows"]}
+    lines = []
+    for tokens, chunks in dict.fromkeys((tokens, chunks) for tokens, chunks, _ in cells):
+        found = [cells.get((tokens, chunks, kind)) for kind in names]
+        lines.append((short_number(tokens), chunks, *map(_peak_and_step, found)))
+    header = ("tokens", "chunks", *names.values())
+    about = prose(ABLATIONS, device=_device(report))
+    return ["![The number of chunks](ablations.png)", markdown(header, lines), about]
+
+
+def convergence(report: Report) -> list[str]:
+    runs, final = report["runs"], report["final"]
+    long, short = report["long"], report["short"]
+    header = (
+        "trained on",
+        "policy",
+        "time of a step",
+        f"loss at {long:,}",
+        f"first {short:,} of these",
+        f"last {short:,}",
+        f"loss on pieces of {short:,}",
+    )
+    lines = []
+    for name, run in runs.items():
+        losses = final[name]
+        columns = [losses["long"], losses["by_position"][0], losses["by_position"][-1]]
+        lines.append(
+            (
+                f"{run['sequence_length']:,} tokens",
+                "vanilla" if name == "vanilla" else "mst",
+                duration(run["median_step_seconds"]),
+                *(f"{loss:.3f}" for loss in [*columns, losses["short"]]),
+            )
+        )
+    steps = len(runs["mst"]["losses"])
+    about = prose(
+        TRAINING,
+        **report["hardware"],
+        parameters=report["parameters"],
+        steps=steps,
+        tokens_per_step=report["tokens_per_step"],
+        millions=steps * report["tokens_per_step"] / 1e6,
+        sequences=report["final_sequences"],
+    )
+    same = prose(SAME, difference=report["largest_relative_difference"], steps=steps)
+    long_and_short = prose(
+        LONG_AND_SHORT,
+        long=long,
+        short=short,
+        at_long=_compared(final["mst"]["long"], final["short"]["long"]),
+        at_short=_compared(final["mst"]["short"], final["short"]["short"]),
+        slower=runs["mst"]["median_step_seconds"] / runs["short"]["median_step_seconds"],
+        first=final["mst"]["by_position"][0],
+        last=final["mst"]["by_position"][-1],
+    )
+    picture = "![Training](convergence.png)"
+    return [picture, markdown(header, lines), about, same, long_and_short]
+
+
+def _compared(loss: float, other: float) -> str:
+    """In words, with the numbers: lower, higher or equal."""
+    if f"{loss:.2f}" == f"{other:.2f}":
+        return f"similar ({loss:.2f})"
+    return f"{'lower' if loss < other else 'higher'} ({loss:.2f} against {other:.2f})"
+
+
+def _reported(reported: Report, way: str) -> str:
+    return f"{reported[way]:g}K" + ("" if way in reported["confirmed"] else " †")
+
+
+def _near_reported(report: Report) -> str:
+    """Between what the predicted limits of transformers are, relative to the reported ones."""
+    shares = [
+        length / (row["reported"][way] * K)
+        for row in report["rows"]
+        for way in ("vanilla", "recompute")
+        if (length := _length(row["predicted"][way]))
+    ]
+    return f"{min(shares):.2f} and {max(shares):.2f}" if shares else "none and none"
+
+
+def _length(prediction: Report | None) -> int | None:
+    return None if prediction is None else prediction["sequence_length"]
+
+
+def _times(prediction: Report | None, tokens: float | None) -> str:
+    """How many times longer than ``tokens``."""
+    length = _length(prediction)
+    return f"{length / tokens:.3g}x" if length and tokens else "none"
+
+
+def _device(report: Report) -> str:
+    assumed = report["assumed"]
+    return f"{assumed['device']} ({assumed['device_bytes'] / GIB:.2f} GiB)"
+
+
+def _peak_and_step(row: Report | None) -> str:
+    if row is None:
+        return ""
+    text = f"{gib(row['peak_bytes'])}, {duration(row['predicted_step_seconds'])}"
+    return f"**{text}**" if row["fits"] else text
