@@ -162,10 +162,6 @@ class RopeScalingConfig:
 class ModelConfig:
     """The form of a decoder: Llama's where nothing else is said."""
 
-    from_pretrained: str | None = None
-    """A checkpoint in Hugging Face's format to start from (a folder, or owner/name on the Hub). All
-    other settings of the model then are the checkpoint's, unless the command line has them, and so
-    is data.tokenizer; none: weights start at random."""
     vocab_size: int = 4096
     hidden_size: int = 256
     intermediate_size: int = 704
@@ -206,6 +202,10 @@ class ModelConfig:
     """Norms multiply by 1 + weight rather than weight (Gemma)."""
     scale_embeddings: bool = False
     """Embeddings are multiplied by sqrt(hidden_size), rounded to their type (Gemma)."""
+    from_pretrained: str | None = None
+    """A checkpoint in Hugging Face's format to start from (a folder, or owner/name on the Hub). All
+    other settings of the model then are the checkpoint's, unless the command line has them, and so
+    is data.tokenizer; none: weights start at random."""
 
     @property
     def head_dim(self) -> int:
