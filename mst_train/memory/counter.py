@@ -17,7 +17,7 @@ Moment = tuple[int, str, int]
 """Micro-batch, phase, block."""
 
 LARGE_BYTES = 32 * 2**20
-"""Beyond this, a CPU's allocator (glibc's) takes pages from the system anew each time."""
+"""From this on, a CPU's allocator (glibc's) takes pages from the system anew each time."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Work:
     product_flops: matrix products outside attention. attention_forward_flops and
     attention_backward_flops: causal halves counted. memory_bytes: read and written by all other
     operations on the device, host_memory_bytes: on the host. link_bytes: copied between them, both
-    ways together. large_bytes: of new tensors beyond 32 MiB, for which a CPU's allocator asks the
+    ways together. large_bytes: of new tensors of 32 MiB and more, for which a CPU's allocator asks the
     system for pages each time. operations: how many were started.
     """
 
@@ -130,7 +130,7 @@ class StepCounter(MemoryTracker):
 
     def _remember(self, tensor: Tensor, size: int, kind: str) -> None:
         super()._remember(tensor, size, kind)
-        if size > LARGE_BYTES and not self.on_host(tensor):
+        if size >= LARGE_BYTES and not self.on_host(tensor):
             self._sums["large_bytes"] += size
 
     def _count_work(self, operation: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:

@@ -85,6 +85,12 @@ class Simulation:
         """What the device has to have."""
         return self.allocated_bytes + self.overhead_bytes
 
+    @property
+    def passing_bytes(self) -> int:
+        """Of allocated_bytes, what is gone when the step is over."""
+        staying = ("parameters", "optimizer")
+        return self.allocated_bytes - sum(self.breakdown.get(kind, 0) for kind in staying)
+
 
 def simulate(
     config: Config, device: Device, *, gpus: int = 1, build: "Build | None" = None

@@ -19,10 +19,12 @@ which the mode sees as well (and which name the parts in a profile of torch's):
 What is made in the range of the host's memory is counted by itself.
 """
 
+import re
 import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -228,6 +230,11 @@ def process_peak_bytes(device: torch.device) -> int:
     """The most memory this process has held: on a GPU its allocator's, else the resident set's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage's figure, on Linux, starts at that of the parent process
+        found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)
+        if found:
+            return int(found.group(1)) * 1024
     import resource
     import sys
 

@@ -60,7 +60,7 @@ class Prediction:
     def seconds(self) -> float | None:
         """Of a step; None where the device's rates are not known."""
         rates = self.target.rates
-        return None if rates is None else seconds(self.simulation.work, rates)
+        return None if rates is None else seconds(self.simulation, rates)
 
     @property
     def tokens_per_step(self) -> int:

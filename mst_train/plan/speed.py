@@ -6,14 +6,16 @@ a second, the first time it is asked for.
 """
 
 import functools
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from mst_train.memory.counter import LARGE_BYTES, Work, attention_flops
+from mst_train.memory.counter import LARGE_BYTES, attention_flops
 from mst_train.memory.devices import Device
+from mst_train.memory.simulate import Simulation
 from mst_train.model.attention import CpuKernel
 
 PRODUCT_SHARE = 0.70
@@ -25,12 +27,21 @@ MEMORY_SHARE = 0.80
 HOST_MEMORY_RATE = 100e9
 """Bytes per second that the host's AdamW reads and writes. Assumed."""
 
+KEPT_BYTES = 2 * LARGE_BYTES
+GIVEN_BACK_SHARE = 0.5
+"""What a CPU's allocator (glibc's) keeps of the memory that a step leaves free at its end, and how
+often it gives back the rest, to be taken anew in the next step: about every other time, by what
+happens to lie on top. Measured on two cores."""
+
+ROUNDS = 9
+"""How often each of a CPU's rates is measured; the median counts, for new pages the slowest."""
+
 
 @dataclass(frozen=True)
 class Rates:
     """Operations and bytes per second.
 
-    large: bytes of large new tensors; None where making them costs nothing. source: where the
+    large: bytes of new pages from the system; None where they cost nothing. source: where the
     numbers are from.
     """
 
@@ -65,11 +76,12 @@ def rates(device: Device, dtype: torch.dtype) -> Rates | None:
     )
 
 
-def seconds(work: Work, rates: Rates) -> float:
+def seconds(found: Simulation, rates: Rates) -> float:
     """A step's time: computing, with copies to and from the host beside it; the host's AdamW after.
 
     Copies go both ways at once, half of them in each direction.
     """
+    work = found.work
     computing = (
         work.product_flops / rates.products
         + work.attention_forward_flops / rates.attention_forward
@@ -77,7 +89,8 @@ def seconds(work: Work, rates: Rates) -> float:
         + work.memory_bytes / rates.memory
     )
     if rates.large:
-        computing += work.large_bytes / rates.large
+        given_back = max(found.passing_bytes - KEPT_BYTES, 0) * GIVEN_BACK_SHARE
+        computing += (work.large_bytes + given_back) / rates.large
     copying = work.link_bytes / 2 / rates.link
     return max(computing, copying) + work.host_memory_bytes / HOST_MEMORY_RATE
 
@@ -85,35 +98,41 @@ def seconds(work: Work, rates: Rates) -> float:
 @functools.cache
 def _measured(dtype: torch.dtype, threads: int) -> Rates:
     left, right = torch.ones(1024, 512, dtype=dtype), torch.ones(512, 2048, dtype=dtype)
-    product = 2 * 1024 * 512 * 2048 / _best(lambda: left @ right)
     q = torch.ones(1, 1024, 8, 64, dtype=dtype)
     kernel = CpuKernel()
     out, lse = kernel.forward(q, q, q)
-    flops = attention_flops(q, q, causal=True)
-    forward = flops / _best(lambda: kernel.forward(q, q, q))
-    backward = 2.5 * flops / _best(lambda: kernel.backward(q, q, q, q, out, lse))
     small = torch.ones(2**20)
-    memory = 3 * small.nbytes / _best(lambda: torch.add(small, 1.0, out=small).mul_(1.0))
-    written = torch.ones(2 * LARGE_BYTES // 4)
-    reused = _best(lambda: written.fill_(1.0))
-    fresh = _best(lambda: torch.empty_like(written).fill_(1.0))
+    large = torch.ones(2 * LARGE_BYTES // 4)
+    times = _times(
+        product=lambda: left @ right,
+        forward=lambda: kernel.forward(q, q, q),
+        backward=lambda: kernel.backward(q, q, q, q, out, lse),
+        memory=lambda: torch.add(small, 1.0, out=small).mul_(1.0),
+        reused=lambda: large.fill_(1.0),
+        fresh=lambda: torch.empty_like(large).fill_(1.0),
+    )
+    seconds = {name: statistics.median(measured) for name, measured in times.items()}
+    # A page that was given back a moment ago is cheap to get again; a step waits longer.
+    fresh = max(times["fresh"])
+    flops = attention_flops(q, q, causal=True)
+    memory = 3 * small.nbytes / seconds["memory"]
     return Rates(
-        products=product,
-        attention_forward=forward,
-        attention_backward=backward,
+        products=2 * 1024 * 512 * 2048 / seconds["product"],
+        attention_forward=flops / seconds["forward"],
+        attention_backward=2.5 * flops / seconds["backward"],
         memory=memory,
         link=memory,
-        large=written.nbytes / max(fresh - reused, 1e-6),
+        large=large.nbytes / max(fresh - seconds["reused"], 1e-6),
         source=f"measured on this machine's CPU with {threads} threads",
     )
 
 
-def _best(run: Callable[[], object]) -> float:
-    """The least seconds of a few runs."""
-    run()
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return min(times)
+def _times(**runs: Callable[[], object]) -> dict[str, list[float]]:
+    """Seconds of each of ``runs``, all in turn, so that a busy moment spoils none."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - started)
+    return times

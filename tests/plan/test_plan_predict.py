@@ -163,7 +163,7 @@ def test_time_is_work_over_rates():
     device = DEVICES["h100_80gb"]
     found = simulate(compose(LLAMA3), device)
     speed = rates(device, torch.bfloat16)
-    assert seconds(found.work, speed) > found.work.flops / device.bf16_flops
+    assert seconds(found, speed) > found.work.flops / device.bf16_flops
     assert rates(find_device("80"), torch.bfloat16) is None
     here = rates(find_device("cpu"), torch.float32)
     assert here.products > 1e9 and here.memory > 1e8
