@@ -27,8 +27,8 @@ class Work:
     product_flops: matrix products outside attention. attention_forward_flops and
     attention_backward_flops: causal halves counted. memory_bytes: read and written by all other
     operations on the device, host_memory_bytes: on the host. link_bytes: copied between them, both
-    ways together. large_bytes: of new tensors of 32 MiB and more, for which a CPU's allocator asks the
-    system for pages each time. operations: how many were started.
+    ways together. large_bytes: of new tensors of 32 MiB and more, for which a CPU's allocator asks
+    the system for pages each time. operations: how many were started.
     """
 
     product_flops: float = 0

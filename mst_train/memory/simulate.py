@@ -32,7 +32,7 @@ from mst_train.model import Transformer, build_model, select_attention
 from mst_train.model.attention import Attention, KernelAttention
 from mst_train.model.flops import parameter_count
 from mst_train.mst import Offload, Policy
-from mst_train.mst.attention_rows import KEYS_AT_ONCE
+from mst_train.mst.attention import KEYS_AT_ONCE
 from mst_train.optim import Optimizer, build_optimizer
 from mst_train.step import train_step
 

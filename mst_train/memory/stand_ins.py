@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mst_train.memory.counter import StepCounter, attention_flops
 from mst_train.mst import Documents, Scores, attend
-from mst_train.mst.attention import PLAIN
+from mst_train.mst.attention import KEYS_AT_ONCE, PLAIN
 from mst_train.optim import HostOptimizer
 
 
@@ -37,6 +37,7 @@ class SimulatedKernel:
 
     def __init__(self, counter: "StepCounter", name: str, scores: Scores = PLAIN) -> None:
         self.scores = scores
+        self.keys_at_once = KEYS_AT_ONCE
         self._counter = counter
         self._name = name
         self._expands_shared_heads = name in ("torch_flash", "flash_attn")

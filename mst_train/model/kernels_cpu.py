@@ -6,6 +6,7 @@ Legend: B batch, S keys, T queries of a tile, H query heads, K key-value heads, 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ class CpuKernel:
     With a window it is called for a few queries at a time, with a mask. It does not cap scores:
     those are computed in tiles (``TiledKernel``).
     """
+
+    keys_at_once: ClassVar[int] = 1024
+    """Their gradients stay in a core's cache: a few percent faster than all at once."""
 
     scores: Scores = PLAIN
 

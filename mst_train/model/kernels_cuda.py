@@ -7,12 +7,13 @@ Legend: B batch, S sequence, N = B*S, H query heads, K key-value heads, E head s
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mst_train.model.layouts import flat, flat_heads, heads_first, heads_second, rows_first
-from mst_train.mst.attention import PLAIN, Documents, Scores
+from mst_train.mst.attention import KEYS_AT_ONCE, PLAIN, Documents, Scores
 
 aten = torch.ops.aten
 
@@ -30,6 +31,7 @@ class TorchFlashKernel:
     """The FlashAttention-2 kernels that torch brings; FlashAttention-3 where torch was given it
     (``torch.nn.attention.activate_flash_attention_impl``). Windows, but no capped scores."""
 
+    keys_at_once: ClassVar[int] = KEYS_AT_ONCE
     scores: Scores = PLAIN
 
     def forward(
@@ -118,6 +120,7 @@ class CudnnKernel:
     Neither windows nor capped scores.
     """
 
+    keys_at_once: ClassVar[int] = KEYS_AT_ONCE
     scores: Scores = PLAIN
     _variable_length: TorchFlashKernel = field(init=False)
 
@@ -176,6 +179,7 @@ class FlashAttnKernel:
     multiples of 8.
     """
 
+    keys_at_once: ClassVar[int] = KEYS_AT_ONCE
     scores: Scores = PLAIN
 
     def forward(

@@ -6,12 +6,13 @@ key-value heads, E head size, G = H/K.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mst_train.model.mask import Mask
-from mst_train.mst.attention import PLAIN, Documents, Scores
+from mst_train.mst.attention import KEYS_AT_ONCE, PLAIN, Documents, Scores
 
 
 @dataclass(eq=False)
@@ -21,6 +22,7 @@ class ReferenceKernel:
     Holds the whole score matrix, [B, H, T, S], several times.
     """
 
+    keys_at_once: ClassVar[int] = KEYS_AT_ONCE
     scores: Scores = PLAIN
 
     def forward(

@@ -11,14 +11,14 @@ G = H/K, R = G*T: the queries of one key-value head.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mst_train.model.layouts import each_document, flat_heads, rows_first
 from mst_train.model.mask import Mask
-from mst_train.mst.attention import PLAIN, Documents, Scores
+from mst_train.mst.attention import KEYS_AT_ONCE, PLAIN, Documents, Scores
 
 TILES = {"cpu": (128, 1024), "cuda": (1024, 4096)}
 """Queries and keys of a tile, by device type."""
@@ -32,6 +32,7 @@ class TiledKernel:
     values given, in fp32 at least.
     """
 
+    keys_at_once: ClassVar[int] = KEYS_AT_ONCE
     scores: Scores = PLAIN
 
     def forward(

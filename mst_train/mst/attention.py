@@ -113,6 +113,10 @@ class Documents:
         return {}
 
 
+KEYS_AT_ONCE = 32768
+"""``AttentionKernel.keys_at_once`` of kernels for GPUs: milliseconds of work in one call."""
+
+
 class AttentionKernel(Protocol):
     """Attention's two passes.
 
@@ -131,6 +135,15 @@ class AttentionKernel(Protocol):
     @property
     def scores(self) -> Scores:
         """What this kernel computes."""
+        ...
+
+    @property
+    def keys_at_once(self) -> int:
+        """Keys to give to one call of the backward without ``causal``, where there are more.
+
+        A call holds the gradients of its keys and values, in some kernels once for every query
+        head: this bounds them.
+        """
         ...
 
     def forward(

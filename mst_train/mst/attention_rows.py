@@ -22,12 +22,6 @@ from torch import Tensor
 from mst_train.mst.attention import AttentionKernel, Documents
 from mst_train.mst.chunking import chunk_slices
 
-KEYS_AT_ONCE = 32768
-"""Keys of a rectangle in one call of a kernel's backward.
-
-Kernels hold the gradients of keys and values, in some cases once for every query head: this bounds
-them. A call of this size keeps a device busy for milliseconds."""
-
 
 class _Part(NamedTuple):
     """Queries (counted from the chunk's first), and keys that hold all that these see."""
@@ -113,7 +107,7 @@ def attend_rows_backward(
         return dq_T, dk_T, dv_T
     total = dq_T.to(dk.dtype)
     for batch, queries, before in _before(documents, k, rows):
-        for part in chunk_slices(before.stop - before.start, KEYS_AT_ONCE):
+        for part in chunk_slices(before.stop - before.start, kernel.keys_at_once):
             keys = slice(before.start + part.start, before.start + part.stop)
             past_dq, past_dk, past_dv = kernel.backward(
                 dout[batch, queries],

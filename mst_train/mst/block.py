@@ -209,6 +209,7 @@ def _backward(ctx: Any, dy_BSD: Tensor) -> tuple[Tensor | None, ...]:
                 allow_unused=True,
             )
             _add(sums, gradients)
+            del gradients
             dq, dk, dv = attend_rows_backward(
                 kernel,
                 dout,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mst_train.model.attention import CpuKernel, ReferenceKernel
-from mst_train.mst import Documents, attention_rows
+from mst_train.mst import Documents
 from mst_train.mst.attention_rows import attend_rows, attend_rows_backward
 from mst_train.mst.chunking import chunk_slices
 
@@ -102,7 +102,7 @@ def test_equals_the_whole_sequence(kernel, boundaries, rows_at_once):
 @pytest.mark.parametrize("boundaries", ["none", "across several chunks"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_keys_of_a_rectangle_in_portions(monkeypatch, kernel, boundaries, keys_at_once):
-    monkeypatch.setattr(attention_rows, "KEYS_AT_ONCE", keys_at_once)
+    monkeypatch.setattr(kernel, "keys_at_once", keys_at_once)
     documents, inputs = make_documents(BOUNDARIES[boundaries]), make_inputs()
     torch.testing.assert_close(
         in_chunks(kernel(), inputs, documents, 4),
@@ -113,7 +113,7 @@ def test_keys_of_a_rectangle_in_portions(monkeypatch, kernel, boundaries, keys_a
 
 
 def test_no_backward_of_a_kernel_has_more_keys_than_that(monkeypatch):
-    monkeypatch.setattr(attention_rows, "KEYS_AT_ONCE", 5)
+    monkeypatch.setattr(CpuKernel, "keys_at_once", 5)
     keys = []
 
     class Recording(CpuKernel):
@@ -147,7 +147,7 @@ def test_equals_the_whole_sequence_always(packed, heads, rows_at_once, keys_at_o
     documents = make_documents(boundaries) if confined else None
     inputs = make_inputs(batch, sequence, *heads)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_rows, "KEYS_AT_ONCE", keys_at_once)
+        patch.setattr(CpuKernel, "keys_at_once", keys_at_once)
         actual = in_chunks(NothingLeftOf(), inputs, documents, rows_at_once)
     torch.testing.assert_close(actual, whole(inputs, documents), rtol=1e-11, atol=1e-11)
 
@@ -166,7 +166,7 @@ def test_scores_of_very_different_size():
 def test_bf16_is_as_near_to_the_truth_as_the_whole_sequence_at_once(monkeypatch):
     """All gradients are summed over their parts in fp32. The factor leaves room for each part's
     being rounded to bf16 once."""
-    monkeypatch.setattr(attention_rows, "KEYS_AT_ONCE", 8)
+    monkeypatch.setattr(CpuKernel, "keys_at_once", 8)
     inputs = make_inputs(1, 256, heads=4, kv_heads=1, size=16, dtype=torch.bfloat16)
     truth = whole([t.double() for t in inputs], None)
 

@@ -15,7 +15,6 @@ from mst_train.model.attention import CpuKernel, ReferenceKernel
 from mst_train.mst import (
     Documents,
     Offload,
-    attention_rows,
     gated_mlp,
     mini_sequence_block,
     mini_sequence_mlp,
@@ -549,7 +548,7 @@ def backward_peak(layers, sequence, *, keep_attention=True, offload=False, post_
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("keep_attention", [True, False])
 def test_peak_of_the_backward_does_not_grow_with_depth(monkeypatch, keep_attention, offload):
-    monkeypatch.setattr(attention_rows, "KEYS_AT_ONCE", 128)
+    monkeypatch.setattr(CpuKernel, "keys_at_once", 128)
     shallow, deep = (
         backward_peak(layers, 256, keep_attention=keep_attention, offload=offload)
         for layers in (2, 6)
@@ -569,7 +568,7 @@ def test_peak_of_the_backward_per_token(monkeypatch, offload, keep_attention, po
 
     and with offload the keys and values of the block before, on their way back.
     """
-    monkeypatch.setattr(attention_rows, "KEYS_AT_ONCE", 128)
+    monkeypatch.setattr(CpuKernel, "keys_at_once", 128)
     options = {"keep_attention": keep_attention, "offload": offload, "post_norm": post_norm}
     peaks = [backward_peak(2, sequence, **options) for sequence in (512, 768, 1024)]
     expected = 128 + 256 + 256 + (128 if offload else 0)
@@ -579,7 +578,7 @@ def test_peak_of_the_backward_per_token(monkeypatch, offload, keep_attention, po
 
 def test_peak_of_the_forward_per_token(monkeypatch):
     """The result, keys and values (128 + 128); what it keeps is 272, without x itself."""
-    monkeypatch.setattr(attention_rows, "KEYS_AT_ONCE", 128)
+    monkeypatch.setattr(CpuKernel, "keys_at_once", 128)
     peaks = []
     for sequence in (512, 768, 1024):
         stack, x = make_stack(1, sequence=sequence, dtype=torch.bfloat16, hidden=64)

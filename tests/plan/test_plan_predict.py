@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mst_train.memory.simulate as simulate_module
-import mst_train.mst.attention_rows as attention_rows
+import mst_train.memory.stand_ins as stand_ins
 from mst_train.compose import compose
 from mst_train.memory.devices import DEVICES, find_device
 from mst_train.memory.simulate import simulate, with_length
@@ -102,7 +102,7 @@ def test_deep_models_are_extrapolated_exactly(in_full, arguments):
 
 @pytest.mark.parametrize("memory", [["memory.offload=host"], ["memory.keep_attention=false"], []])
 def test_long_sequences_are_extrapolated_exactly(in_full, monkeypatch, memory):
-    for module in (simulate_module, attention_rows):
+    for module in (simulate_module, stand_ins):
         monkeypatch.setattr(module, "KEYS_AT_ONCE", 1024)
     arguments = ["model=llama_tiny", "model.num_layers=1", "data.sequence_length=15360"]
     arguments += ["memory.block_chunk_tokens=512", "memory.head_chunk_tokens=256", *memory]
