@@ -158,16 +158,17 @@ class _MiniSequenceMLP(torch.autograd.Function):
             )
         )
         dx_ND = torch.empty_like(x_ND) if x_needed else None
-        buffers = x_ND.new_empty(3, chunk_tokens, gate_weight.shape[0])
+        buffers = x_ND.new_empty(2, chunk_tokens, gate_weight.shape[0])
         for chunk in chunk_slices(tokens, chunk_tokens):
             x_CD, dy_CD = x_ND[chunk], dy_ND[chunk]
-            gate_CF, up_CF, dproduct_CF = buffers[:, : x_CD.shape[0]]
+            gate_CF, up_CF = buffers[:, : x_CD.shape[0]]
             torch.mm(x_CD, gate_weight.t(), out=gate_CF)
             torch.mm(x_CD, up_weight.t(), out=up_CF)
-            torch.mm(dy_CD, down_weight, out=dproduct_CF)
+            dproduct_CF = dy_CD @ down_weight
             glu_backward_(dproduct_CF, gate_CF, up_CF, ctx.activation)
             product_CF, dgate_CF, dup_CF = dproduct_CF, gate_CF, up_CF
             down_gradient.add(dy_CD, product_CF)
+            del dproduct_CF, product_CF  # before two more weights' gradients are made
             gate_gradient.add(dgate_CF, x_CD)
             up_gradient.add(dup_CF, x_CD)
             if dx_ND is not None:
