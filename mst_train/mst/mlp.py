@@ -158,22 +158,24 @@ class _MiniSequenceMLP(torch.autograd.Function):
             )
         )
         dx_ND = torch.empty_like(x_ND) if x_needed else None
-        buffers = x_ND.new_empty(2, chunk_tokens, gate_weight.shape[0])
         for chunk in chunk_slices(tokens, chunk_tokens):
             x_CD, dy_CD = x_ND[chunk], dy_ND[chunk]
-            gate_CF, up_CF = buffers[:, : x_CD.shape[0]]
-            torch.mm(x_CD, gate_weight.t(), out=gate_CF)
-            torch.mm(x_CD, up_weight.t(), out=up_CF)
+            gate_CF, up_CF = x_CD @ gate_weight.t(), x_CD @ up_weight.t()
             dproduct_CF = dy_CD @ down_weight
             glu_backward_(dproduct_CF, gate_CF, up_CF, ctx.activation)
             product_CF, dgate_CF, dup_CF = dproduct_CF, gate_CF, up_CF
+            del dproduct_CF, gate_CF, up_CF
+            # Each array goes before the next weight's gradient is made.
             down_gradient.add(dy_CD, product_CF)
-            del dproduct_CF, product_CF  # before two more weights' gradients are made
-            gate_gradient.add(dgate_CF, x_CD)
-            up_gradient.add(dup_CF, x_CD)
+            del product_CF
             if dx_ND is not None:
                 torch.mm(dgate_CF, gate_weight, out=dx_ND[chunk])
+            gate_gradient.add(dgate_CF, x_CD)
+            del dgate_CF
+            if dx_ND is not None:
                 dx_ND[chunk].addmm_(dup_CF, up_weight)
+            up_gradient.add(dup_CF, x_CD)
+            del dup_CF
         return (
             dx_ND,
             gate_gradient.result(),
