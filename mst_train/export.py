@@ -1,5 +1,6 @@
 """python -m mst_train.export checkpoint=DIR output=DIR: a run's model in Hugging Face's format."""
 
+import json
 import logging
 import sys
 import tempfile
@@ -19,7 +20,7 @@ Writes a run's model as a checkpoint that transformers reads. The output is whol
   checkpoint  a run's folder (its newest checkpoint that is whole), or a folder step_NNNNNNNN
   output      the folder to write: new, or empty
   model_type  llama, mistral, ...; without it the first family that has such models
-  tokenizer   a sentencepiece .model file, or null for none; without it the run's"""
+  tokenizer   a sentencepiece .model file, a tokenizer.json, or null for none; without it the run's"""
 
 KEYS = ("checkpoint", "output", "model_type", "tokenizer")
 
@@ -61,7 +62,8 @@ def export(
         checkpoint: a checkpoint's folder, or a run's: its newest checkpoint that is undamaged.
         output: where to; it must be new or empty.
         model_type: the family it is written as; None: the first that has such models.
-        tokenizer: a .model file; "null": none; None: the run's, where it is still there.
+        tokenizer: a .model file or a tokenizer.json; "null": none; None: the run's, where it is
+            still there.
 
     Returns:
         (the checkpoint's folder, its step).
@@ -136,8 +138,8 @@ def _model_config(settings: dict[str, Any], checkpoint: Path) -> Any:
 def _tokenizer(
     tokenizer: str | Path | None, settings: dict[str, Any], temporary: Path
 ) -> tuple[Path | None, dict[str, int]]:
-    """The tokenizer's file, and the id that ends a document."""
-    from mst_train.data import Tokenizer
+    """The tokenizer's file, or the folder of its files, and the id that ends a document."""
+    from mst_train.data import load_tokenizer
 
     if str(tokenizer) == "null":
         return None, {}
@@ -145,8 +147,10 @@ def _tokenizer(
         tokenizer = _run_tokenizer(settings["data"], temporary)
     if tokenizer is None:
         return None, {}
-    file = Path(tokenizer).expanduser()
-    return file, {"eos_token_id": Tokenizer.load(file).eod}
+    path = Path(tokenizer).expanduser()
+    # What a tokenizer.json leaves unsaid is in the files beside it.
+    files = path.parent if path.suffix == ".json" else path
+    return files, {"eos_token_id": load_tokenizer(path).eod}
 
 
 def _run_tokenizer(settings: dict[str, Any], temporary: Path) -> Path | None:
@@ -162,14 +166,17 @@ def _run_tokenizer(settings: dict[str, Any], temporary: Path) -> Path | None:
     if mixture:
         values["source"] = mixture[0].source
     try:
-        model = load_corpus(DataConfig(**values)).tokenizer.model
+        tokenizer = load_corpus(DataConfig(**values)).tokenizer
     except UserError as error:
         log.warning("the run's tokenizer is left out: %s", error.problems[0])
         return None
-    if model is None:
+    if tokenizer.model is None:
         return None
-    file = temporary / "tokenizer.model"
-    file.write_bytes(model)
+    file = temporary / tokenizer.file_name
+    file.write_bytes(tokenizer.model)
+    if file.suffix == ".json":
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eod_token}
+        (temporary / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
     return file
 
 

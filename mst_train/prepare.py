@@ -160,11 +160,11 @@ def _packing(config: "Config", folder: Path) -> str:
 def _plan(config: "Config") -> "Plan":
     from mst_train.data.build import Plan
     from mst_train.data.pieces import cores
-    from mst_train.data.tokenizer import Tokenizer
+    from mst_train.data.tokenizer_file import load_tokenizer
 
     data, prepare = config.data, config.prepare
     if data.tokenizer is not None:
-        tokenizer = f"{Tokenizer.load(Path(data.tokenizer).expanduser()).fingerprint} (its SHA-256)"
+        tokenizer = f"{load_tokenizer(data.tokenizer).fingerprint} (its SHA-256)"
     elif prepare.vocab_size is not None:
         tokenizer = f"none, {prepare.vocab_size} ids, {prepare.end_of_document} ends a document"
     else:
@@ -194,10 +194,11 @@ def _vocabulary(config: "Config", source: "Source", folder: Path) -> "Vocabulary
     from mst_train.data.manifest import TOKENIZER, WORK
     from mst_train.data.pieces import ignore
     from mst_train.data.tokenizer import Tokenizer, Vocabulary, train_tokenizer
+    from mst_train.data.tokenizer_file import load_tokenizer
 
     data, prepare = config.data, config.prepare
     if data.tokenizer is not None:
-        tokenizer = Tokenizer.load(Path(data.tokenizer).expanduser())
+        tokenizer = load_tokenizer(data.tokenizer)
     elif prepare.vocab_size is not None and prepare.end_of_document is not None:
         return Vocabulary(prepare.vocab_size, prepare.end_of_document)
     elif (folder / TOKENIZER).exists():

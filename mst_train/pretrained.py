@@ -11,10 +11,9 @@ from typing import Any
 
 from mst_train.config import RopeScalingConfig
 from mst_train.data.corpus import prepared_folder
+from mst_train.data.tokenizer_file import FILE_NAMES, tokenizer_file
 from mst_train.errors import UserError
 from mst_train.model.huggingface import pretrained_config, pretrained_folder
-
-TOKENIZER = "tokenizer.model"
 
 SCALING = "model.rope_scaling"
 
@@ -68,14 +67,15 @@ def _data(data: dict[str, Any], folder: Path, given: Collection[str]) -> dict[st
     """The settings of ``data``, with the checkpoint's tokenizer where none was given."""
     if "data.tokenizer" in given or data.get("tokenizer") is not None:
         return data
-    if (folder / TOKENIZER).is_file():
-        return {**data, "tokenizer": str(folder / TOKENIZER)}
+    file = tokenizer_file(folder)
+    if file is not None:
+        return {**data, "tokenizer": str(file)}
     sources = [part.get("source", "") for part in data.get("mixture") or []]
     if all(prepared_folder(str(source)) for source in sources or [data.get("source", "")]):
         return data  # tokens already
     raise UserError(
-        f"model.from_pretrained={folder} has no {TOKENIZER}, and tokenizer.json is not read here: "
-        f"give data.tokenizer=FILE.model that its weights know, a data.source that is prepared "
+        f"model.from_pretrained={folder} has neither {' nor '.join(FILE_NAMES)}: "
+        f"give data.tokenizer=FILE that its weights know, a data.source that is prepared "
         f"with its tokens, or data.tokenizer=null to train a new tokenizer"
     )
 

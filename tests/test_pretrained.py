@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import mst_train.train as training
+from mst_train.checkpoint_writer import CheckpointWriter
 from mst_train.compose import compose
 from mst_train.config import ModelConfig
 from mst_train.data import load_data
@@ -186,11 +187,11 @@ def test_what_cannot_be_started_from(exported, arguments, tmp_path):
     assert "model.hiden_size is not a setting" in str(caught.value)
     with pytest.raises(UserError, match="both say what the model is"):
         compose([*arguments, "model=llama3_8b"])
-    json_only = shutil.copytree(folder, tmp_path / "json")
-    (json_only / "tokenizer.model").rename(json_only / "tokenizer.json")
-    with pytest.raises(UserError, match=r"tokenizer\.json is not read here"):
-        compose([*arguments, f"model.from_pretrained={json_only}"])
-    train_a_new_one = [f"model.from_pretrained={json_only}", "data.tokenizer=null"]
+    without = shutil.copytree(folder, tmp_path / "without")
+    (without / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match=r"has neither tokenizer\.json nor tokenizer\.model"):
+        compose([*arguments, f"model.from_pretrained={without}"])
+    train_a_new_one = [f"model.from_pretrained={without}", "data.tokenizer=null"]
     assert compose([*arguments, *train_a_new_one]).data.tokenizer is None
 
 
@@ -223,16 +224,16 @@ def test_resuming_takes_the_runs_own_weights(arguments, monkeypatch):
     train(config)
     expected = weights(config, 4)
     other = compose([*whole, f"run.dir={config.run.dir}-again"])
-    save = training.save_checkpoint
+    save = CheckpointWriter.save
 
-    def cut_off(folder, step, state, keep):
-        save(folder, step, state, keep)
+    def cut_off(writer, step, state):
+        save(writer, step, state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "save_checkpoint", cut_off)
+    monkeypatch.setattr(CheckpointWriter, "save", cut_off)
     with pytest.raises(KeyboardInterrupt):
         train(other)
-    monkeypatch.setattr(training, "save_checkpoint", save)
+    monkeypatch.setattr(CheckpointWriter, "save", save)
 
     def never(*_):
         raise AssertionError("the pretrained weights were read again")

@@ -39,6 +39,7 @@ from mst_train.data.mixture import MixedSequences
 from mst_train.data.packing import IGNORED, PackedSequences, Sequences
 from mst_train.data.splitting import long_documents, split_corpus, split_documents, split_stream
 from mst_train.data.tokenizer import Tokenizer, Vocabulary, train_tokenizer
+from mst_train.data.tokenizer_file import load_tokenizer
 from mst_train.errors import UserError
 
 Ints = NDArray[np.int64]
@@ -62,6 +63,7 @@ __all__ = [
     "fixed_batches",
     "load_corpus",
     "load_data",
+    "load_tokenizer",
     "pack",
     "split_corpus",
     "split_documents",

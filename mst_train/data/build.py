@@ -39,7 +39,8 @@ from mst_train.data.manifest import (
 from mst_train.data.pieces import Piece
 from mst_train.data.rate import Rate
 from mst_train.data.shards import Record, Task, dtype_of, is_whole, read_record, tasks_of
-from mst_train.data.tokenizer import Tokenizer, Vocabulary
+from mst_train.data.tokenizer import Vocabulary
+from mst_train.data.tokenizer_file import FILE_NAMES, open_tokenizer
 from mst_train.data.workers import Job, make_shards
 from mst_train.errors import UserError
 
@@ -102,7 +103,8 @@ def take(folder: Path, source: Source, plan: Plan) -> Manifest | None:
         except (OSError, ValueError, KeyError, TypeError):
             log.warning("%s is missing or damaged: shards are compared by themselves", settings)
     else:
-        (folder / TOKENIZER).unlink(missing_ok=True)  # it may be one of other settings
+        for name in FILE_NAMES:  # it may be one of other settings
+            (folder / name).unlink(missing_ok=True)
     write_json(settings, {"kind": KIND, "settings": plan.settings}, folder / WORK)
     return None
 
@@ -126,9 +128,7 @@ def build(source: Source, tokenizer: Vocabulary, folder: Path, plan: Plan) -> Ma
 
 def _reopened(model: bytes | None, vocab_size: int, eod: int) -> Vocabulary:
     """A tokenizer in a worker, from what can be sent there."""
-    if model is None:
-        return Vocabulary(vocab_size, eod)
-    tokenizer = Tokenizer(model, "data.tokenizer")
+    tokenizer = open_tokenizer(model, vocab_size, eod, "data.tokenizer")
     tokenizer.threads = 1
     return tokenizer
 
@@ -137,15 +137,17 @@ def _tokenizer_is_whole(folder: Path, manifest: Manifest) -> bool:
     if manifest.tokenizer is None:
         return True
     try:
-        tokenizer = Tokenizer.load(inside(folder, manifest.tokenizer))
-    except UserError:
+        path = inside(folder, manifest.tokenizer)
+        known = (manifest.vocab_size, manifest.eod)
+        tokenizer = open_tokenizer(path.read_bytes(), *known, str(path))
+    except (UserError, OSError):
         return False
     return tokenizer.fingerprint == manifest.tokenizer_fingerprint
 
 
 def _build(source: Source, tokenizer: Vocabulary, folder: Path, plan: Plan) -> Manifest | None:
     if tokenizer.model is not None:
-        write_file(folder / TOKENIZER, tokenizer.model, folder / WORK)
+        write_file(folder / tokenizer.file_name, tokenizer.model, folder / WORK)
     tasks = tasks_of(source, tokenizer, _pieces(source, folder, plan.shard_bytes))
     own = tasks[plan.job :: plan.jobs]
     missing = [task for task in own if not _usable(read_record(folder, task), plan)]
@@ -204,7 +206,7 @@ def _join(
         settings=plan.settings,
         source=source.name,
         source_fingerprint=source.fingerprint,
-        tokenizer=None if tokenizer.model is None else TOKENIZER,
+        tokenizer=None if tokenizer.model is None else tokenizer.file_name,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         eod=tokenizer.eod,
@@ -219,7 +221,7 @@ def _join(
     else:
         (folder / PROBLEMS).unlink(missing_ok=True)
     if tokenizer.model is not None:  # a job that began later may have removed it
-        write_file(folder / TOKENIZER, tokenizer.model, folder / WORK)
+        write_file(folder / tokenizer.file_name, tokenizer.model, folder / WORK)
     _remove_others(folder, tasks, shards_with_files={shard.name for shard in shards})
     write_manifest(folder, manifest)
     shutil.rmtree(folder / WORK, ignore_errors=True)

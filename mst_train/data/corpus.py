@@ -31,6 +31,7 @@ from mst_train.data.manifest import (
     read_manifest,
 )
 from mst_train.data.tokenizer import Tokenizer, Vocabulary, train_tokenizer
+from mst_train.data.tokenizer_file import load_tokenizer, open_tokenizer
 from mst_train.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def load_corpus(data: DataConfig) -> Corpus:
     source = find_documents(data)
     cache = cache_folder(data)
     if data.tokenizer is not None:
-        tokenizer = Tokenizer.load(Path(data.tokenizer).expanduser())
+        tokenizer = load_tokenizer(data.tokenizer)
     else:
         tokenizer = _trained_tokenizer(source, data.tokenizer_vocab_size, cache)
     folder = cache / "corpora" / digest(FORMAT, source.fingerprint, tokenizer.fingerprint)
@@ -164,7 +165,7 @@ def _prepared(folder: Path, data: DataConfig) -> Corpus:
     """A prepared folder, which must have been prepared with ``data.tokenizer`` if there is one."""
     corpus = open_corpus(folder)
     if data.tokenizer is not None:
-        given = Tokenizer.load(Path(data.tokenizer).expanduser())
+        given = load_tokenizer(data.tokenizer)
         if given.fingerprint != corpus.tokenizer.fingerprint:
             raise UserError(
                 f"data.source={data.source} was prepared with another tokenizer than "
@@ -281,7 +282,7 @@ def _whole(folder: Path) -> Corpus | None:
         return None
 
 
-def _build(source: Source, tokenizer: Tokenizer, folder: Path) -> bool:
+def _build(source: Source, tokenizer: Vocabulary, folder: Path) -> bool:
     """Make a corpus of the cache, or what is missing of it; whether nothing is missing now."""
     plan = Plan()
     start = time.monotonic()
@@ -309,12 +310,13 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path) -> bool:
 
 
 def _tokenizer_of(folder: Path, manifest: Manifest) -> Vocabulary:
+    ids = (manifest.vocab_size, manifest.eod)
     if manifest.tokenizer is None:
-        tokenizer = Vocabulary(manifest.vocab_size, manifest.eod)
+        tokenizer = open_tokenizer(None, *ids, str(folder))
     else:
         path = inside(folder, manifest.tokenizer)
         try:
-            tokenizer = Tokenizer(path.read_bytes(), str(path))
+            tokenizer = open_tokenizer(path.read_bytes(), *ids, str(path))
         except OSError as error:
             raise UserError(
                 f"{path} cannot be read ({error.strerror or error}): restore it from a copy, or "

@@ -3,7 +3,9 @@
 A tokenizer trained here loses nothing: decode(encode(text)) == text for every text that has a
 UTF-8 form. Spaces, tabs, newlines and NUL are kept as they are, the usual runs of spaces are single
 tokens, and what is not in the vocabulary is spelt in bytes. A sentencepiece model that the user
-brings keeps its own rules (Llama's, for one, puts a space before the text).
+brings keeps its own rules (Llama's, for one, puts a space before the text). Where it has a
+beginning-of-sequence token, as those of Llama, Mistral and Gemma have, each document begins with
+it.
 """
 
 import hashlib
@@ -46,10 +48,16 @@ class Vocabulary:
         vocab_size: the number of token ids.
         eod: the id that ends a document; no text encodes to it.
         fingerprint: stands for the ids and what they mean.
-        model: the bytes of the sentencepiece model; None where there is none.
+        model: the bytes of the tokenizer's file; None where there is none.
+        file_name: what that file is called among others.
+        threads: how many encode at a time.
     """
 
     model: bytes | None = None
+    file_name = "tokenizer.model"
+    threads = 1
+    eod_token: str | None = None
+    """How ``eod`` is written in the tokenizer's vocabulary, where that is known."""
 
     def __init__(self, vocab_size: int, eod: int) -> None:
         self.vocab_size, self.eod = vocab_size, eod
@@ -59,8 +67,13 @@ class Vocabulary:
         """The token ids of each text, without an end-of-document id."""
         raise UserError(
             "data.source holds text, and there is no tokenizer: give a sentencepiece .model file "
-            "as data.tokenizer, and neither prepare.vocab_size nor prepare.end_of_document"
+            "or a tokenizer.json as data.tokenizer, and neither prepare.vocab_size nor "
+            "prepare.end_of_document"
         )
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The token ids of each text, without an end-of-document id."""
+        return [tokens.tolist() for tokens in self.encode_arrays(texts)]
 
     def decode(self, tokens: list[int]) -> str:
         """The text of token ids; end-of-document ids have none."""
@@ -91,7 +104,9 @@ class Tokenizer(Vocabulary):
             )
         super().__init__(vocab_size, eod)
         self.model = model
-        self.fingerprint = hashlib.sha256(model).hexdigest()[:32]
+        bos: int = self._processor.bos_id()
+        self._before = [bos] if bos >= 0 else []
+        self.fingerprint = hashlib.sha256(model + b"bos" * len(self._before)).hexdigest()[:32]
         self.threads = cores()
         # A model that puts a space before each text would put one before each part of a text.
         first_piece = self._processor.encode("a", out_type=str)[0]
@@ -106,24 +121,21 @@ class Tokenizer(Vocabulary):
         except OSError as error:
             raise UserError(
                 f"data.tokenizer={path} cannot be read ({error.strerror or error}): give a "
-                f"sentencepiece .model file, or null to have one trained"
+                f"sentencepiece .model file or a tokenizer.json, or null to have one trained"
             ) from error
         return cls(model, f"data.tokenizer={path}")
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """The token ids of each text, without an end-of-document id."""
-        return [tokens.tolist() for tokens in self.encode_arrays(texts)]
 
     def encode_arrays(self, texts: list[str]) -> Iterator[NDArray[np.int32]]:
         """As ``encode``, one text after the other, by ``threads`` threads for several at a time."""
         parts = ((index, part) for index, text in enumerate(texts) for part in self._parts(text))
-        current, tokens = 0, [np.empty(0, np.int32)]
+        before = np.array(self._before, np.int32)
+        current, tokens = 0, [before]
         for batch in _batches(parts):
             encoded = self._processor.encode([p for _, p in batch], num_threads=self.threads)
             for (index, part), ids in zip(batch, encoded, strict=True):
                 if index != current:
                     yield np.concatenate(tokens)
-                    current, tokens = index, []
+                    current, tokens = index, [before]
                 tokens.append(np.array(self._substitute(part, ids), np.int32))
         if texts:
             yield np.concatenate(tokens)

@@ -178,11 +178,11 @@ def test_model_that_cannot_be_used(tmp_path: Path, capfd: pytest.CaptureFixture[
 
 
 def test_foreign_model_keeps_its_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prefixed space comes once per text, not once per part of it."""
+    """A prefixed space and a first token come once per text, not once per part of it."""
     path = tmp_path / "foreign.model"
     path.write_bytes(foreign_model())
     monkeypatch.setattr(module, "ENCODE_PART_CHARACTERS", 10)
     tokenizer = Tokenizer.load(path)
     assert tokenizer.eod == 2
-    (tokens,) = tokenizer.encode([DOCUMENTS[0]])
-    assert tokens == sentencepiece.SentencePieceProcessor(model_file=str(path)).encode(DOCUMENTS[0])
+    library = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    assert tokenizer.encode(DOCUMENTS[:3]) == library.encode(DOCUMENTS[:3], add_bos=True)
