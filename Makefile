@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 # DeepSpeed compiles its CPU optimizer with the ninja that is installed beside it.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup train test paper check format clean
+.PHONY: help setup train test test-distributed paper check format clean
 
 help:  ## Show this page
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -20,6 +20,9 @@ train: $(INSTALLED)  ## Train the tiny model (ARGS="key=value ..." changes setti
 
 test: $(INSTALLED)  ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-distributed: $(INSTALLED)  ## Run every combination of processes, sequence parallelism and ZeRO (several minutes)
+	$(BIN)/python -m pytest tests/parallel -m "distributed or distributed_full" $(ARGS)
 
 paper: $(INSTALLED)  ## Predict and measure what the paper reports, into docs/paper (ARGS="--only PIECE")
 	@$(BIN)/python -c 'import transformers' 2>/dev/null || \

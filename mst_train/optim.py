@@ -17,7 +17,7 @@ at a checkpoint:
 import importlib.util
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -54,6 +54,22 @@ def build_optimizer(
     return Optimizer(model, config, master_weights=master_weights)
 
 
+def build_adamw(
+    matrices: Sequence[Tensor], others: Sequence[Tensor], config: OptimizerConfig
+) -> torch.optim.AdamW:
+    """Torch's AdamW, with weight decay for matrices alone; each step sets its learning rate."""
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=0.0,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True,
+    )
+
+
 class Optimizer:
     """AdamW over a model's parameters, on their device, after the backward.
 
@@ -70,6 +86,9 @@ class Optimizer:
 
     after_bad_gradient = "the weights were not updated"
     """What a gradient that is not finite has done, known once ``gradient_norm`` is."""
+
+    survives_bad_gradient = True
+    """Whether weights and states are then as they were before the step."""
 
     remedies = (
         "a lower optimizer.learning_rate, a longer optimizer.warmup_steps or a smaller "
@@ -92,9 +111,13 @@ class Optimizer:
         for group in self._adamw.param_groups:
             group["lr"] = rate
 
+    def gradients(self) -> list[Tensor]:
+        """The gradient as it has come in so far, in the weights' order."""
+        return [w.grad for w in self._weights.values() if w.grad is not None]
+
     def gradient_norm(self) -> Tensor:
         """The global norm of the step's gradient: a scalar, fp32 at least."""
-        return _norm(_norm([w.grad]) for w in self._weights.values() if w.grad is not None)
+        return _norm(_norm([gradient]) for gradient in self.gradients())
 
     def clip(self, max_norm: float, norm: Tensor) -> None:
         """Scale the gradient, whose global norm is ``norm``, to at most ``max_norm``."""
@@ -153,18 +176,8 @@ class Optimizer:
 
     def _build_adamw(self) -> torch.optim.Optimizer:
         weights = self._weights.values()
-        return torch.optim.AdamW(
-            [
-                {
-                    "params": [w for w in weights if w.ndim > 1],
-                    "weight_decay": self._config.weight_decay,
-                },
-                {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0},
-            ],
-            lr=0.0,  # until begin_step
-            betas=(self._config.beta1, self._config.beta2),
-            eps=self._config.epsilon,
-            fused=True,
+        return build_adamw(
+            [w for w in weights if w.ndim > 1], [w for w in weights if w.ndim <= 1], self._config
         )
 
     def _state(self, weight: Tensor, saved: dict[str, Tensor]) -> dict[str, Any]:
@@ -223,6 +236,7 @@ class InBackwardOptimizer(Optimizer):
         "with optimizer.in_backward=true the weights were updated before it was known, so this "
         "step's weights are damaged; the last checkpoint is whole"
     )
+    survives_bad_gradient = False
     remedies = (
         "a lower optimizer.learning_rate, a longer optimizer.warmup_steps, or "
         "optimizer.in_backward=false and a small optimizer.max_grad_norm"

@@ -7,9 +7,12 @@ heads, E head size, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
@@ -28,6 +31,7 @@ from mst_train.mst import (
     gated_mlp,
     mini_sequence_block,
     mini_sequence_cross_entropy,
+    mini_sequence_losses,
     mini_sequence_mlp,
     recompute_block,
 )
@@ -116,6 +120,21 @@ class MLP(nn.Module):
         return gated_mlp(x_BSD, *weights, activation=self.activation)
 
 
+class Head(nn.Linear):
+    """The LM head, without bias: [..., D] -> logits [..., V], or what ``read`` makes of both.
+
+    Its weight is read in this call and in its backward alone, so that it may be elsewhere the rest
+    of the time.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, hidden: Tensor, read: Callable[..., Any] = F.linear) -> Any:
+        """read: takes hidden and weight [V, D]."""
+        return read(hidden, self.weight)
+
+
 class Block(nn.Module):
     """One decoder layer: attention, then MLP, each added to the residual stream.
 
@@ -137,6 +156,40 @@ class Block(nn.Module):
         self.policy = Policy()
 
     def forward(
+        self,
+        x_BSD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        documents: Documents | None,
+        offload: Offload | None = None,
+    ) -> Tensor:
+        """[B, S, D] -> [B, S, D], under the policy.
+
+        Whatever the policy, the block's weights are read in this call and in its backward alone,
+        so that they may be elsewhere the rest of the time.
+        """
+        policy, attention = self.policy, self.attention.attention
+        arguments = (cos, sin, documents)
+        if not policy.recompute:
+            return self._at_once(x_BSD, *arguments)
+        if not policy.mini_sequence:  # the standard implementation
+            return checkpoint(
+                self._at_once, x_BSD, *arguments, use_reentrant=False, preserve_rng_state=False
+            )
+        kept = {"keep_attention": policy.keep_attention, "offload": offload}
+        if not isinstance(attention, KernelAttention):  # which cannot attend chunk by chunk
+            return recompute_block(self._at_once, x_BSD, *arguments, **kept)
+        return mini_sequence_block(
+            self,
+            attention.kernel,
+            x_BSD,
+            (cos, sin),
+            documents=documents,
+            chunk_tokens=policy.block_chunk_tokens,
+            **kept,
+        )
+
+    def _at_once(
         self, x_BSD: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None
     ) -> Tensor:
         q_BSHE, k_BSKE, v_BSKE = self.before_attention(x_BSD, cos, sin)
@@ -190,7 +243,7 @@ class Transformer(nn.Module):
             for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Head(config)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.policy = policy or Policy()
@@ -230,22 +283,50 @@ class Transformer(nn.Module):
         with record_function(HEAD_RANGE):
             softcap = self.config.logit_softcap
             if not self.policy.mini_sequence:
-                return cross_entropy(hidden_ND, self.head.weight, labels_N, softcap=softcap)
-            return mini_sequence_cross_entropy(
-                hidden_ND,
-                self.head.weight,
-                labels_N,
+                return self.head(
+                    hidden_ND, partial(cross_entropy, labels=labels_N, softcap=softcap)
+                )
+            loss = partial(
+                mini_sequence_cross_entropy,
+                labels=labels_N,
                 chunk_tokens=self.policy.head_chunk_tokens,
                 softcap=softcap,
             )
+            return self.head(hidden_ND, loss)
 
     def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """The logits of every token, [B, S] int64 -> [B, S, V] in the model's type."""
-        logits_BSV = self.head(self.hidden(tokens, positions))
+        return self.head_logits(self.hidden(tokens, positions))
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """The head's logits, [..., D] as ``hidden`` gives them -> [..., V]."""
+        logits = self.head(hidden)
         softcap = self.config.logit_softcap
-        if softcap is not None:
-            logits_BSV = softcap * torch.tanh(logits_BSV / softcap)
-        return logits_BSV
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    @torch.no_grad()
+    def token_losses(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """The cross-entropy of each token, [B, S] in fp32 (fp64 for an fp64 model).
+
+        Arguments as in ``forward``, which gives their sum. 0 where there is nothing to predict.
+        Without gradients; whatever the policy, the head goes through the tokens in chunks.
+        """
+        hidden_ND = self.hidden(tokens, positions, documents).flatten(0, 1)
+        with record_function(HEAD_RANGE):
+            losses = partial(
+                mini_sequence_losses,
+                labels=labels.flatten(),
+                chunk_tokens=self.policy.head_chunk_tokens,
+                softcap=self.config.logit_softcap,
+            )
+            losses_N = self.head(hidden_ND, losses)
+        return losses_N.view_as(labels)
 
     def hidden(
         self,
@@ -262,7 +343,7 @@ class Transformer(nn.Module):
         cos, sin = rotary_angles(positions, self.config, x_BSD.dtype)
         for block in self._decoder_blocks():
             with record_function(BLOCK_RANGE):
-                x_BSD = self._run(block, x_BSD, cos, sin, documents)
+                x_BSD = block(x_BSD, cos, sin, documents, self.offload)
         return self.norm(x_BSD)
 
     def _embedding_scale(self, dtype: torch.dtype) -> float:
@@ -270,55 +351,27 @@ class Transformer(nn.Module):
         scale = torch.tensor(math.sqrt(self.config.hidden_size), dtype=torch.float32)
         return scale.to(dtype).item()
 
-    def _run(
-        self, block: Block, x_BSD: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None
-    ) -> Tensor:
-        """One block, under the policy."""
-        policy, attention = self.policy, block.attention.attention
-        arguments = (cos, sin, documents)
-        if not policy.recompute:
-            return block(x_BSD, *arguments)
-        if not policy.mini_sequence:  # the standard implementation
-            return checkpoint(
-                block, x_BSD, *arguments, use_reentrant=False, preserve_rng_state=False
-            )
-        kept = {"keep_attention": policy.keep_attention, "offload": self.offload}
-        if not isinstance(attention, KernelAttention):  # which cannot attend chunk by chunk
-            return recompute_block(block, x_BSD, *arguments, **kept)
-        return mini_sequence_block(
-            block,
-            attention.kernel,
-            x_BSD,
-            (cos, sin),
-            documents=documents,
-            chunk_tokens=policy.block_chunk_tokens,
-            **kept,
-        )
-
     def _decoder_blocks(self) -> Iterator[Block]:
         for block in self.blocks:
             assert isinstance(block, Block)
             yield block
 
     @torch.no_grad()
-    def initialize(self, seed: int) -> None:
-        """Draw every parameter anew.
+    def draw(self, name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
+        """Draw the parameter of this name anew.
 
         Matrices are normal with standard deviation ``initializer_std``; those that write to the
         residual stream are scaled by 1/sqrt(2 * layers), so that the stream's variance does not
         grow with depth (GPT-2, section 2.3). Norms start as multiplying by one, biases at zero.
         """
         std = self.config.initializer_std
-        residual_std = std / math.sqrt(2 * self.config.num_layers)
-        generator = torch.Generator(self.embedding.weight.device).manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                is_zero = name.endswith(".bias") or self.config.norm_offset
-                parameter.fill_(0.0 if is_zero else 1.0)
-            elif name.endswith(("attention.output.weight", "mlp.down.weight")):
-                parameter.normal_(0.0, residual_std, generator=generator)
-            else:
-                parameter.normal_(0.0, std, generator=generator)
+        if parameter.ndim == 1:
+            is_zero = name.endswith(".bias") or self.config.norm_offset
+            parameter.fill_(0.0 if is_zero else 1.0)
+            return
+        if name.endswith(("attention.output.weight", "mlp.down.weight")):
+            std /= math.sqrt(2 * self.config.num_layers)
+        parameter.normal_(0.0, std, generator=generator)
 
 
 def _scores(config: ModelConfig, layer: int) -> Scores:
@@ -334,10 +387,14 @@ def build_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    partition: Callable[[nn.Module], object] | None = None,
 ) -> Transformer:
     """A freshly initialised decoder, created in its own type on its own device.
 
     On the "meta" device the parameters have shapes and no values.
+
+    partition: called with each module that has parameters of its own, as soon as these have values;
+        if it keeps parts of them alone, the whole model is never in one place.
     """
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -348,16 +405,32 @@ def build_model(
         torch.set_default_dtype(previous)
     if torch.device(device).type == "meta":
         return model
-    materialize(model, device)
-    model.initialize(seed)
+    generator = torch.Generator(device).manual_seed(seed)
+    for module, parameters in _materialized(model, device):
+        for name, parameter in parameters.items():
+            model.draw(name, parameter, generator)
+        if partition is not None:
+            partition(module)
     return model
 
 
 def materialize(model: nn.Module, device: torch.device | str) -> None:
     """Give every parameter memory on ``device``, without values; a tied one once."""
+    for _ in _materialized(model, device):
+        pass
+
+
+def _materialized(
+    model: nn.Module, device: torch.device | str
+) -> Iterator[tuple[nn.Module, dict[str, nn.Parameter]]]:
+    """``materialize`` module by module: each with what is new in it, by its name in the model."""
     made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
+    for prefix, module in model.named_modules():
+        new = {}
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter not in made:
                 made[parameter] = nn.Parameter(torch.empty_like(parameter, device=device))
+                new[f"{prefix}.{name}"] = made[parameter]
             setattr(module, name, made[parameter])
+        if new:
+            yield module, new

@@ -1,0 +1,250 @@
+"""ZeRO: optimizer states, gradients and weights shared out over all processes (Rajbhandari et al.
+2020), by DeepSpeed.
+
+DeepSpeed divides gradients by the number of processes. All of them hold the same weights and
+different tokens, whichever sequence and rows these are from, and their losses are parts of one
+sum: so the loss is multiplied by that number before its backward. DeepSpeed's division by the
+number of micro-batches, and its clipping, are not used.
+"""
+
+import importlib.util
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mst_train.config import Config
+from mst_train.errors import UserError
+from mst_train.optim import Optimizer, build_adamw
+from mst_train.parallel.engine import State
+from mst_train.parallel.topology import Topology
+
+STATES = ("exp_avg", "exp_avg_sq")
+
+
+class ZeroEngine:
+    """``engine.Engine`` under ZeRO.
+
+    Args:
+        model: the same on all processes; its ``blocks``, each as a whole, are what stage 3 puts
+            together and takes apart.
+        config: ``parallel.zero_stage`` 1 shares out optimizer states and fp32 weights, 2 the summed
+            gradients too, 3 the weights too. ``precision`` is fp32 or bf16_master.
+
+    Gradients add up and are summed in fp32.
+
+    Raises UserError where DeepSpeed is not installed.
+    """
+
+    after_bad_gradient = Optimizer.after_bad_gradient
+    survives_bad_gradient = True
+    remedies = Optimizer.remedies
+
+    def __init__(self, model: nn.Module, config: Config, topology: Topology) -> None:
+        deepspeed = _deepspeed(topology)
+        self.topology = topology
+        self._model = model
+        self._has_masters = config.precision == "bf16_master"
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._shares_weights = config.parallel.zero_stage == 3
+        if self._shares_weights:
+            for block in model.blocks:  # type: ignore[union-attr]
+                deepspeed.utils.set_z3_leaf_module(block, True)
+        parameters = self._parameters.values()
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_adamw(
+                [p for p in parameters if len(_shape(p)) > 1],
+                [p for p in parameters if len(_shape(p)) <= 1],
+                config.optimizer,
+            ),
+            config=_settings(config, topology),
+            dist_init_required=False,
+        )
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._engine(*arguments)
+
+    def begin_step(self, rate: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.topology.world, scale_wrt_gas=False)
+
+    def gradient_norm(self) -> Tensor:
+        squares = [
+            torch.linalg.vector_norm(part, dtype=torch.float64).square()
+            for part in self._gradient_parts()
+        ]
+        (total,) = self.topology.total([sum(squares, start=torch.zeros(())).item()])
+        return torch.tensor(math.sqrt(total))
+
+    def clip(self, max_norm: float, norm: Tensor) -> None:
+        scale = max_norm / (norm.item() + 1e-6)  # as torch.nn.utils.clip_grads_with_norm_
+        if scale < 1:
+            for part in self._gradient_parts():
+                part.mul_(scale)
+
+    def step(self) -> None:
+        self._engine.step()
+
+    def abandon_step(self) -> None:
+        optimizer = self._engine.optimizer
+        optimizer.zero_grad()
+        for name in ("averaged_gradients", "all_grad_tensors"):
+            parts: dict[int, Any] = getattr(optimizer, name, {})
+            parts.update(dict.fromkeys(parts))
+
+    def state(self) -> tuple[dict[str, Tensor], State]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        saved: State = {}
+        steps = [state["step"] for state in self._engine.basic_optimizer.state.values()]
+        if steps and not self._shares_weights:
+            self._link_states()
+        for name, parameter in self._parameters.items():
+            parts = {}
+            if steps:
+                parts = {key: safe_get_full_optimizer_state(parameter, key) for key in STATES}
+                parts["step"] = torch.tensor(float(steps[0]))
+            if self._has_masters:
+                parts["master"] = safe_get_full_fp32_param(parameter)
+            if self.topology.is_first:
+                saved[name] = {key: part.cpu() for key, part in parts.items()}
+        return self._weights(), saved
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, Tensor], state: State) -> None:
+        masters = all("master" in parts for parts in state.values())
+        if state.keys() != self._parameters.keys() or masters != self._has_masters:
+            raise UserError(
+                "the optimizer's state in the checkpoint belongs to other parameters or another "
+                "precision than this run's: start anew with another run.dir"
+            )
+        steps = [parts["step"] for parts in state.values() if "step" in parts]
+        if steps:
+            for flat in self._flat_weights():
+                self._engine.basic_optimizer.state[flat] = {
+                    "step": torch.tensor(float(steps[0]), device=flat.device),
+                    **{key: torch.zeros_like(flat) for key in STATES},
+                }
+            if not self._shares_weights:
+                self._link_states()
+        for name, parameter in self._parameters.items():
+            parts = state[name]
+            self._set(parameter, parts.get("master", weights[name]), None)
+            if "step" in parts:
+                for key in STATES:
+                    self._set(parameter, parts[key], key)
+        optimizer = self._engine.optimizer
+        if self._shares_weights:
+            for group in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        else:
+            self._model.load_state_dict(weights)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The whole weights on the first process."""
+        if not self._shares_weights:
+            return self._model.state_dict() if self.topology.is_first else {}
+        from deepspeed import zero
+
+        weights = {}
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            with zero.GatheredParameters([parameter]):
+                if self.topology.is_first:
+                    weights[name] = parameter.detach().cpu().clone()
+        return weights
+
+    def _set(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+        """Put a whole tensor where its parts belong: a state, or without ``key`` the weights."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if self._shares_weights:
+            size = parameter.partition_numel()  # type: ignore[attr-defined]
+            part = value.flatten()[self.topology.rank * size :][:size]
+            padded = torch.nn.functional.pad(part, (0, size - part.numel()))
+            self._engine.optimizer.set_local_hp_param(padded, parameter, key)
+        elif key is None:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def _link_states(self) -> None:
+        """Tell each parameter where its states are.
+
+        DeepSpeed does so once the first group of parameters has states, and forgets the others.
+        """
+        self._engine.optimizer._hp_optimizer_states_linked = False
+        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _flat_weights(self) -> Iterator[Tensor]:
+        """What AdamW updates: this process's part of each group of parameters."""
+        if self._shares_weights:
+            yield from self._engine.optimizer.fp32_partitioned_groups_flat
+            return
+        for group in self._engine.basic_optimizer.param_groups:
+            yield from group["params"]
+
+    def _gradient_parts(self) -> Iterator[Tensor]:
+        """This process's part of the summed gradient, between the last backward and the step."""
+        optimizer = self._engine.optimizer
+        if hasattr(optimizer, "averaged_gradients"):
+            for parts in optimizer.averaged_gradients.values():
+                yield from parts or ()
+        else:  # bf16 weights in stage 1 have another optimizer in DeepSpeed
+            yield from optimizer.fp32_groups_gradient_flat_partition
+
+
+def partition(config: Config, topology: Topology) -> Callable[[nn.Module], object]:
+    """For ``model.build_model``: leaves each process its part of a module's weights (stage 3)."""
+    deepspeed = _deepspeed(topology)
+    settings = _settings(config, topology)
+    return lambda module: deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """Its whole shape, wherever its parts are."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def _deepspeed(topology: Topology) -> Any:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "parallel.zero_stage needs the package deepspeed, which is not installed: "
+            "pip install 'mst-train[distributed]', or set parallel.zero_stage=0"
+        )
+    if topology.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # It logs at every step of its start, on every process.
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _settings(config: Config, topology: Topology) -> dict[str, Any]:
+    """DeepSpeed's configuration."""
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.train.accumulation_steps,
+        "zero_optimization": {
+            "stage": config.parallel.zero_stage,
+            "overlap_comm": topology.device.type == "cuda",
+            "stage3_param_persistence_threshold": 0,  # small ones come with their blocks
+            "memory_efficient_linear": False,  # it would replace torch's for all
+        },
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": config.precision == "bf16_master"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "steps_per_print": 10**9,
+    }

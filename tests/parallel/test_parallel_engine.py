@@ -1,0 +1,183 @@
+"""Twenty steps by several processes give the weights of one process."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from processes import run
+from training import STEPS, forget_and_refuse, save_and_continue, train_alone, train_together
+
+from mst_train.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
+from mst_train.errors import UserError
+from mst_train.model import build_model
+from mst_train.parallel import Topology, build_engine
+
+STAGES = (0, 1, 2, 3)
+COVERING = {
+    2: [(1, 1), (2, 2), (1, 3)],
+    4: [(4, 0), (2, 1), (1, 2), (2, 3)],
+}
+"""For 2 and 4 processes: sequence-parallel degrees with ZeRO stages."""
+FULL = {
+    world: list(itertools.product([d for d in (1, 2, 4) if d <= world], STAGES)) for world in (2, 4)
+}
+MASTERS = [{"degree": 1, "stage": stage, "precision": "bf16_master"} for stage in STAGES]
+TIED = [
+    {"degree": 1, "stage": 3, "policy": policy, "tied": True}
+    for policy in ("vanilla", "recompute", "mst")
+]
+
+
+def combinations(pairs):
+    return [{"degree": degree, "stage": stage} for degree, stage in pairs]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return train_alone()
+
+
+@pytest.fixture(scope="module")
+def two_together(tmp_path_factory):
+    """Everything that two processes train, in one start of them."""
+    runs = [*combinations(COVERING[2]), *MASTERS, *TIED]
+    return train_all(2, runs, tmp_path_factory.mktemp("two"), timeout=280)
+
+
+def train_all(world, runs, folder, timeout):
+    """What the first process has of each of these runs; the others have no weights or states."""
+    first, *others = run(train_together, world, folder, timeout=timeout, world=world, runs=runs)
+    for other in others:
+        assert all(not found["weights"] and not found["state"] for found in other)
+    return [(settings, found) for settings, found in zip(runs, first, strict=True)]
+
+
+def those_of(together, runs):
+    return [found for settings, found in together if settings in runs]
+
+
+def check_equal(expected, found, tolerance):
+    """Losses, norms, and each parameter by its relative error over the whole tensor."""
+    torch.testing.assert_close(found["losses"], expected["losses"], rtol=tolerance, atol=0)
+    torch.testing.assert_close(found["norms"], expected["norms"], rtol=tolerance, atol=0)
+    assert found["validation"] == pytest.approx(expected["validation"], rel=tolerance)
+    assert found["weights"].keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        error = (found["weights"][name] - weight).norm() / weight.norm()
+        assert error < tolerance, (name, error)
+
+
+@pytest.mark.distributed
+def test_two_processes(alone, two_together):
+    for found in those_of(two_together, combinations(COVERING[2])):
+        check_equal(alone, found, 1e-5)
+
+
+@pytest.mark.distributed
+def test_four_processes(alone, tmp_path):
+    for _, found in train_all(4, combinations(COVERING[4]), tmp_path, timeout=280):
+        check_equal(alone, found, 1e-5)
+
+
+@pytest.mark.distributed_full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_combination(alone, world, tmp_path):
+    for settings, found in train_all(world, combinations(FULL[world]), tmp_path, timeout=800):
+        print(settings)
+        check_equal(alone, found, 1e-5)
+
+
+def test_the_comparison_would_notice_a_wrong_scale(alone):
+    wrong = train_alone()
+    wrong["norms"] = wrong["norms"] * (1 + 2e-5)
+    with pytest.raises(AssertionError):
+        check_equal(alone, wrong, 1e-5)
+    assert (alone["norms"] > 0.3).all()  # so that clipping has something to do
+    assert len(alone["losses"]) == STEPS
+
+
+@pytest.mark.distributed
+def test_a_run_goes_on_with_other_processes(alone, tmp_path):
+    """Two processes under ZeRO-2 and then ZeRO-3, four under ZeRO-1, then one."""
+    two = [
+        {"degree": 2, "stage": 2, "first": 0, "last": 5},
+        {"degree": 1, "stage": 3, "first": 5, "last": 9},
+    ]
+    four = [{"degree": 2, "stage": 1, "first": 9, "last": 13}]
+    for world, legs in ((2, two), (4, four)):
+        folder = tmp_path / str(world)
+        run(save_and_continue, world, folder, world=world, legs=legs, states=str(tmp_path))
+    found = train_alone(saved=torch.load(tmp_path / "13.pt"))
+    for key in ("losses", "norms"):
+        torch.testing.assert_close(found[key], alone[key][13:], rtol=1e-5, atol=0)
+    for name, weight in alone["weights"].items():
+        assert (found["weights"][name] - weight).norm() / weight.norm() < 1e-5, name
+
+
+def errors(found, truth):
+    """The relative error of each fp32 master weight."""
+    return {
+        name: ((parts["master"] - weight).norm() / weight.norm()).item()
+        for (name, parts), weight in zip(found["state"].items(), truth.values(), strict=True)
+    }
+
+
+@pytest.mark.distributed
+def test_fp32_masters_of_bf16_weights(two_together):
+    """As near to what fp32 gives as one process is."""
+    truth = train_alone(rounded=True)["weights"]
+    expected = train_alone(precision="bf16_master")
+    allowed = errors(expected, truth)
+    results = those_of(two_together, MASTERS)
+    assert len(results) == len(STAGES)
+    for one in results:
+        # AdamW takes no notice of the gradient's scale: the norms would tell of a wrong one.
+        torch.testing.assert_close(one["losses"], expected["losses"], rtol=5e-4, atol=0)
+        torch.testing.assert_close(one["norms"], expected["norms"], rtol=5e-3, atol=0)
+        for name, error in errors(one, truth).items():
+            assert error < 1.5 * allowed[name] + 1e-4, name
+            assert one["weights"][name].dtype == torch.bfloat16
+
+
+@pytest.mark.distributed
+def test_other_policies_and_tied_embeddings_with_shared_weights(two_together):
+    expected = train_alone(tied=True)
+    results = those_of(two_together, TIED)
+    assert len(results) == 3
+    for one in results:
+        check_equal(expected, one, 1e-5)
+
+
+@pytest.mark.distributed
+def test_a_forgotten_step_leaves_no_trace(tmp_path):
+    first, second = run(forget_and_refuse, 2, tmp_path, timeout=200, world=2, stages=STAGES)
+    for mine, theirs in zip(first, second, strict=True):
+        whole, bad, again, once_more = mine["norms"]
+        assert again == once_more == pytest.approx(whole, rel=1e-6)
+        assert math.isnan(bad)
+        assert mine["norms"][:1] + mine["norms"][2:] == theirs["norms"][:1] + theirs["norms"][2:]
+    assert [one["held"] for one in first] == [first[0]["held"]] * 3 + [0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"optimizer": OptimizerConfig(in_backward=True)}, "optimizer.in_backward=true"),
+        ({"optimizer": OptimizerConfig(offload="host")}, "optimizer.offload=host"),
+        ({"parallel": ParallelConfig(zero_stage=1), "precision": "bf16"}, "precision=bf16 "),
+        (
+            {
+                "parallel": ParallelConfig(zero_stage=3),
+                "model": ModelConfig(from_pretrained="folder"),
+            },
+            "model.from_pretrained=folder",
+        ),
+    ],
+)
+def test_what_several_processes_cannot_do(changes, problem):
+    config = Config(**changes)
+    model = build_model(config.model, device="meta")
+    with pytest.raises(UserError, match=problem):
+        build_engine(model, config, Topology(world=2))

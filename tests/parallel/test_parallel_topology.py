@@ -1,0 +1,116 @@
+"""The grid of processes, their rows and their samples."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from mst_train.config import Config, DataConfig, ModelConfig, ParallelConfig
+from mst_train.data import Batch, Loader, Sequences
+from mst_train.data.packing import Sequence
+from mst_train.errors import UserError
+from mst_train.parallel import SharedSequences, Topology, check_degree, joined
+
+
+def topology(rank, world=4, degree=2):
+    return Topology(rank=rank, world=world, sequence_parallel=degree)
+
+
+def test_grid():
+    grid = [topology(rank) for rank in range(4)]
+    assert [t.data_index for t in grid] == [0, 0, 1, 1]
+    assert [t.sequence_index for t in grid] == [0, 1, 0, 1]
+    assert {t.data_parallel for t in grid} == {2}
+    assert [t.is_first for t in grid] == [True, False, False, False]
+
+
+def test_rows_of_a_batch():
+    tokens = torch.arange(16).view(2, 8)
+    batch = Batch(tokens, tokens + 1, tokens % 8, torch.tensor([0, 8, 11, 16], dtype=torch.int32))
+    first, second = (topology(rank).rows_of(batch) for rank in (2, 3))
+    assert first.tokens.tolist() == [[0, 1, 2, 3], [8, 9, 10, 11]]
+    # The label of a process's last token is the next process's first token.
+    assert first.labels[:, -1].tolist() == second.tokens[:, 0].tolist() == [4, 12]
+    assert second.positions.tolist() == [[4, 5, 6, 7], [4, 5, 6, 7]]
+    assert first.boundaries is second.boundaries is batch.boundaries
+    whole = topology(1, degree=1).rows_of(batch)
+    assert whole is batch
+
+
+def test_rows_that_do_not_come_out_even():
+    tokens = torch.zeros(1, 7, dtype=torch.int64)
+    with pytest.raises(UserError, match=r"7 tokens .* parallel\.sequence_parallel=2"):
+        topology(0).rows_of(Batch(tokens, tokens, tokens))
+
+
+def config(degree, length=64, heads=4, keys=2):
+    return Config(
+        model=ModelConfig(num_heads=heads, num_kv_heads=keys),
+        data=DataConfig(sequence_length=length),
+        parallel=ParallelConfig(sequence_parallel=degree),
+    )
+
+
+@pytest.mark.parametrize(("degree", "world"), [(1, 1), (1, 3), (2, 4), (4, 4), (4, 8)])
+def test_degrees_that_fit(degree, world):
+    check_degree(config(degree), world)  # 4 is more than the two key-value heads
+
+
+def test_degrees_that_do_not_fit():
+    with pytest.raises(UserError) as caught:
+        check_degree(config(3, length=64, heads=4), 4)
+    world, heads, length = caught.value.problems
+    assert "parallel.sequence_parallel=3 does not divide the number of processes, 4" in world
+    assert "does not divide model.num_heads=4" in heads
+    assert "data.sequence_length=64 is not a multiple of parallel.sequence_parallel=3" in length
+
+
+def test_more_processes_than_query_heads():
+    with pytest.raises(UserError, match=r"does not divide model\.num_heads=4"):
+        check_degree(config(8), 8)
+
+
+def test_one_process_joins_nobody(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined(config(1)) as alone:
+        assert (alone.rank, alone.world, alone.sequence_group) == (0, 1, None)
+        assert alone.total([1.5, 2]) == [1.5, 2]
+    with pytest.raises(UserError, match="number of processes, 1"), joined(config(2)):
+        pass
+
+
+class Numbered(Sequences):
+    """Sequences that are their own numbers."""
+
+    sequence_length = 1
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        number = torch.full((1,), index).numpy()
+        return Sequence(number, number, number, None)
+
+
+def seen(sequences, batch_size, batches, position=0):
+    loader = Loader(sequences, batch_size, seed=3, position=position)
+    numbers = [next(loader).tokens.flatten().tolist() for _ in range(batches)]
+    return numbers, loader.state()
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_data_groups_share_what_one_process_sees(start):
+    one, end = seen(Numbered(), 2, 6, start)
+    shared = [SharedSequences(Numbered(), topology(rank), 2, start) for rank in (0, 2)]
+    (first, consumed), (second, _) = (seen(sequences, 2, 3) for sequences in shared)
+    assert [batch for pair in zip(first, second, strict=True) for batch in pair] == one
+    assert shared[0].position(consumed) == end == start + 12
+
+
+def test_a_sequence_group_reads_the_same():
+    same = [seen(SharedSequences(Numbered(), topology(rank), 2, 0), 2, 3) for rank in (2, 3)]
+    assert same[0] == same[1]
+
+
+def test_topology_is_a_value():
+    assert dataclasses.replace(topology(0), rank=1) == topology(1)

@@ -1,0 +1,227 @@
+"""What a process does in the tests of the engines: twenty steps of a small model."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mst_train.config import (
+    Config,
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from mst_train.data import IGNORED, Loader, Sequences
+from mst_train.data.loader import collate
+from mst_train.data.packing import Sequence
+from mst_train.model import build_model, select_attention
+from mst_train.mst import Documents, Policy
+from mst_train.optim import learning_rate
+from mst_train.parallel import (
+    SharedSequences,
+    Topology,
+    UlyssesAttention,
+    build_engine,
+    grid,
+    joined,
+)
+from mst_train.parallel.zero import partition
+
+CPU = torch.device("cpu")
+LENGTH, STEP_SEQUENCES, ACCUMULATION, STEPS = 24, 8, 2, 20
+
+MODEL = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    qk_norm="head",
+)
+
+
+class Documented(Sequences):
+    """Sequences of a few documents each; unevenly many of their tokens count."""
+
+    sequence_length = LENGTH
+
+    def __len__(self):
+        return 50
+
+    @functools.cache  # noqa: B019
+    def __getitem__(self, index):
+        generator = np.random.default_rng(index)
+        tokens = generator.integers(0, 64, LENGTH + 1)
+        ignored = generator.random(LENGTH) < generator.random()
+        labels = np.where(ignored, IGNORED, tokens[1:])
+        borders = generator.choice(np.arange(1, LENGTH), 3, replace=False)
+        starts = np.concatenate([[0], np.sort(borders)])
+        places = np.arange(LENGTH)
+        positions = places - starts[np.searchsorted(starts, places, side="right") - 1]
+        return Sequence(tokens[:-1], labels, positions, starts)
+
+
+def make_config(
+    world=1, degree=1, stage=0, precision="fp32", steps=STEPS, policy="mst", tied=False
+):
+    """Whatever the processes, a step has the same sequences, in two micro-batches."""
+    groups = world // degree
+    return Config(
+        precision=precision,
+        train=TrainConfig(
+            steps=steps,
+            micro_batch_size=STEP_SEQUENCES // (ACCUMULATION * groups),
+            accumulation_steps=ACCUMULATION,
+        ),
+        model=dataclasses.replace(MODEL, tie_embeddings=tied),
+        data=DataConfig(sequence_length=LENGTH),
+        memory=MemoryConfig(
+            policy=policy, mlp_chunk_tokens=5, head_chunk_tokens=7, block_chunk_tokens=9
+        ),
+        parallel=ParallelConfig(sequence_parallel=degree, zero_stage=stage),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3, warmup_steps=4, max_grad_norm=0.3, weight_decay=0.1
+        ),
+    )
+
+
+def train(config, topology, saved=None, rounded=False):
+    """Losses, gradient norms, what ``engine.state`` gives in the end, and the place reached."""
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    attention = select_attention("cpu", CPU, dtype)
+    if config.parallel.sequence_parallel > 1:
+        attention = UlyssesAttention(attention, topology.sequence_group)
+    policy = Policy.from_config(config.memory)
+    parts = partition(config, topology) if config.parallel.zero_stage == 3 else None
+    model = build_model(
+        config.model, policy=policy, attention=attention, dtype=dtype, seed=7, partition=parts
+    )
+    if rounded:  # start where a model in bf16 starts
+        start = build_model(config.model, dtype=torch.bfloat16, seed=7)
+        model.load_state_dict(start.state_dict())
+    engine = build_engine(model, config, topology)
+    done, position = 0, 0
+    if saved is not None:
+        done, position = saved["step"], saved["position"]
+        engine.load(saved["weights"], saved["state"])
+    size = config.train.micro_batch_size
+    sequences = SharedSequences(Documented(), topology, size, position)
+    loader = Loader(sequences, size, seed=11)
+    losses, norms = [], []
+    validation = None
+    for step in range(done + 1, config.train.steps + 1):
+        batches = [topology.rows_of(next(loader)) for _ in range(ACCUMULATION)]
+        rate = learning_rate(step, STEPS, config.optimizer)
+        loss, norm = train_step(engine, batches, rate, config.optimizer.max_grad_norm)
+        losses.append(loss)
+        norms.append(norm)
+        if step == STEPS // 2:
+            validation = evaluate(engine)
+    weights, state = engine.state()
+    return {
+        "losses": torch.tensor(losses),
+        "norms": torch.tensor(norms),
+        "validation": validation,
+        "weights": {name: weight.detach() for name, weight in weights.items()},
+        "state": state,
+        "step": config.train.steps,
+        "position": sequences.position(loader.state()),
+    }
+
+
+def train_step(engine, batches, rate, max_grad_norm):
+    topology = engine.topology
+    own = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+    (valid_tokens,) = topology.total([own])
+    loss_sum = 0.0
+    engine.begin_step(rate)
+    for index, batch in enumerate(batches):
+        documents = Documents(batch.boundaries)
+        batch_loss_sum, _ = engine(batch.tokens, batch.labels, batch.positions, documents)
+        loss_sum += topology.total([batch_loss_sum.item()])[0]
+        engine.backward(batch_loss_sum / valid_tokens, last=index == len(batches) - 1)
+    norm = engine.gradient_norm()
+    engine.clip(max_grad_norm, norm)
+    engine.step()
+    return loss_sum / valid_tokens, norm.item()
+
+
+@torch.no_grad()
+def evaluate(engine):
+    """The loss of two sequences, which every data group computes."""
+    topology = engine.topology
+    batch = topology.rows_of(collate(Documented(), [3, 4]))
+    documents = Documents(batch.boundaries)
+    loss_sum, _ = engine(batch.tokens, batch.labels, batch.positions, documents)
+    return topology.total([loss_sum.item()])[0] / topology.data_parallel
+
+
+def train_alone(saved=None, rounded=False, **settings):
+    return train(make_config(**settings), Topology(), saved, rounded)
+
+
+def train_together(world, runs):
+    """Several runs one after the other in the same processes."""
+    with joined(make_config(world)) as topology:
+        return [one_of(topology, **settings) for settings in runs]
+
+
+def one_of(topology, degree, stage, precision="fp32", policy="mst", tied=False):
+    config = make_config(topology.world, degree, stage, precision, policy=policy, tied=tied)
+    return train(config, grid(topology.rank, topology.world, degree, CPU))
+
+
+def forget_and_refuse(world, stages):
+    """For each stage, norms of gradients with a NaN and forgotten steps between them, and how many
+    of the weights are whole on this process in the end.
+    """
+    with joined(make_config(world)) as topology:
+        return [forgets(make_config(world, 1, stage), topology) for stage in stages]
+
+
+def forgets(config, topology):
+    parts = partition(config, topology) if config.parallel.zero_stage == 3 else None
+    model = build_model(config.model, seed=7, partition=parts)
+    engine = build_engine(model, config, topology)
+    sequences = SharedSequences(Documented(), topology, config.train.micro_batch_size, 0)
+    batches = [collate(sequences, [i, i + 1]) for i in (0, 2)]
+
+    def gradient_norm(scale):
+        engine.begin_step(1e-3)
+        for index, batch in enumerate(batches):
+            documents = Documents(batch.boundaries)
+            loss_sum, _ = engine(batch.tokens, batch.labels, batch.positions, documents)
+            engine.backward(scale * loss_sum, last=index == 1)
+        return engine.gradient_norm().item()
+
+    norms = []
+    for scale in (1.0, float("nan"), 1.0):
+        norms.append(gradient_norm(scale))
+        engine.abandon_step()
+    # One that ends between its micro-batches.
+    loss_sum, _ = engine(batches[0].tokens, batches[0].labels, batches[0].positions, None)
+    engine.backward(loss_sum, last=False)
+    engine.abandon_step()
+    norms.append(gradient_norm(1.0))
+    held = sum(parameter.numel() for parameter in model.parameters())
+    return {"norms": norms, "held": held}
+
+
+def save_and_continue(world, legs, states):
+    """Go on from a state on disk (from none where first is 0), and leave one there."""
+    with joined(make_config(world)) as everybody:
+        for leg in legs:
+            first, last = leg["first"], leg["last"]
+            config = make_config(world, leg["degree"], leg["stage"], steps=last)
+            topology = grid(everybody.rank, world, leg["degree"], CPU)
+            saved = torch.load(f"{states}/{first}.pt", mmap=True) if first else None
+            result = train(config, topology, saved)
+            if topology.is_first:
+                torch.save(result, f"{states}/{last}.pt")
+            dist.barrier()
