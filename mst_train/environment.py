@@ -1,5 +1,6 @@
 """Where a result was made: command, date, commit, machine and versions."""
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -61,8 +62,12 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+@functools.cache
 def _git_commit() -> str | None:
-    """The commit of the code, "-dirty" added where files have changed since."""
+    """The commit of the code, "-dirty" added where files have changed since.
+
+    Asked once, so that results a command writes into the repository do not count as changes.
+    """
     try:
         result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

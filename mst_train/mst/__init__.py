@@ -7,7 +7,11 @@ computed; ``Offload`` keeps it on the host. ``Policy`` says how a decoder puts t
 
 from mst_train.mst.attention import AttentionKernel, Documents, Scores, attend
 from mst_train.mst.block import RowwiseBlock, mini_sequence_block
-from mst_train.mst.head import cross_entropy, mini_sequence_cross_entropy
+from mst_train.mst.head import (
+    cross_entropy,
+    mini_sequence_cross_entropy,
+    mini_sequence_losses,
+)
 from mst_train.mst.mlp import gated_mlp, mini_sequence_mlp
 from mst_train.mst.offload import HostBudgetError, Offload
 from mst_train.mst.policy import Policy
@@ -26,6 +30,7 @@ __all__ = [
     "gated_mlp",
     "mini_sequence_block",
     "mini_sequence_cross_entropy",
+    "mini_sequence_losses",
     "mini_sequence_mlp",
     "recompute_block",
 ]

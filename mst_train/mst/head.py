@@ -120,6 +120,39 @@ def mini_sequence_cross_entropy(
     return loss_sum, (labels != ignore_index).sum()
 
 
+@torch.no_grad()
+def mini_sequence_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    chunk_tokens: int | str = "auto",
+    ignore_index: int = -100,
+    softcap: float | None = None,
+) -> Tensor:
+    """The cross-entropy of each token, [N], without gradients and with one chunk of logits alive.
+
+    Arguments and errors as in ``mini_sequence_cross_entropy``, which gives the sum of these losses.
+    They are fp32 (fp64 for fp64 input), and 0 where the label is ``ignore_index``.
+    """
+    autocast = Autocast.here(hidden.device)
+    hidden, weight = autocast.cast(hidden), autocast.cast(weight)
+    _check(hidden, weight, labels)
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    bytes_per_token = vocabulary * hidden.element_size()
+    chunk_size = resolve_chunk_tokens(chunk_tokens, tokens, bytes_per_token, hidden.device)
+    options = {"ignore_index": ignore_index, "softcap": softcap, "gradient": False}
+    loss_N = hidden.new_empty(tokens, dtype=_loss_dtype(hidden))
+    logits = hidden.new_empty(chunk_size, vocabulary)
+    with autocast.off():
+        for chunk in chunk_slices(tokens, chunk_size):
+            hidden_CD = hidden[chunk]
+            logits_CV = logits[: hidden_CD.shape[0]]
+            torch.mm(hidden_CD, weight.t(), out=logits_CV)
+            loss_N[chunk], _ = cross_entropy_(logits_CV, labels[chunk], **options)  # type: ignore[arg-type]
+    return loss_N
+
+
 class _MiniSequenceCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(

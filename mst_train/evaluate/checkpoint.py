@@ -1,0 +1,88 @@
+"""Evaluation of a run's newest checkpoint, without its training."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mst_kernels import set_backend, use_triton
+from mst_train.checkpoint import complete_checkpoints, first_undamaged, load_part
+from mst_train.config import Config
+from mst_train.data import Vocabulary, fixed_batches, load_data
+from mst_train.errors import UserError
+from mst_train.evaluate.passkey import Probe, make_probes, passkey_record
+from mst_train.model import Transformer, build_model, select_attention
+from mst_train.mst import Policy
+from mst_train.step import evaluate
+
+PASSKEY = ("passkey_accuracy", "passkey_loss", "passkey")
+
+log = logging.getLogger(__name__)
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """A run's newest checkpoint that is whole; UserError where it has none."""
+    found = first_undamaged(complete_checkpoints(run / "checkpoints")[::-1])
+    if found is None:
+        raise UserError(f"run.dir={run} holds no whole checkpoint: give the folder of a run")
+    return found
+
+
+def evaluate_checkpoint(config: Config, checkpoint: Path) -> dict[str, Any]:
+    """The validation loss, by position too, and passkey retrieval, as one JSON object.
+
+    Args:
+        config: the run's settings; those of ``data`` and ``evaluation`` say what on.
+        checkpoint: whose weights.
+
+    Parts that the data do not allow are null: no validation data, tokens without a tokenizer.
+    Raises UserError where the data or the checkpoint cannot be used.
+    """
+    data = load_data(config.data)
+    trainer = load_part(checkpoint, "trainer")
+    if trainer["corpus"] != data.corpus_fingerprint:
+        log.warning("data.source is not what %s was trained on", checkpoint)
+    probes = _probes(config, data.tokenizer)
+    model = _load(config, checkpoint)
+    record: dict[str, Any] = {"val_loss": None, "val_loss_by_position": None, "val_tokens": None}
+    if data.validation is not None:
+        limit = config.train.eval_sequences
+        batches = fixed_batches(data.validation, config.train.micro_batch_size, limit)
+        found = evaluate(model, batches)
+        tokens = {str(bucket.start): bucket.tokens for bucket in found.buckets}
+        record |= {**found.record(), "val_tokens": tokens}
+    passkeys = passkey_record(model, probes) if probes else dict.fromkeys(PASSKEY)
+    return {"checkpoint": str(checkpoint), "step": trainer["step"], **record, **passkeys}
+
+
+def _probes(config: Config, tokenizer: Vocabulary) -> list[Probe]:
+    try:
+        return make_probes(config, tokenizer)
+    except UserError as error:
+        if config.evaluation.passkey_lengths:
+            raise
+        log.warning("no passkey retrieval: %s", error)
+        return []
+
+
+def _load(config: Config, checkpoint: Path) -> Transformer:
+    """The checkpoint's model on this machine's device, in mini-sequences whatever its policy."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    try:
+        set_backend(config.kernel.backend)
+        use_triton(torch.empty(0, device=device, dtype=dtype))
+    except ValueError as error:
+        message = f"kernel.backend={config.kernel.backend} cannot be used: {error}"
+        raise UserError(message) from error
+    model = build_model(
+        config.model,
+        policy=Policy.from_config(replace(config.memory, policy="mst", offload="none")),
+        attention=select_attention(config.kernel.attention, device, dtype),
+        device=device,
+        dtype=dtype,
+    )
+    model.load_state_dict(load_part(checkpoint, "model"))
+    return model

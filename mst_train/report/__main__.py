@@ -1,0 +1,46 @@
+"""python -m mst_train.report run.dir=DIR [report.compare=[DIR,...]]: a run as an HTML page."""
+
+import sys
+from pathlib import Path
+
+from mst_train.command import run_command
+
+HELP = """\
+python -m mst_train.report run.dir=DIR [report.compare=[DIR,...]]
+
+Writes DIR/report.html: the run's curves, its loss by position, its memory beside the prediction,
+its settings and versions, in one file that loads nothing. It can be made while the run goes on.
+  --help           this page
+  report.compare   folders of other runs, drawn in the same charts"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    return run_command(_run, arguments, "nothing was written")
+
+
+def _run(arguments: list[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        print(HELP)
+        return 0
+    from mst_train.compose import compose
+    from mst_train.report.read import read_run
+
+    config = compose(arguments)
+    folder = Path(config.run.dir)
+    others = [Path(name).expanduser() for name in config.report.compare]
+    runs = [read_run(path) for path in (folder, *others)]
+
+    from mst_train.report.memory import over_lengths
+    from mst_train.report.page import page
+
+    file = folder / "report.html"
+    temporary = folder / ".report.html.tmp"
+    temporary.write_text(page(runs, over_lengths(runs[0])))
+    temporary.replace(file)
+    print(f"The page: {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

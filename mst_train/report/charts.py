@@ -1,0 +1,199 @@
+"""Line charts and stacked areas as SVG that takes its colours and its font from the page.
+
+matplotlib draws with colours that stand for the page's CSS variables and are replaced by them, so
+that one drawing serves the light and the dark page.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from mst_train.memory.tracker import KINDS
+
+INK, FAINT, GRID = "#010101", "#010102", "#010103"
+LINES = [f"#0102{number:02x}" for number in range(6)]
+AREAS = {kind: f"#0103{number:02x}" for number, kind in enumerate((*KINDS, "overhead"))}
+
+VARIABLES = {
+    INK: "--ink",
+    FAINT: "--faint",
+    GRID: "--grid",
+    **{color: f"--line-{number}" for number, color in enumerate(LINES)},
+    **{color: f"--area-{kind}" for kind, color in AREAS.items()},
+}
+"""Which variable of the page each colour stands for."""
+
+SIZE = (4.6, 2.7)
+POINTS = 1200
+"""About the most points of a curve."""
+
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": FAINT,
+    "xtick.color": GRID,
+    "xtick.labelcolor": FAINT,
+    "ytick.color": GRID,
+    "ytick.labelcolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": GRID,
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values ``y`` at ``x``.
+
+    style: line, faint (what a line smooths), points (dots, joined) or rings (not joined).
+    """
+
+    x: Sequence[float]
+    y: Sequence[float]
+    color: str
+    style: str = "line"
+
+
+def line_chart(
+    name: str,
+    curves: Sequence[Curve],
+    x_label: str,
+    *,
+    from_zero: bool = False,
+    ticks: Sequence[str] | None = None,
+) -> str:
+    """Curves in one chart, as SVG.
+
+    from_zero: show the whole of each value. ticks: words for x = 0, 1, 2, ...
+    """
+
+    def draw(axes: Any) -> None:
+        for curve in curves:
+            _draw(axes, curve)
+        if ticks is None:
+            axes.xaxis.set_major_formatter(lambda value, _: short(value))
+        else:
+            axes.set_xticks(range(len(ticks)), ticks)
+        axes.yaxis.set_major_formatter(lambda value, _: short(value))
+        axes.set_xlabel(x_label)
+        if from_zero:
+            axes.set_ylim(0, 1.1 * max(max(curve.y) for curve in curves) or 1)
+
+    return _svg(name, draw)
+
+
+def memory_chart(
+    name: str, reports: Sequence[dict[str, Any]], measured: Sequence[tuple[int, float, str]]
+) -> str:
+    """Predicted parts of the peak over the length as areas, and what runs measured as dots.
+
+    reports: as ``Prediction.report`` gives them, by length. measured: (length, GiB, colour).
+    """
+
+    def draw(axes: Any) -> None:
+        lengths = [report["sequence_length"] for report in reports]
+        parts = [report["breakdown"] for report in reports]
+        kinds = [kind for kind in AREAS if any(part[kind] for part in parts)]
+        if len(reports) > 1:
+            axes.stackplot(
+                lengths,
+                [[part[kind] / 2**30 for part in parts] for kind in kinds],
+                colors=[AREAS[kind] for kind in kinds],
+                linewidth=0,
+            )
+        for length, gib, color in measured:
+            axes.plot([length], [gib], "o", markersize=8, color=color, markeredgecolor=INK)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({*lengths, *(length for length, _, _ in measured)})
+        axes.set_xticks(ticks, [short_power(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("tokens in a sequence")
+        axes.yaxis.set_major_formatter(lambda value, _: short(value))
+
+    return _svg(name, draw)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """The mean of the values around each; a twentieth of them all, at least 5."""
+    half = max(len(values) // 40, 2)
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    ends = [(max(i - half, 0), min(i + half + 1, len(values))) for i in range(len(values))]
+    return [(sums[b] - sums[a]) / (b - a) for a, b in ends]
+
+
+def thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """At most about POINTS points: the lowest and the highest of each stretch, in their order."""
+    stretch = -(-2 * len(x) // POINTS)
+    if stretch <= 2:
+        return list(x), list(y)
+    kept: list[int] = []
+    for start in range(0, len(x), stretch):
+        places = range(start, min(start + stretch, len(x)))
+        kept += sorted({min(places, key=y.__getitem__), max(places, key=y.__getitem__)})
+    return [x[place] for place in kept], [y[place] for place in kept]
+
+
+def short(value: float) -> str:
+    """A number for an axis: 1500000 as 1.5M."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:.6g}"
+
+
+def short_power(tokens: int) -> str:
+    """A length in tokens: 4096 as 4K, where it is a whole multiple of 1024."""
+    return f"{tokens // 1024}K" if tokens >= 1024 and tokens % 1024 == 0 else f"{tokens:,}"
+
+
+def _draw(axes: Any, curve: Curve) -> None:
+    x, y = thin(curve.x, curve.y)
+    if curve.style == "faint":
+        axes.plot(x, y, color=curve.color, linewidth=0.8, alpha=0.3)
+    elif curve.style == "rings":
+        axes.plot(x, y, "o", color=curve.color, markersize=4.5, markerfacecolor="none")
+    elif curve.style == "points" or len(x) == 1:
+        axes.plot(x, y, "o-", color=curve.color, linewidth=1.1, markersize=4)
+    else:
+        axes.plot(x, y, color=curve.color, linewidth=1.7)
+
+
+def _svg(name: str, draw: Callable[[Any], None]) -> str:
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.subplots()
+        axes.grid(axis="y", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0)
+        axes.spines["left"].set_visible(False)
+        draw(axes)
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    return _at_home(file.getvalue(), name)
+
+
+def _at_home(svg: str, name: str) -> str:
+    """A drawing as a part of the page: without a size, colours and font of its own."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    for color, variable in VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(name)}" ', 1).strip()

@@ -1,0 +1,120 @@
+"""The whole page: one HTML file that loads nothing."""
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from mst_train.report import sections
+from mst_train.report.read import Run
+
+LIGHT = {
+    "ground": "#fbfbfc",
+    "panel": "#ffffff",
+    "ink": "#1f2933",
+    "faint": "#68727d",
+    "grid": "#dfe3e8",
+    "line-0": "#1f6fb2",
+    "line-1": "#d97706",
+    "line-2": "#15803d",
+    "line-3": "#9333ea",
+    "line-4": "#be123c",
+    "line-5": "#0e7490",
+    "area-parameters": "#334e68",
+    "area-gradients": "#829ab1",
+    "area-optimizer": "#627d98",
+    "area-checkpoints": "#2f9e44",
+    "area-working_set": "#f08c00",
+    "area-head": "#e03131",
+    "area-other": "#adb5bd",
+    "area-overhead": "#d3d9df",
+}
+DARK = {
+    "ground": "#14181d",
+    "panel": "#1b2127",
+    "ink": "#e6e9ec",
+    "faint": "#98a2ad",
+    "grid": "#333b44",
+    "line-0": "#62aee8",
+    "line-1": "#f5a742",
+    "line-2": "#4ac26b",
+    "line-3": "#c08bfa",
+    "line-4": "#fb7185",
+    "line-5": "#3fc1d9",
+    "area-parameters": "#5d7fa3",
+    "area-gradients": "#a9bdd1",
+    "area-optimizer": "#7f9cba",
+    "area-checkpoints": "#40b35a",
+    "area-working_set": "#f59f2f",
+    "area-head": "#ef5a5a",
+    "area-other": "#7d8791",
+    "area-overhead": "#56606a",
+}
+
+STYLE = """\
+*{box-sizing:border-box}
+body{margin:0;background:var(--ground);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
+main{max-width:1180px;margin:0 auto;padding:1.5rem 1rem 3rem}
+h1{font-size:1.6rem;margin:0;overflow-wrap:anywhere}
+h2{font-size:1rem;margin:0}
+p{margin:0}
+.faint{color:var(--faint);font-size:.85rem}
+section{margin-top:1.25rem}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(7rem,1fr));gap:.75rem}
+.card,figure,details{background:var(--panel);border:1px solid var(--grid);border-radius:10px}
+.card{padding:.7rem .9rem}
+.card b{display:block;font-size:1.2rem;font-weight:600;font-variant-numeric:tabular-nums}
+.card span{color:var(--faint);font-size:.8rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr));gap:1rem}
+figure{margin:0;padding:.9rem 1rem;min-width:0}
+figure svg{display:block;width:100%;height:auto;margin-top:.4rem}
+svg *{stroke-linejoin:round}
+.key{display:flex;flex-wrap:wrap;gap:.1rem .9rem;font-size:.85rem}
+.dot{display:inline-block;width:.65em;height:.65em;border-radius:50%;margin-right:.4em}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
+th,td{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--grid)}
+th{font-weight:500}
+.parts{width:100%;margin-top:.5rem}
+.parts td{white-space:nowrap}
+.number{text-align:right}
+.bar{width:45%}
+.bar i{display:block;height:.7rem;min-width:1px;border-radius:3px}
+.share{display:inline-block;min-width:3.2rem;padding:0 .5rem;border-radius:5px;text-align:right;
+background:color-mix(in srgb,var(--line-2) calc(var(--share)*45%),transparent)}
+details{margin-top:.75rem;padding:.6rem 1rem}
+summary{cursor:pointer;font-weight:500}
+pre{margin:.6rem 0 0;overflow-x:auto;font-size:.8rem;line-height:1.45}
+"""
+
+
+def page(runs: Sequence[Run], predictions: Sequence[dict[str, Any]]) -> str:
+    """The page of the first run, compared with the others.
+
+    predictions: as ``memory.over_lengths`` gives them for the first run.
+    """
+    first = runs[0]
+    title = first.name
+    if len(runs) > 1:
+        title += " compared with " + ", ".join(run.name for run in runs[1:])
+    body = [
+        f"<header>{sections.heading(first)}</header>",
+        sections.figures(runs),
+        sections.charts(runs, predictions),
+        sections.passkeys(first),
+        sections.details(runs),
+    ]
+    return (
+        "<!doctype html>\n"
+        '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{_variables()}{STYLE}</style>\n</head>\n"
+        "<body><main>\n" + "\n".join(part for part in body if part) + "\n</main></body>\n</html>\n"
+    )
+
+
+def _variables() -> str:
+    light, dark = (
+        "".join(f"--{name}:{value};" for name, value in colors.items()) for colors in (LIGHT, DARK)
+    )
+    return f":root{{{light}}}\n@media(prefers-color-scheme:dark){{:root{{{dark}}}}}\n"

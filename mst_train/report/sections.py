@@ -1,0 +1,309 @@
+"""The parts of the page, each a piece of HTML."""
+
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from typing import Any
+
+import yaml
+
+from mst_train.memory.tracker import KINDS
+from mst_train.plan.show import LABELS, duration
+from mst_train.report.charts import (
+    INK,
+    LINES,
+    Curve,
+    line_chart,
+    memory_chart,
+    short_power,
+    smooth,
+)
+from mst_train.report.read import Run, curve
+
+GIB = 2**30
+
+Report = dict[str, Any]
+
+FIGURES: tuple[tuple[str, Callable[[Run], str | None]], ...] = (
+    ("training loss", lambda run: _or_none(run.last("loss"), "{:.4f}")),
+    ("validation loss", lambda run: _or_none(run.last("val_loss"), "{:.4f}")),
+    ("steps", lambda run: f"{run.training[-1]['step']:,}"),
+    ("tokens", lambda run: _or_none(run.last("tokens"), "{:,.0f}")),
+    ("tokens per second", lambda run: _or_none(run.median("tokens_per_second"), "{:,.0f}")),
+    ("of the device's FLOP/s", lambda run: _or_none(run.median(MFU), "{:.1%}")),
+    ("peak memory", lambda run: _size(run.last("peak_memory_bytes"))),
+    ("time in steps", lambda run: _time(run.seconds)),
+    ("passkey digits right", lambda run: _passkey_accuracy(run)),
+)
+MFU = "model_flops_utilization"
+
+FROM_ZERO = ("Tokens per second", "Peak memory")
+
+OF_OTHER_COMMANDS = ("run", "plan", "bench", "prepare", "report")
+"""Groups of settings that are no part of a training run, and its name."""
+
+
+def heading(run: Run) -> str:
+    """The run's name and, in a line, what it is."""
+    model = run.settings.get("model", {})
+    parts = []
+    if model:
+        parts.append(f"{model['num_layers']} layers of {model['hidden_size']:,}")
+    if run.sequence_length:
+        parts.append(f"sequences of {run.sequence_length:,} tokens")
+    parts += [str(run.settings[key]) for key in ("precision",) if key in run.settings]
+    if run.prediction:
+        parts.append(f"memory.policy={run.prediction['policy']}")
+    hardware = run.environment.get("hardware", {})
+    parts += [str(hardware[key]) for key in ("gpu", "cpu") if key in hardware][:1]
+    parts += [run.environment["date"][:10]] if "date" in run.environment else []
+    return f"<h1>{escape(run.name)}</h1>\n<p class=faint>{escape(' · '.join(parts))}</p>"
+
+
+def figures(runs: Sequence[Run]) -> str:
+    """The key figures: cards for one run, a table for several."""
+    rows = [(name, [value(run) for run in runs]) for name, value in FIGURES]
+    rows = [(name, values) for name, values in rows if any(values)]
+    if len(runs) == 1:
+        cards = (
+            f"<div class=card><b>{escape(str(values[0]))}</b><span>{name}</span></div>"
+            for name, values in rows
+        )
+        return f"<section class=cards>{''.join(cards)}</section>"
+    head = "".join(f"<th>{swatch(i)}{escape(run.name)}</th>" for i, run in enumerate(runs))
+    body = "".join(_row(name, values) for name, values in rows)
+    return f"<section class=scroll><table><tr><th></th>{head}</tr>{body}</table></section>"
+
+
+def charts(runs: Sequence[Run], predictions: Sequence[Report]) -> str:
+    """Curves over the steps, or over tokens where several runs are compared, and the memory.
+
+    predictions: as ``memory.over_lengths`` gives them for the first run.
+    """
+    several = len(runs) > 1
+    x_label = "tokens" if several else "step"
+
+    def place(run: Run, steps: Sequence[int]) -> Sequence[float]:
+        return _tokens_at(run, steps) if several else steps
+
+    def plain(key: str, scale: float = 1) -> list[Curve]:
+        found = []
+        for number, run in enumerate(runs):
+            steps, values = run.curve(key, scale)
+            if values:
+                found.append(Curve(place(run, steps), values, color(number)))
+        return found
+
+    def smoothed(key: str) -> list[Curve]:
+        lines = plain(key)
+        faint = [Curve(line.x, line.y, line.color, "faint") for line in lines]
+        return faint + [Curve(line.x, smooth(line.y), line.color) for line in lines]
+
+    validation = []
+    for number, run in enumerate(runs):
+        steps, values = curve(run.validation, "val_loss")
+        if values:
+            validation.append(Curve(place(run, steps), values, color(number), "points"))
+    loss = smoothed("loss")
+    around, rings = "bold: the mean around a step", ""
+    if len(runs) == 1 and validation:
+        rings = "; rings: validation"
+        loss += [Curve(curve.x, curve.y, INK, "rings") for curve in validation]
+    drawn = [
+        ("Training loss", around + rings, loss),
+        ("Validation loss", "over the same sequences each time", validation),
+        ("Learning rate", "", plain("learning_rate")),
+        ("Gradient norm", f"before clipping; {around}", smoothed("grad_norm")),
+        ("Tokens per second", around, smoothed("tokens_per_second")),
+        ("Peak memory", "GiB, the highest so far", plain("peak_memory_bytes", GIB)),
+    ]
+    parts = [
+        _figure(
+            title,
+            note,
+            line_chart(title, curves, x_label, from_zero=title in FROM_ZERO),
+            _key(runs),
+        )
+        for title, note, curves in drawn
+        if curves
+    ]
+    parts[2:2] = positions(runs)
+    return f"<section class=charts>{''.join([*parts, *memory(runs, predictions)])}</section>"
+
+
+def positions(runs: Sequence[Run]) -> list[str]:
+    """The last validation loss by position; nothing where no run has more than one bucket."""
+    last = [run.validation[-1] if run.validation else {} for run in runs]
+    found = [(n, record.get("val_loss_by_position") or {}) for n, record in enumerate(last)]
+    starts = sorted({int(start) for _, losses in found for start in losses})
+    if len(starts) < 2:
+        return []
+    curves = []
+    for number, losses in found:
+        places = [place for place, start in enumerate(starts) if str(start) in losses]
+        values = [losses[str(starts[place])] for place in places]
+        curves.append(Curve(places, values, color(number), "points"))
+    title, ticks = "Loss by position in the sequence", [short_power(start) for start in starts]
+    chart = line_chart(title, curves, "tokens before, from", ticks=ticks)
+    note = "the last validation; lower on the right: the context is used"
+    return [_figure(title, note, chart, _key(runs))]
+
+
+def memory(runs: Sequence[Run], predictions: Sequence[Report]) -> list[str]:
+    """Predicted memory by kind, at the run's length and over lengths, and what was measured."""
+    measured = []
+    for number, run in enumerate(runs):
+        peak = run.last("peak_memory_bytes")
+        if run.sequence_length and peak is not None:
+            measured.append((run.sequence_length, peak / GIB, color(number)))
+    if not predictions and len(measured) < 2:
+        return []
+    title = "Memory against length"
+    chart = memory_chart(title, predictions, measured)
+    notes = ["GiB; dots: measured peaks"] if measured else ["GiB"]
+    if len(predictions) > 1:
+        notes.append(f"areas: predicted for {runs[0].name}, by kind")
+    if measured and runs[0].prediction.get("device") == "cpu":
+        notes.append("a CPU process's peak has Python and torch in it as well")
+    parts = [_figure(title, "; ".join(notes), chart, _key(runs))]
+    if runs[0].prediction:
+        parts.append(_breakdown(runs[0].prediction))
+    return parts
+
+
+def passkeys(run: Run) -> str:
+    """The last passkey retrieval, by length and depth; nothing where there was none."""
+    if not run.passkeys:
+        return ""
+    last = run.passkeys[-1]
+    found = {(probe["length"], probe["depth"]): probe["accuracy"] for probe in last["passkey"]}
+    lengths, depths = (sorted(set(values)) for values in zip(*found, strict=True))
+    head = "".join(f"<th>{depth:.0%}</th>" for depth in depths)
+    rows = "".join(
+        f"<tr><th>{length:,} tokens</th>"
+        + "".join(_share(found.get((length, depth))) for depth in depths)
+        + "</tr>"
+        for length in lengths
+    )
+    note = (
+        f"After {last['step']:,} steps: how much of a hidden number the model finds, by the text's "
+        f"length and the number's place in it"
+    )
+    return (
+        f"<section><figure><h2>Passkey retrieval</h2><p class=faint>{note}</p><div class=scroll>"
+        f"<table><tr><th></th>{head}</tr>{rows}</table></div></figure></section>"
+    )
+
+
+def details(runs: Sequence[Run]) -> str:
+    """Settings that differ, and each run's whole configuration and environment, folded."""
+    parts = [_differences(runs)] if len(runs) > 1 else []
+    for run in runs:
+        of = f" of {run.name}" if len(runs) > 1 else ""
+        for title, content in (("Configuration", run.settings), ("Environment", run.environment)):
+            if content:
+                text = escape(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+                parts.append(
+                    f"<details><summary>{escape(title + of)}</summary><pre>{text}</pre></details>"
+                )
+    return f"<section>{''.join(parts)}</section>"
+
+
+def color(number: int) -> str:
+    """The colour of the ``number``-th run's lines."""
+    return LINES[number % len(LINES)]
+
+
+def swatch(number: int) -> str:
+    """A dot in that colour."""
+    return f'<i class=dot style="background:var(--line-{number % len(LINES)})"></i>'
+
+
+def _figure(title: str, note: str, chart: str, key: str) -> str:
+    caption = f"<p class=faint>{escape(note)}</p>" if note else ""
+    return f"<figure><h2>{escape(title)}</h2>{caption}{key}{chart}</figure>"
+
+
+def _key(runs: Sequence[Run]) -> str:
+    if len(runs) == 1:
+        return ""
+    names = (f"<span>{swatch(i)}{escape(run.name)}</span>" for i, run in enumerate(runs))
+    return f"<p class=key>{''.join(names)}</p>"
+
+
+def _breakdown(prediction: dict[str, Any]) -> str:
+    parts = [(kind, prediction["breakdown"].get(kind, 0)) for kind in (*KINDS, "overhead")]
+    largest = max(size for _, size in parts) or 1
+    rows = "".join(
+        f'<tr><td>{LABELS[kind]}</td><td class=number>{_size(size)}</td><td class=bar><i style="'
+        f'width:{100 * size / largest:.1f}%;background:var(--area-{kind})"></i></td></tr>'
+        for kind, size in parts
+        if size
+    )
+    total = f"<tr><td>at the peak</td><td class=number>{_size(prediction['peak_bytes'])}</td>"
+    budget = f"<td class=faint>of {_size(prediction['budget_bytes'])}</td></tr>"
+    note = f"{prediction['sequence_length']:,} tokens on {escape(str(prediction['device']))}"
+    return (
+        f"<figure><h2>Predicted memory by kind</h2><p class=faint>{note}</p>"
+        f"<table class=parts>{rows}{total}{budget}</table></figure>"
+    )
+
+
+def _differences(runs: Sequence[Run]) -> str:
+    flat = [dict(_leaves(run.settings)) for run in runs]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    rows = []
+    for key in keys:
+        values = [settings.get(key) for settings in flat]
+        ours = key.partition(".")[0] not in OF_OTHER_COMMANDS
+        if ours and any(value != values[0] for value in values):
+            rows.append(_row(key, [str(value) for value in values]))
+    if not rows:
+        return ""
+    head = "".join(f"<th>{swatch(i)}{escape(run.name)}</th>" for i, run in enumerate(runs))
+    return (
+        f"<h2>Settings that differ</h2><div class=scroll><table><tr><th></th>{head}</tr>"
+        f"{''.join(rows)}</table></div>"
+    )
+
+
+def _share(share: float | None) -> str:
+    if share is None:
+        return "<td></td>"
+    return f'<td><span class=share style="--share:{share:.2f}">{share:.0%}</span></td>'
+
+
+def _row(name: str, values: Iterable[str | None]) -> str:
+    cells = "".join(f"<td>{escape(value or '')}</td>" for value in values)
+    return f"<tr><th>{escape(name)}</th>{cells}</tr>"
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _tokens_at(run: Run, steps: Sequence[int]) -> list[float]:
+    """The tokens trained on after each of ``steps``."""
+    known = dict(zip(*run.curve("tokens"), strict=True))
+    return [known.get(step, 0.0) for step in steps]
+
+
+def _passkey_accuracy(run: Run) -> str | None:
+    return f"{run.passkeys[-1]['passkey_accuracy']:.0%}" if run.passkeys else None
+
+
+def _or_none(value: float | None, form: str) -> str | None:
+    return None if value is None else form.format(value)
+
+
+def _size(size: float | None) -> str | None:
+    if size is None:
+        return None
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 7200 else duration(seconds)

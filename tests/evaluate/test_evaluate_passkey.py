@@ -1,0 +1,211 @@
+"""Passkey retrieval: its texts, its scores, and the command that evaluates a checkpoint."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+
+from mst_train.config import EvaluationConfig
+from mst_train.data import Tokenizer, Vocabulary, load_data
+from mst_train.errors import UserError
+from mst_train.evaluate.__main__ import main
+from mst_train.evaluate.passkey import make_probe, make_probes, passkey_record, score
+from mst_train.model import build_model
+from mst_train.optim import build_optimizer
+from mst_train.train import train
+
+LENGTH = 512
+
+
+@pytest.fixture
+def config(small_config, change):
+    evaluation = EvaluationConfig(passkey_lengths=[400, LENGTH], passkey_depths=[0, 0.5, 1])
+    return change(small_config, evaluation=evaluation, **{"data.sequence_length": LENGTH})
+
+
+@pytest.fixture
+def ours(config):
+    return load_data(config.data).tokenizer
+
+
+@pytest.fixture(scope="session")
+def like_llama(corpus):
+    """A sentencepiece model with a space before, and a token at the beginning of, each text."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(path.read_text() for path in corpus.iterdir()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        add_dummy_prefix=True,
+        bos_id=2,
+        eos_id=1,
+        unk_id=0,
+        minloglevel=4,
+    )
+    return Tokenizer(model.getvalue(), "like llama")
+
+
+@pytest.fixture(scope="session")
+def bytes_with_bos(tmp_path_factory):
+    """A tokenizer.json of bytes alone, with a token at the beginning of each text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from mst_train.data import load_tokenizer
+
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {symbol: 2 + number for number, symbol in enumerate(sorted(alphabet))}
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={"<bos>": 0, "<eos>": 1, **vocabulary}, merges=[])
+    )
+    made.add_special_tokens(["<bos>", "<eos>"])
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 0)]
+    )
+    folder = tmp_path_factory.mktemp("bytes")
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    return load_tokenizer(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize("which", ["ours", "like_llama", "bytes_with_bos"])
+def test_the_number_is_hidden_where_it_should_be(which, request):
+    tokenizer = request.getfixturevalue(which)
+    for depth in (0.0, 0.3, 1.0):
+        probe = make_probe(tokenizer, LENGTH, depth, seed=3)
+        assert len(probe.tokens) == probe.length == LENGTH
+        text = tokenizer.decode(probe.tokens)
+        numbers = re.findall(r"\d+", text)
+        assert len(numbers) == 3
+        assert len(set(numbers)) == 1
+        assert len(numbers[0]) == 5
+        assert text.startswith("Somewhere in this text")
+        assert text.endswith(f"What is the number? The number is {numbers[0]}")
+        answer = tokenizer.decode(probe.tokens[-probe.answer_tokens :])
+        assert answer.strip() == numbers[0]
+        before = text.index("The number is")
+        rest = len(text) - len("What is the number? The number is 12345")
+        assert before / rest == pytest.approx(depth, abs=0.3)
+        if depth:
+            assert text[before - 1].isspace()
+        # The answer's tokens are there, to be copied, as they are to be given.
+        start = " ".join(map(str, probe.tokens[: -probe.answer_tokens]))
+        assert " ".join(map(str, probe.tokens[-probe.answer_tokens :])) in start
+
+
+def test_the_same_settings_make_the_same_probes(config, ours, change):
+    probes = make_probes(config, ours)
+    assert [(p.length, p.depth) for p in probes] == [
+        (length, depth) for length in (400, LENGTH) for depth in (0, 0.5, 1)
+    ]
+    assert probes == make_probes(config, ours)
+    assert len({tuple(p.tokens[-p.answer_tokens :]) for p in probes}) == len(probes)
+    assert probes != make_probes(change(config, **{"train.seed": 1}), ours)
+    automatic = make_probes(change(config, **{"evaluation.passkey_lengths": []}), ours)
+    assert {probe.length for probe in automatic} == {LENGTH}
+
+
+def test_what_cannot_be_probed_is_refused(config, ours):
+    with pytest.raises(UserError, match=r"a passkey of 20 tokens has no room .* takes \d+ with"):
+        make_probe(ours, 20, 0.5, seed=0)
+    with pytest.raises(UserError, match="no tokenizer to write a passkey's text in"):
+        make_probes(config, Vocabulary(100, 0))
+
+
+class Copier(torch.nn.Module):
+    """Predicts what followed the last time that the three tokens before were there."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(vocab_size, 1)
+
+    def hidden(self, tokens_BS):
+        tokens = tokens_BS[0].tolist()
+        followers, predicted = {}, []
+        for place in range(len(tokens)):
+            before = tuple(tokens[max(place - 2, 0) : place + 1])
+            predicted.append(followers.get(before, 0))
+            followers[tuple(tokens[max(place - 3, 0) : place])] = tokens[place]
+        hidden = torch.nn.functional.one_hot(
+            torch.tensor([predicted]), self.embedding.num_embeddings
+        )
+        return 20.0 * hidden
+
+    def head_logits(self, hidden):
+        return hidden
+
+
+def test_who_copies_gets_it_right(config, ours):
+    record = passkey_record(Copier(ours.vocab_size), make_probes(config, ours))
+    assert record["passkey_accuracy"] == 1.0
+    assert record["passkey_loss"] < 1e-4
+    assert [p["accuracy"] for p in record["passkey"]] == [1.0] * 6
+
+
+def test_a_model_before_and_after_it_has_learned_the_number(config, ours):
+    probe = make_probe(ours, 256, 0.5, seed=0)
+    model = build_model(config.model)
+    before = score(model, probe)
+    assert before["accuracy"] < 0.5
+    assert before["loss"] > 4
+    optimizer = build_optimizer(model, config.optimizer, master_weights=False)
+    tokens = torch.tensor([probe.tokens])
+    for _ in range(40):
+        optimizer.begin_step(1e-2)
+        loss_sum, valid = model(tokens[:, :-1], tokens[:, 1:])
+        (loss_sum / valid).backward()
+        optimizer.step()
+    after = score(model, probe)
+    assert after["accuracy"] == 1.0
+    assert after["loss"] < 0.5
+    assert after == score(model, probe)
+
+
+def test_the_run_records_it_and_the_command_says_the_same(config, change, capsys):
+    config = change(
+        config,
+        **{"train.steps": 4, "train.eval_every": 2, "evaluation.passkey_every": 3},
+    )
+    summary = train(config)
+    folder = Path(config.run.dir)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    probed = [r for r in records if "passkey" in r]
+    assert [r["step"] for r in probed] == [3, 4]
+    assert summary["passkey"] == probed[-1]["passkey"]
+    assert json.loads((folder / "environment.json").read_text())["versions"]["torch"]
+    assert json.loads((folder / "prediction.json").read_text())["sequence_length"] == LENGTH
+
+    arguments = [f"run.dir={folder}", "memory.head_chunk_tokens=32"]
+    assert main(arguments) == 0
+    result = json.loads((folder / "evaluation.json").read_text())
+    assert result["step"] == 4
+    for key in ("val_loss", "val_loss_by_position", "passkey", "passkey_accuracy"):
+        assert result[key] == summary[key], key
+    assert sum(result["val_tokens"].values()) == 4 * LENGTH
+    output = capsys.readouterr().out
+    assert re.search(r"^ +256 +\d\.\d{4} +1,024$", output, re.MULTILINE)
+    assert re.search(rf"^ +{LENGTH} +50% +\d+% +\d+\.\d{{4}}$", output, re.MULTILINE)
+    assert f"Written: {folder}/evaluation.json" in output
+
+    assert main([*arguments, "evaluation.passkey_lengths=[450]"]) == 0
+    result = json.loads((folder / "evaluation.json").read_text())
+    assert {probe["length"] for probe in result["passkey"]} == {450}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "holds no whole checkpoint"),
+        (["model.num_layers=3"], "cannot use model.num_layers=3: the model and its type are"),
+        (["run.dir=/nowhere/at/all"], "run.dir=/nowhere/at/all is no folder"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(tmp_path, capsys, arguments, message):
+    assert main([f"run.dir={tmp_path}", *arguments]) == 2
+    assert message in capsys.readouterr().err
