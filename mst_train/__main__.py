@@ -37,10 +37,10 @@ def _run(arguments: list[str]) -> int:
     from mst_train.train import train
 
     summary = train(config)
-    validation = summary["val_loss"]
+    loss, validation = summary.get("loss"), summary["val_loss"]
     print(
         f"{config.run.name}: {summary['step']} steps, {summary['tokens']:,} tokens, "
-        f"loss {summary['loss']:.4f}"
+        + (f"loss {loss:.4f}" if loss is not None else "none of which was good")
         + (f", validation loss {validation:.4f}" if validation is not None else "")
         + f"\nThe run's folder: {summary['run_dir']}"
     )

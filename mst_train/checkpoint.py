@@ -48,11 +48,15 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         temporary.rename(final)
         _replace(final / MARKER, json.dumps({"step": step, "files": files}, indent=1) + "\n")
         _replace(folder / "latest", name + "\n")
-    # torch reports a disk that is full as a RuntimeError of its file writer.
+    # The latter is what torch makes of failures of its file writer.
     except (OSError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in (temporary, *([] if (final / MARKER).exists() else [final])):
+            shutil.rmtree(leftover, ignore_errors=True)
         reason = str(error).partition("\n")[0]
-        raise TrainingError(f"cannot write the checkpoint {final}: {reason}") from error
+        raise TrainingError(
+            f"cannot write the checkpoint {final}: {reason}. The ones before it are whole: make "
+            f"room or give permission there, and the same command continues"
+        ) from error
     for old in complete_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -132,6 +136,9 @@ def _incomplete(path: Path) -> str | None:
         return f"its {MARKER} file cannot be read"
     if not whole:
         return f"its {MARKER} file does not list the checkpoint's files"
+    for name in sizes:
+        if Path(name).name != name or name == "..":
+            return f"its {MARKER} file names {name!r}, which is not in its folder"
     for name, size in sizes.items():
         file = path / name
         if not file.is_file():
@@ -147,11 +154,16 @@ class _Checksummed:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.bytes = self.crc32 = 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.crc32 = zlib.crc32(data, self.crc32)
         self.bytes += len(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -161,7 +173,12 @@ def _write(path: Path, value: Any) -> dict[str, int]:
     """Write a part to disk; its size and checksum."""
     with path.open("wb") as file:
         summed = _Checksummed(file)
-        torch.save(value, summed)  # type: ignore[arg-type]
+        try:
+            torch.save(value, summed)  # type: ignore[arg-type]
+        except RuntimeError as error:  # torch's, which does not say what went wrong
+            if summed.error is None:
+                raise
+            raise summed.error from error
         _flush(file)
     return {"bytes": summed.bytes, "crc32": summed.crc32}
 
@@ -177,10 +194,14 @@ def _checksum(path: Path) -> int:
 def _replace(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all, and is on disk on return."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        _flush(file)
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            _flush(file)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

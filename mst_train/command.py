@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Callable
 
-from mst_train.errors import TrainingError, UserError
+from mst_train.errors import Stopped, TrainingError, UserError
 
 
 def run_command(
@@ -12,8 +12,9 @@ def run_command(
 ) -> int:
     """Run ``command`` with ``arguments`` (None: the process's own); returns its exit status.
 
-    2 and one line per problem for what the user gave; 1 and one line for what failed later; 130
-    and ``interrupted`` for Ctrl-C. Anything else is a bug and keeps its traceback.
+    2 and one line per problem for what the user gave; 1 and one line for what failed later; 143 and
+    138 and one line for SIGTERM and SIGUSR1, which asked a run to stop; 130 and ``interrupted`` for
+    Ctrl-C. Anything else is a bug and keeps its traceback.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mst_train").setLevel(logging.INFO)
@@ -23,6 +24,9 @@ def run_command(
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return stopped.status
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

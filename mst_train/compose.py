@@ -6,7 +6,7 @@ so that one message lists every unknown key, wrong type and impossible value.
 
 import difflib
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -40,24 +40,27 @@ def compose(arguments: Sequence[str]) -> Config:
 
         given = {override.lstrip("+").partition("=")[0] for override in overrides}
         tree = with_pretrained(tree, given)
-    schema = OmegaConf.structured(Config)
-    _make_writable(schema)
-    problems = []
-    for key, value in _leaves(tree):
-        problem = _set(schema, key, value)
-        if problem:
-            problems.append(problem)
-    if problems:
-        raise UserError(problems)
-    try:
-        config = OmegaConf.to_object(schema)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {_first_line(error)}") from error
-    assert isinstance(config, Config)
-    problems = validate(config)
-    if problems:
-        raise UserError(problems)
-    return config
+    return _checked(_leaves(tree), [])
+
+
+def recompose(settings: dict[str, Any], arguments: Sequence[str]) -> Config:
+    """A run's own ``settings`` (groups of them), with those of the arguments in their place.
+
+    Settings of a run that are unknown today are left out. Raises UserError with every problem
+    found.
+    """
+    parser, given, problems = OverridesParser.create(), dict[str, Any](), []
+    for override in _overrides(config_folder(), arguments):
+        parsed = parser.parse_override(override)
+        if override.startswith("++"):
+            given[parsed.key_or_group] = parsed.value()
+        elif parsed.key_or_group != "experiment":
+            problems.append(
+                f"cannot use {override}: a run keeps its own settings; change them one by one"
+            )
+    known = set(known_keys())
+    values = {key: value for key, value in _leaves(settings) if key in known} | given
+    return _checked(values.items(), problems)
 
 
 def config_folder() -> Path:
@@ -183,6 +186,27 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def _checked(values: Iterable[tuple[str, Any]], problems: list[str]) -> Config:
+    """The configuration with these values; UserError with its ``problems`` and all others."""
+    schema = OmegaConf.structured(Config)
+    _make_writable(schema)
+    for key, value in values:
+        problem = _set(schema, key, value)
+        if problem:
+            problems.append(problem)
+    if problems:
+        raise UserError(problems)
+    try:
+        config = OmegaConf.to_object(schema)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {_first_line(error)}") from error
+    assert isinstance(config, Config)
+    problems = validate(config)
+    if problems:
+        raise UserError(problems)
+    return config
 
 
 def _make_writable(node: Any) -> None:

@@ -33,6 +33,8 @@ DATA_DOCUMENTS = ("file", "repository")
 PACKINGS = ("stream", "best_fit")
 MALFORMED = ("fail", "skip")
 WANDB_MODES = ("offline", "online", "disabled")
+BAD_STEPS = ("stop", "skip")
+WANDB_ARTIFACTS = ("none", "last", "all")
 BENCHES = ("none", "step", "systems", "peers", "short", "max_sequence")
 OUTPUTS = ("table", "json")
 ZERO_STAGES = (0, 1, 2, 3)
@@ -63,6 +65,19 @@ class TrainConfig:
     """Steps between validations; 0: never."""
     eval_sequences: int = 16
     """Validation sequences used each time (all of them where there are fewer)."""
+    bad_step: str = "stop"
+    """What follows a bad step: a loss or gradient that is not finite, or a spike. stop: the run
+    ends, with its weights as they were before the step. skip: the step is left out, its data are
+    used up, and the weights stay as they were. With optimizer.in_backward a gradient that is not
+    finite always stops."""
+    max_skipped_steps: int = 10
+    """Bad steps in a row that are left out; at one more the run ends."""
+    spike_factor: float | None = None
+    """A step whose loss is above this multiple of the median of the last good steps' is a spike;
+    none: no step is."""
+    spike_window: int = 50
+    """Good steps whose losses that median is taken of; before there are so many, no step is a
+    spike."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +120,8 @@ class DataConfig:
     validation_fraction: float = 0.01
     """The share of the tokens that is held out for validation; 0: none."""
     tokenizer: str | None = None
-    """A sentencepiece .model file; none: one is trained on the source, once."""
+    """A sentencepiece .model file, a tokenizer.json, or a folder with one of them; none: one is
+    trained on the source, once."""
     tokenizer_vocab_size: int = 4096
     """The vocabulary of a tokenizer trained here."""
     cache_dir: str | None = None
@@ -278,12 +294,39 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step of a run has one too."""
     keep: int = 2
     """How many of the newest checkpoints to keep."""
+    background: bool = True
+    """Copy the state to host memory and write the copy while training goes on: until it is written,
+    the host holds weights and optimizer states once more. False: training waits."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is evaluated besides the validation loss."""
+
+    passkey_every: int = 0
+    """Steps between passkey retrievals: a number hidden in a long text, asked for at its end. 0:
+    never."""
+    passkey_lengths: list[int] = field(default_factory=list)
+    """Tokens in a passkey's text, each tried; none: data.sequence_length."""
+    passkey_depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    """Where the number is hidden, from 0 (the beginning) to 1 (the end), each tried."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What python -m mst_train.report shows beside the run in run.dir."""
+
+    compare: list[str] = field(default_factory=list)
+    """Folders of other runs, drawn in the same charts."""
 
 
 @dataclass(frozen=True)
 class WandbConfig:
     mode: str = "offline"
     project: str = "mst_train"
+    artifacts: str = "none"
+    """Checkpoints that go to W&B. last: the newest one when the run ends. all: each as it is
+    written; W&B keeps a copy of it on disk until it is sent."""
 
 
 @dataclass(frozen=True)
@@ -357,8 +400,10 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
@@ -378,6 +423,7 @@ def validate(config: Config) -> list[str]:
         *_bench_problems(config.bench),
         *_parallel_problems(config),
         *_plan_problems(config),
+        *_evaluation_problems(config),
     ]
 
 
@@ -387,6 +433,7 @@ def _run_problems(config: Config) -> Iterator[str]:
     yield from _one_of("kernel.attention", config.kernel.attention, ATTENTION_BACKENDS)
     yield from _one_of("kernel.backend", config.kernel.backend, KERNEL_BACKENDS)
     yield from _one_of("logging.wandb.mode", config.logging.wandb.mode, WANDB_MODES)
+    yield from _one_of("logging.wandb.artifacts", config.logging.wandb.artifacts, WANDB_ARTIFACTS)
     for key, text in (
         ("run.name", config.run.name),
         ("run.dir", config.run.dir),
@@ -403,6 +450,11 @@ def _run_problems(config: Config) -> Iterator[str]:
     yield from _at_least("train.accumulation_steps", train.accumulation_steps, 1)
     yield from _at_least("train.eval_every", train.eval_every, 0)
     yield from _at_least("train.eval_sequences", train.eval_sequences, 1)
+    yield from _one_of("train.bad_step", train.bad_step, BAD_STEPS)
+    yield from _at_least("train.max_skipped_steps", train.max_skipped_steps, 1)
+    yield from _at_least("train.spike_window", train.spike_window, 1)
+    if train.spike_factor is not None and not 1 < train.spike_factor < 1e12:
+        yield f"train.spike_factor={train.spike_factor} must be greater than 1 and below 10^12"
     yield from _at_least("checkpoint.every", checkpoint.every, 1)
     yield from _at_least("checkpoint.keep", checkpoint.keep, 1)
 
@@ -651,6 +703,25 @@ def _plan_problems(config: Config) -> Iterator[str]:
             )
     if not plan.dir.strip():
         yield "plan.dir is empty: give it a value"
+
+
+def _evaluation_problems(config: Config) -> Iterator[str]:
+    evaluation, longest = config.evaluation, config.data.sequence_length
+    yield from _at_least("evaluation.passkey_every", evaluation.passkey_every, 0)
+    for length in evaluation.passkey_lengths:
+        yield from _at_least("evaluation.passkey_lengths", length, 2)
+        if length > longest:
+            yield (
+                f"evaluation.passkey_lengths={length} is longer than data.sequence_length="
+                f"{longest}, which is what the run has memory for"
+            )
+    if not evaluation.passkey_depths:
+        yield "evaluation.passkey_depths is empty: name at least one, from 0 to 1"
+    for depth in evaluation.passkey_depths:
+        if not 0 <= depth <= 1:
+            yield f"evaluation.passkey_depths={depth} must be from 0 (the beginning) to 1 (the end)"
+    if not all(folder.strip() for folder in config.report.compare):
+        yield "report.compare holds an empty name: name folders of runs"
 
 
 def _update_problems(config: Config) -> Iterator[str]:

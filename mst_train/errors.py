@@ -20,3 +20,19 @@ class TrainingError(Exception):
 
     Commands print the message and exit with status 1; everything up to the last checkpoint is kept.
     """
+
+
+class DataError(TrainingError):
+    """Data that a run has begun to read cannot be read any further."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and its work is saved.
+
+    Commands print the message and exit with 128 + the signal's number, which is what a shell
+    reports of a process that the signal ended.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        self.status = 128 + signal_number
+        super().__init__(message)

@@ -20,7 +20,7 @@ Writes a run's model as a checkpoint that transformers reads. The output is whol
   checkpoint  a run's folder (its newest checkpoint that is whole), or a folder step_NNNNNNNN
   output      the folder to write: new, or empty
   model_type  llama, mistral, ...; without it the first family that has such models
-  tokenizer   a sentencepiece .model file, a tokenizer.json, or null for none; without it the run's"""
+  tokenizer   a .model file, a tokenizer.json, or null for none; without it the run's"""
 
 KEYS = ("checkpoint", "output", "model_type", "tokenizer")
 

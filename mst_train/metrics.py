@@ -1,19 +1,18 @@
 """What a run reports: metrics.jsonl, summary.json, W&B and the terminal."""
 
 import contextlib
-import importlib.util
 import json
 import logging
 import sys
-import uuid
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from mst_train.config import Config
-from mst_train.errors import UserError
+from mst_train.errors import TrainingError
+from mst_train.wandb_run import WandbRun, start_wandb
 
 GIB = 2**30
 
@@ -30,31 +29,49 @@ class Metrics:
 
     def __init__(self, path: Path, config: Config, step: int | None) -> None:
         self._path = path
-        if step is None:
-            _set_aside(path)
-        else:
-            _drop_after(path, step)
-        self._file = path.open("a")
-        self._wandb = _start_wandb(path.parent, config)
+        with writing(path):
+            if step is None:
+                _set_aside(path)
+            else:
+                _drop_after(path, step)
+            self._file = path.open("a")
+        self._wandb = start_wandb(path.parent, config)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one record; it has a ``step``."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        if self._wandb is not None:
-            values = {key: v for key, v in record.items() if key != "step" and v is not None}
-            self._wandb.log(values, step=record["step"])
+        """Append one record; it has a ``step``. Raises TrainingError where it cannot be written."""
+        with writing(self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        self._tell_wandb(lambda run: run.log(record))
+
+    def predicted(self, breakdown: dict[str, int]) -> None:
+        """Send the planner's breakdown of the peak (bytes by kind) to W&B."""
+        self._tell_wandb(lambda run: run.predicted(breakdown))
+
+    def checkpoints(self) -> None:
+        """Send new checkpoints to W&B, where logging.wandb.artifacts asks for all of them."""
+        self._tell_wandb(lambda run: run.checkpoints())
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Send the summary to W&B."""
-        if self._wandb is not None:
-            self._wandb.summary.update(summary)
+        self._tell_wandb(lambda run: run.finish(summary))
 
     def close(self, exit_code: int) -> None:
         """Close the file and W&B's run."""
-        self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code)
+        with contextlib.suppress(OSError):  # of a record that could not be written
+            self._file.close()
+        self._tell_wandb(lambda run: run.close(exit_code))
+
+    def _tell_wandb(self, tell: Callable[[WandbRun], None]) -> None:
+        """Nothing that goes wrong in W&B, a process of its own, ends a run: it goes on without."""
+        if self._wandb is None:
+            return
+        try:
+            tell(self._wandb)
+        except Exception as error:  # whatever W&B and the network raise
+            reason = str(error) or type(error).__name__
+            log.warning("W&B fails (%s): the run goes on without it, see %s", reason, self._path)
+            self._wandb = None
 
 
 class Progress:
@@ -70,8 +87,9 @@ class Progress:
 
     def update(self, record: dict[str, Any]) -> None:
         """Show a training step's record."""
+        loss = f"loss {record['loss']:.4f}" if "loss" in record else "left out"
         shown = (
-            f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s, "
+            f"{loss}, {record['tokens_per_second']:,.0f} tokens/s, "
             f"peak {record['peak_memory_bytes'] / GIB:.2f} GiB"
         )
         with contextlib.suppress(OSError):  # a terminal that has gone does not stop the run
@@ -92,10 +110,26 @@ class Progress:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a small file so that it is there whole or not at all."""
+    """Write a small file so that it is there whole or not at all.
+
+    Raises TrainingError where it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    with writing(path):
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.replace(path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Have errors of the file system name the file and say what to do (TrainingError)."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{path} cannot be written ({error.strerror or error}): make room or give permission "
+            f"there, and the same command continues from the last checkpoint"
+        ) from error
 
 
 def _set_aside(path: Path) -> None:
@@ -120,32 +154,3 @@ def _drop_after(path: Path, step: int) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(kept))
     temporary.replace(path)
-
-
-def _start_wandb(folder: Path, config: Config) -> Any:
-    settings = config.logging.wandb
-    if settings.mode == "disabled":
-        return None
-    if importlib.util.find_spec("wandb") is None:
-        if settings.mode == "online":
-            raise UserError(
-                "logging.wandb.mode=online, but wandb is not installed: pip install wandb, or set "
-                "logging.wandb.mode=disabled"
-            )
-        log.info("wandb is not installed: metrics go to %s alone", folder / "metrics.jsonl")
-        return None
-    import wandb
-
-    identity = folder / "wandb_run_id"
-    if not identity.exists():
-        identity.write_text(uuid.uuid4().hex[:8])
-    return wandb.init(
-        id=identity.read_text().strip(),
-        resume="allow",
-        mode=settings.mode,  # type: ignore[arg-type]
-        project=settings.project,
-        name=config.run.name,
-        dir=folder,
-        config=asdict(config),
-        settings=wandb.Settings(silent=settings.mode == "offline"),
-    )

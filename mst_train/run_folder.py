@@ -3,6 +3,8 @@
 config.yaml       the resolved configuration
 metrics.jsonl     one object per step
 summary.json      the outcome, once the run has finished
+environment.json  where it was started: command, commit, machine, versions
+prediction.json   what its memory was predicted to hold
 checkpoints/      see checkpoint.py
 wandb/            W&B's own files
 """
@@ -18,6 +20,7 @@ import yaml
 from mst_train.checkpoint import complete_checkpoints, find_checkpoint
 from mst_train.config import AUTO, Config
 from mst_train.errors import UserError
+from mst_train.metrics import writing
 
 FIXED = (
     "precision",
@@ -54,6 +57,8 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
+        self.environment = self.path / "environment.json"
+        self.prediction = self.path / "prediction.json"
         self._config = config
         self._lock: TextIO | None = None
         for path in (self.path, self.checkpoints):
@@ -82,7 +87,8 @@ class RunFolder:
             self.close()
             raise UserError(f"another process has just worked in run.dir={self.path}: start again")
         settings = yaml.safe_dump(asdict(self._config), sort_keys=False)
-        (self.path / "config.yaml").write_text(settings)
+        with writing(self.path / "config.yaml"):
+            (self.path / "config.yaml").write_text(settings)
 
     def close(self) -> None:
         """Let another process use the folder."""

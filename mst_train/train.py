@@ -3,21 +3,25 @@
 train   set up, loop over steps (step.py), evaluate, save, report
 """
 
+import contextlib
 import dataclasses
 import logging
-import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mst_kernels import set_backend, use_triton
-from mst_train.checkpoint import first_undamaged, load_part, save_checkpoint
+from mst_train import environment
+from mst_train.bad_steps import BadSteps
+from mst_train.checkpoint import first_undamaged, load_part
+from mst_train.checkpoint_writer import CheckpointWriter
 from mst_train.config import Config
-from mst_train.data import Data, Loader, fixed_batches, load_data
-from mst_train.errors import TrainingError, UserError
+from mst_train.data import Batch, Data, Loader, fixed_batches, load_data
+from mst_train.errors import DataError, Stopped, TrainingError, UserError
+from mst_train.evaluate.passkey import Probe, make_probes, passkey_record
 from mst_train.memory.devices import GIB
 from mst_train.memory.tracker import process_peak_bytes
 from mst_train.metrics import Metrics, Progress, write_json
@@ -28,8 +32,10 @@ from mst_train.mst import HostBudgetError, Offload, Policy
 from mst_train.optim import build_optimizer, learning_rate
 from mst_train.plan.before import before_training, largest_parts
 from mst_train.plan.predict import Prediction
+from mst_train.random_state import random_state, restore_random_state, seed_everything
 from mst_train.run_folder import RunFolder, check_continuation
-from mst_train.step import evaluate, train_step
+from mst_train.signals import StopSignals
+from mst_train.step import BadStep, evaluate, train_step
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +43,8 @@ log = logging.getLogger(__name__)
 def train(config: Config) -> dict[str, Any]:
     """Train as configured and return the summary that is written to summary.json.
 
-    Raises UserError where the run cannot start and TrainingError where it cannot go on.
+    Raises UserError where the run cannot start, TrainingError where it cannot go on, and Stopped
+    where a signal has ended it: SIGTERM and SIGUSR1 do, once the run has begun (signals.py).
     """
     # What can be refused is refused before anything is written.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,6 +60,7 @@ def train(config: Config) -> dict[str, Any]:
     data = load_data(config.data)
     _require_vocabulary(config, data)
     _require_same_data(progress_made, data, checkpoint)
+    passkeys = make_probes(config, data.tokenizer) if config.evaluation.passkey_every else []
 
     # Model and optimizer, at their first step or where the checkpoint left them.
     model = _build(config, device)
@@ -61,20 +69,20 @@ def train(config: Config) -> dict[str, Any]:
     optimizer = build_optimizer(
         model, config.optimizer, master_weights=config.precision == "bf16_master"
     )
-    _seed_everything(config.train.seed)
+    seed_everything(config.train.seed)
     folder.open()
     if checkpoint is not None:
         model.load_state_dict(load_part(checkpoint, "model"))
         optimizer.load_state_dict(load_part(checkpoint, "optimizer"))
-        _restore_random_state(load_part(checkpoint, "random"))
+        restore_random_state(load_part(checkpoint, "random"))
         log.info("continuing from %s", checkpoint)
-    step, tokens = progress_made["step"], progress_made["tokens"]
+    step, tokens, position = (progress_made[key] for key in ("step", "tokens", "position"))
+    # Of the last finished step; a step that fails changes none of them.
+    saved = step
     loader = Loader(
-        data.training,
-        config.train.micro_batch_size,
-        seed=config.train.seed,
-        position=progress_made["position"],
+        data.training, config.train.micro_batch_size, seed=config.train.seed, position=position
     )
+    bad_steps = BadSteps(config.train, progress_made.get("bad_steps", {}))
 
     metrics = Metrics(folder.metrics, config, None if checkpoint is None else step)
     progress = Progress(step, config.train.steps)
@@ -83,27 +91,69 @@ def train(config: Config) -> dict[str, Any]:
     )
     peak_rate = prediction.target.device.bf16_flops
     summary: dict[str, Any] = progress_made["summary"]
+    writer = CheckpointWriter(folder.checkpoints, config.checkpoint)
+    stop = StopSignals()
     exit_code = 1
-    try:
-        if checkpoint is None and data.validation and config.train.eval_every:
-            summary["val_loss"] = _validate(model, data, config, metrics, progress, step=0)
 
-        while step < config.train.steps:
-            step += 1
+    def save() -> None:
+        """A checkpoint of the last finished step, if there is none."""
+        nonlocal saved
+        if step == saved:
+            return
+        writer.wait()
+        metrics.checkpoints()  # before the oldest of them is deleted
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "random": random_state(),
+            "trainer": {
+                "step": step,
+                "tokens": tokens,
+                "position": position,
+                "bad_steps": bad_steps.state(),
+                "summary": summary,
+                "config": dataclasses.asdict(config),
+                "corpus": data.corpus_fingerprint,
+            },
+        }
+        writer.save(step, state)
+        saved = step
+
+    try:
+        _describe_run(folder, prediction, metrics, fresh=checkpoint is None)
+        if checkpoint is None and data.validation and config.train.eval_every:
+            summary |= _validate(model, data, config, metrics, progress, step=0)
+
+        while step < config.train.steps and stop.received is None:
             started = time.perf_counter()
-            rate = learning_rate(step, config.train.steps, config.optimizer)
-            batches = [next(loader) for _ in range(config.train.accumulation_steps)]
-            loss, gradient_norm, step_tokens = train_step(
-                model, optimizer, batches, rate, config.optimizer.max_grad_norm
-            )
+            batches = _read(loader, config.train.accumulation_steps, stop)
+            if batches is None:
+                break
+            step_tokens = sum(batch.tokens.numel() for batch in batches)
+            rate = learning_rate(step + 1, config.train.steps, config.optimizer)
+            outcome: dict[str, Any]
+            try:
+                loss, gradient_norm, _ = train_step(
+                    model,
+                    optimizer,
+                    batches,
+                    rate,
+                    config.optimizer.max_grad_norm,
+                    bad_steps.loss_limit,
+                )
+                bad_steps.good(loss)
+                outcome = {"loss": loss, "grad_norm": gradient_norm}
+            except BadStep as problem:
+                bad_steps.bad(step + 1, problem)
+                outcome = {"skipped": problem.reason}
+                summary["skipped_steps"] = summary.get("skipped_steps", 0) + 1
             seconds = time.perf_counter() - started
-            tokens += step_tokens
+            step, tokens, position = step + 1, tokens + step_tokens, loader.state()
             speed = step_tokens / seconds
             record = {
                 "step": step,
-                "loss": loss,
+                **outcome,
                 "learning_rate": rate,
-                "grad_norm": gradient_norm,
                 "tokens": tokens,
                 "tokens_per_second": speed,
                 "step_seconds": seconds,
@@ -112,37 +162,78 @@ def train(config: Config) -> dict[str, Any]:
             }
             metrics.log(record)
             progress.update(record)
-            summary |= record
+            summary |= {key: value for key, value in record.items() if key != "skipped"}
 
             if data.validation and _due(step, config.train.eval_every, config):
-                summary["val_loss"] = _validate(model, data, config, metrics, progress, step)
+                summary |= _validate(model, data, config, metrics, progress, step)
+            if _due(step, config.evaluation.passkey_every, config):
+                summary |= _retrieve(model, passkeys, metrics, progress, step)
+            writer.check()
             if _due(step, config.checkpoint.every, config):
-                state = {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "random": _random_state(),
-                    "trainer": {
-                        "step": step,
-                        "tokens": tokens,
-                        "position": loader.state(),
-                        "summary": summary,
-                        "config": dataclasses.asdict(config),
-                        "corpus": data.corpus_fingerprint,
-                    },
-                }
-                save_checkpoint(folder.checkpoints, step, state, config.checkpoint.keep)
+                save()
 
+        if step < config.train.steps:
+            assert stop.received is not None
+            save()
+            writer.wait()
+            metrics.log({"step": step, "stopped": stop.received.name})
+            summary = {**summary, "stopped": stop.received.name}
+            metrics.finish(summary)
+            _write_summary(folder, summary)
+            raise Stopped(
+                f"{stop.received.name} came, and everything up to step {step} of "
+                f"{config.train.steps} is saved in {folder.path}: the same command continues",
+                stop.received,
+            )
+
+        writer.wait()
         metrics.finish(summary)
         exit_code = 0
         return _write_summary(folder, summary)
+    except Stopped as stopped:
+        exit_code = stopped.status
+        raise
+    except DataError as error:
+        try:
+            save()
+            writer.wait()
+        except TrainingError as failure:
+            raise TrainingError(f"{error}; and {failure}") from error
+        raise TrainingError(
+            f"{error}. Everything up to step {step} is saved: the same command continues when the "
+            f"data are there again"
+        ) from error
     except torch.OutOfMemoryError as error:
         raise TrainingError(_out_of_memory(prediction)) from error
     except HostBudgetError as error:
         raise TrainingError(str(error)) from error
     finally:
+        writer.close()
+        stop.restore()
         progress.close()
         metrics.close(exit_code)
         folder.close()
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Tell trouble with the data that comes up now from what the user gave."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        raise DataError(f"the data cannot be read any further: {error}") from error
+
+
+def _read(loader: Loader, count: int, stop: StopSignals) -> list[Batch] | None:
+    """The next ``count`` batches; None where a signal came while they were not there yet."""
+    batches: list[Batch] = []
+    with _reading():
+        while len(batches) < count:
+            if loader.ready(seconds=0.5):
+                batches.append(next(loader))
+            elif stop.received is not None:
+                return None
+    return batches
 
 
 def _due(step: int, every: int, config: Config) -> bool:
@@ -156,15 +247,37 @@ def _validate(
     metrics: Metrics,
     progress: Progress,
     step: int,
-) -> float:
+) -> dict[str, Any]:
     assert data.validation is not None
     batches = fixed_batches(
         data.validation, config.train.micro_batch_size, config.train.eval_sequences
     )
-    loss = evaluate(model, batches)
-    metrics.log({"step": step, "val_loss": loss})
-    progress.say(f"step {step}: validation loss {loss:.4f}")
-    return loss
+    with _reading():
+        record = evaluate(model, batches).record()
+    metrics.log({"step": step, **record})
+    progress.say(f"step {step}: validation loss {record['val_loss']:.4f}")
+    return record
+
+
+def _retrieve(
+    model: Transformer, probes: list[Probe], metrics: Metrics, progress: Progress, step: int
+) -> dict[str, Any]:
+    record = passkey_record(model, probes)
+    metrics.log({"step": step, **record})
+    progress.say(f"step {step}: passkeys {record['passkey_accuracy']:.0%} right")
+    return record
+
+
+def _describe_run(
+    folder: RunFolder, prediction: Prediction, metrics: Metrics, *, fresh: bool
+) -> None:
+    """Write where the run was started and what its memory is predicted to hold."""
+    if fresh or not folder.environment.exists():
+        device = torch.device(prediction.target.device.kind)
+        write_json(folder.environment, environment.describe(device, "mst_train"))
+    report = prediction.report()
+    write_json(folder.prediction, report)
+    metrics.predicted(report["breakdown"])
 
 
 def _progress_at(checkpoint: Path | None, config: Config) -> dict[str, Any]:
@@ -219,33 +332,6 @@ def _require_same_data(progress_made: dict[str, Any], data: Data, checkpoint: Pa
             f"data.source holds other documents than when {checkpoint} was made, so the run's "
             f"place in them is lost: restore them, or start anew with another run.dir"
         )
-
-
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def _random_state() -> dict[str, Any]:
-    algorithm, keys, *rest = np.random.get_state(legacy=True)
-    version, internal, gauss = random.getstate()
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [algorithm, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
-    }
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    algorithm, keys, *rest = state["numpy"]
-    np.random.set_state((algorithm, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"].clone())
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _out_of_memory(prediction: Prediction) -> str:

@@ -49,7 +49,8 @@ def test_a_run_leaves_what_it_promises(small_config):
     assert steps[0]["peak_memory_bytes"] > 10e6
     validations = [r for r in records(small_config) if "val_loss" in r]
     assert [r["step"] for r in validations] == [0, 3, 6]
-    assert all(set(r) == {"step", "val_loss"} for r in validations)
+    assert all(set(r) == {"step", "val_loss", "val_loss_by_position"} for r in validations)
+    assert summary["val_loss_by_position"] == validations[-1]["val_loss_by_position"]
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert summary["val_loss"] == validations[-1]["val_loss"]
     assert (folder / "checkpoints/latest").read_text().strip() == "step_00000006"
@@ -314,8 +315,9 @@ def test_the_loss_is_the_mean_over_valid_tokens(small_config):
     model, optimizer, batch = make_step(small_config)
     logits = model.logits(batch.tokens).flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, batch.labels.flatten()).item()
-    assert evaluate(model, [batch]) == pytest.approx(expected, rel=1e-12)
-    assert evaluate(model, rows(batch, slice(0, 3), slice(3, 4))) == pytest.approx(expected)
+    assert evaluate(model, [batch]).mean == pytest.approx(expected, rel=1e-12)
+    parts = rows(batch, slice(0, 3), slice(3, 4))
+    assert evaluate(model, parts).mean == pytest.approx(expected)
     loss, _, _ = train_step(model, optimizer, [batch], 1e-3, None)
     assert loss == pytest.approx(expected, rel=1e-12)
 

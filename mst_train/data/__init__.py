@@ -9,8 +9,8 @@
 3. ``build``: source and tokenizer -> a prepared folder: a shard of tokens from each piece
    (``shards``), made by one or many processes (``workers``, ``rate``), and a ``manifest``. Every
    block of its files has a checksum (``checked``).
-4. ``corpus``: a prepared folder -> a ``Corpus``: the tokens and the documents' borders, memory-
-   mapped; in the cache where ``data.source`` is not such a folder.
+4. ``corpus``: a prepared folder -> a ``Corpus``: the tokens and the documents' borders, read from
+   disk as they are needed; in the cache where ``data.source`` is not such a folder.
 5. ``splitting``: the documents' lengths -> which token ranges train and which validate.
 6. ``packing``, ``best_fit``: token ranges -> ``Sequences``: inputs, labels and positions, [S] each;
    ``mixture``: several of those -> one.

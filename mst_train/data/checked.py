@@ -10,8 +10,9 @@ import hashlib
 import os
 import zlib
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,12 +83,23 @@ class CheckedWriter:
         self._crc = 0
 
 
+class _Known(NamedTuple):
+    """A file's state, and what is known of its blocks in that state."""
+
+    state: tuple[int, int, int]
+    crcs: NDArray[np.uint32]
+    unchecked: NDArray[np.bool_]
+
+
 class CheckedArray:
-    """The numbers in a file, memory-mapped; no block reaches the caller before it is compared.
+    """The numbers in a file; no block reaches the caller before it is compared.
 
     Creating it reads nothing. ``limit``: numbers are at least 0 and below it, or the file cannot
     be used. Every read raises ``UserError`` where the file is not what was written; ``advice`` says
-    in that message what to do.
+    in that message what to do. A file that was replaced or written to since is compared anew.
+
+    The file is opened for each read and not memory-mapped: a file that becomes shorter under a map,
+    or a disk that fails, would kill the process.
     """
 
     def __init__(
@@ -95,23 +107,24 @@ class CheckedArray:
     ) -> None:
         self.path, self.dtype = path, np.dtype(dtype)
         self._written, self._limit, self._advice = written, limit, advice
-        self._mapped: NDArray[Any] | None = None
-        self._crcs = np.empty(0, np.uint32)
-        self._unchecked = np.empty(0, bool)
+        self._known: _Known | None = None
 
     def __len__(self) -> int:
         return self._written.bytes // self.dtype.itemsize
 
     def __getitem__(self, key: slice) -> NDArray[Any]:
-        """The numbers of a range (of step 1), as a view of the file."""
+        """The numbers of a range (of step 1); they cannot be changed."""
         start, stop, _ = key.indices(len(self))
-        array = self._map() if self._mapped is None else self._mapped
-        first = start * self.dtype.itemsize // BLOCK_BYTES
-        last = -(-stop * self.dtype.itemsize // BLOCK_BYTES)
-        if self._unchecked[first:last].any():
-            for block in first + np.flatnonzero(self._unchecked[first:last]):
-                self._check(array, int(block))
-        return array[start:stop]
+        first, last = start * self.dtype.itemsize, stop * self.dtype.itemsize
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                known = self._look_at(file)
+                unchecked = known.unchecked[first // BLOCK_BYTES : -(-last // BLOCK_BYTES)]
+                for block in first // BLOCK_BYTES + np.flatnonzero(unchecked):
+                    self._check(file, known, int(block))
+                return np.frombuffer(self._read(file, first, last), self.dtype)
+        except OSError as error:
+            raise self._unreadable(self.path, error) from error
 
     def check_size(self) -> None:
         """Raises ``UserError`` where the files are not there or not of the size they had."""
@@ -120,8 +133,7 @@ class CheckedArray:
             try:
                 found = path.stat().st_size
             except OSError as error:
-                reason = error.strerror or error
-                raise UserError(f"{path} cannot be read ({reason}): {self._advice}") from error
+                raise self._unreadable(path, error) from error
             if found != size:
                 raise UserError(
                     f"{path} has {found} bytes where {size} were written: {self._advice}"
@@ -144,32 +156,49 @@ class CheckedArray:
     def _crc_path(self) -> Path:
         return self.path.with_name(self.path.name + CRC)
 
-    def _map(self) -> NDArray[Any]:
-        self.check_size()
-        raw = self._crc_path.read_bytes()
-        if hashlib.sha256(raw).hexdigest() != self._written.crc_sha256:
-            raise UserError(
-                f"{self._crc_path} is damaged (its SHA-256 is not the manifest's): {self._advice}"
-            )
-        self._crcs = np.frombuffer(raw, "<u4")
-        self._unchecked = np.ones(len(self._crcs), bool)
-        self._mapped = (
-            np.memmap(self.path, self.dtype, mode="r") if len(self) else np.empty(0, self.dtype)
-        )
-        return self._mapped
+    def _unreadable(self, path: Path, error: OSError) -> UserError:
+        return UserError(f"{path} cannot be read ({error.strerror or error}): {self._advice}")
 
-    def _check(self, array: NDArray[Any], block: int) -> None:
-        per_block = BLOCK_BYTES // self.dtype.itemsize
-        part = array[block * per_block : (block + 1) * per_block]
-        if zlib.crc32(part.data) != self._crcs[block]:
-            first = block * BLOCK_BYTES
+    def _look_at(self, file: FileIO) -> _Known:
+        """What is known of the blocks of the file as it is now."""
+        found = os.fstat(file.fileno())
+        state = (found.st_ino, found.st_size, found.st_mtime_ns)
+        known = self._known
+        if known is None or known.state != state:
+            self.check_size()
+            raw = self._crc_path.read_bytes()
+            if hashlib.sha256(raw).hexdigest() != self._written.crc_sha256:
+                raise UserError(
+                    f"{self._crc_path} is damaged (its SHA-256 is not the manifest's): "
+                    f"{self._advice}"
+                )
+            crcs = np.frombuffer(raw, "<u4")
+            known = self._known = _Known(state, crcs, np.ones(len(crcs), bool))
+        return known
+
+    def _read(self, file: FileIO, first: int, last: int) -> bytes:
+        """Bytes ``first`` to ``last``."""
+        parts = []
+        while first < last:
+            parts.append(os.pread(file.fileno(), last - first, first))
+            first += len(parts[-1])
+            if not parts[-1]:
+                self.check_size()
+                raise UserError(f"{self.path} became shorter while it was read: {self._advice}")
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _check(self, file: FileIO, known: _Known, block: int) -> None:
+        first = block * BLOCK_BYTES
+        data = self._read(file, first, min(first + BLOCK_BYTES, self._written.bytes))
+        if zlib.crc32(data) != known.crcs[block]:
             raise UserError(
-                f"{self.path} is damaged: bytes {first} to {first + part.nbytes} are not what was "
+                f"{self.path} is damaged: bytes {first} to {first + len(data)} are not what was "
                 f"written (their checksum differs): {self._advice}"
             )
+        part = np.frombuffer(data, self.dtype)
         if self._limit is not None and not 0 <= int(part.min()) <= int(part.max()) < self._limit:
             raise UserError(
                 f"{self.path} holds {int(part.max())}, which must be below {self._limit}: "
                 f"{self._advice}"
             )
-        self._unchecked[block] = False
+        known.unchecked[block] = False

@@ -53,7 +53,7 @@ class TokenFiles:
         return int(self.starts[-1])
 
     def __getitem__(self, key: slice) -> NDArray[Any]:
-        """The tokens of a range (of step 1); a view of the file where it is in one shard."""
+        """The tokens of a range (of step 1); they cannot be changed where it is in one shard."""
         start, stop, _ = key.indices(len(self))
         parts = []
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1

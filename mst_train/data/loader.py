@@ -5,7 +5,7 @@ Shapes: B sequences in a batch, S sequence length in tokens.
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,17 +58,28 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        while len(self._ahead) <= READ_AHEAD:
-            position = self._position + len(self._ahead) * self._batch_size
-            self._ahead.append(self._thread.submit(self._batch, position))
+        self._read_ahead()
         batch = self._ahead[0].result()
         self._ahead.popleft()
         self._position += self._batch_size
         return batch
 
+    def ready(self, seconds: float) -> bool:
+        """Wait until the next batch is there or could not be read, or ``seconds`` have passed.
+
+        Returns whether the batch can be asked for now without waiting.
+        """
+        self._read_ahead()
+        return bool(wait([self._ahead[0]], seconds).done)
+
     def state(self) -> int:
         """Sequences consumed so far."""
         return self._position
+
+    def _read_ahead(self) -> None:
+        while len(self._ahead) <= READ_AHEAD:
+            position = self._position + len(self._ahead) * self._batch_size
+            self._ahead.append(self._thread.submit(self._batch, position))
 
     def _batch(self, position: int) -> Batch:
         rows = range(position, position + self._batch_size)

@@ -1,5 +1,7 @@
 """Files with checksums: what is written is read, and nothing else is."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +80,55 @@ def test_a_block_is_compared_once(
     for _ in range(3):
         array[2:10]
     assert len(compared) == 2
+
+
+def test_files_that_change_are_compared_again(blocks: tuple[Path, Written]) -> None:
+    """The same numbers in a new file, other numbers, fewer numbers, none: after a first read."""
+    path, written = blocks
+    raw = path.read_bytes()
+    array = opened(path, written)
+    assert array[0:20].tolist() == list(range(20))
+    path.rename(path.with_name("before"))
+    path.write_bytes(raw)
+    assert array[0:20].tolist() == list(range(20))
+    path.write_bytes(bytes(40))
+    with pytest.raises(UserError, match="numbers is damaged: bytes 0 to 16"):
+        array[0:3]
+    path.write_bytes(raw[:10])
+    with pytest.raises(UserError, match="numbers has 10 bytes where 40 were written: make it"):
+        array[0:3]
+    path.unlink()
+    with pytest.raises(UserError, match=r"numbers cannot be read \(No such file or directory\)"):
+        array[0:3]
+    path.write_bytes(raw)
+    assert array[0:20].tolist() == list(range(20))
+
+
+@pytest.mark.parametrize(
+    ("short", "message"),
+    [
+        (lambda *_: b"", "numbers became shorter while it was read: make it again"),
+        (lambda *_: Path("/nowhere/at/all").stat(), r"numbers cannot be read \(No such file"),
+    ],
+)
+def test_a_disk_that_fails_in_a_read(
+    blocks: tuple[Path, Written],
+    monkeypatch: pytest.MonkeyPatch,
+    short: Callable[..., bytes],
+    message: str,
+) -> None:
+    array = opened(*blocks)
+    array[0:20]
+    monkeypatch.setattr(checked.os, "pread", short)
+    with pytest.raises(UserError, match=message):
+        array[0:3]
+
+
+def test_reads_in_parts(blocks: tuple[Path, Written], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system may give less than it is asked for."""
+    pread = os.pread
+    monkeypatch.setattr(checked.os, "pread", lambda file, size, at: pread(file, min(size, 5), at))
+    assert opened(*blocks)[1:20].tolist() == list(range(1, 20))
 
 
 def test_damaged_checksums(blocks: tuple[Path, Written]) -> None:

@@ -482,7 +482,7 @@ def test_training_stops_before_damaged_tokens(
             f"run.dir={tmp_path / 'run'}",
         ]
     )
-    assert status == 2
+    assert status == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("error: ") and ".tokens is damaged: bytes 0 to" in message
 

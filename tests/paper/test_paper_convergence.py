@@ -40,9 +40,9 @@ def test_pieces_have_the_same_tokens_and_positions_of_their_own(batch):
 
 def test_losses_are_the_models_own(config, batch):
     model = Run(config, 24).model
-    assert mean_loss(model, [batch], 24) == pytest.approx(evaluate(model, [batch]))
+    assert mean_loss(model, [batch], 24) == pytest.approx(evaluate(model, [batch]).mean)
     cut_up = mean_loss(model, [batch], 8)
-    assert cut_up == pytest.approx(evaluate(model, [cut(batch, 8)]))
+    assert cut_up == pytest.approx(evaluate(model, [cut(batch, 8)]).mean)
     # The first piece sees what it saw in the whole, the others lose their context.
     whole, pieces = (token_losses(model, batch, length) for length in (24, 8))
     torch.testing.assert_close(whole[:, :8], pieces[:, :8])

@@ -1,0 +1,92 @@
+"""Checkpoints written while training goes on."""
+
+import copy
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mst_train.checkpoint import save_checkpoint
+from mst_train.config import CheckpointConfig
+from mst_train.errors import TrainingError
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, in a thread where ``checkpoint.background`` is set.
+
+    ``save`` then returns as soon as it has copied the state to host memory, and the copy is
+    written while the next steps run. One checkpoint is written at a time: ``save`` waits for the
+    one before. What went wrong in the thread is raised by the next ``check``, ``save`` or ``wait``.
+
+    Memory: with ``checkpoint.background`` a copy of the whole state on the host, from ``save``
+    until it is written; otherwise none.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+        self._folder, self._config = folder, config
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[Path] | None = None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write ``state`` as the checkpoint of ``step``, as ``save_checkpoint`` does.
+
+        Raises TrainingError where it, or the checkpoint before it, cannot be written.
+        """
+        self.wait()
+        keep = self._config.keep
+        if self._config.background:
+            copied = on_host(state)
+            self._pending = self._thread.submit(save_checkpoint, self._folder, step, copied, keep)
+        else:
+            save_checkpoint(self._folder, step, state, keep)
+
+    def check(self) -> None:
+        """Raises TrainingError where a checkpoint turned out not to be writable."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the checkpoint is written. Raises TrainingError where it cannot be."""
+        if self._pending is not None:
+            wait([self._pending])
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Wait as ``wait`` does, for a run that is ending anyway: a failure is a warning."""
+        try:
+            self.wait()
+        except TrainingError as error:
+            log.warning("%s", error)
+        self._thread.shutdown()
+
+
+def on_host(state: Any) -> Any:
+    """A copy of a state (dicts, lists and tuples of tensors and values), its tensors on the CPU.
+
+    Tensors that share memory share it in the copy too, so that both are saved as the same bytes.
+    """
+    return _copy(state, {})
+
+
+def _copy(value: Any, storages: dict[tuple[Any, ...], torch.UntypedStorage]) -> Any:
+    if isinstance(value, Tensor):
+        storage = value.untyped_storage()
+        key = (storage.device, storage.data_ptr(), storage.nbytes())
+        if key not in storages:
+            storages[key] = storage.cpu() if storage.device.type != "cpu" else storage.clone()
+        place = (value.storage_offset(), value.size(), value.stride())
+        return torch.empty(0, dtype=value.dtype).set_(storages[key], *place)
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # with what a module's state_dict carries besides its items
+        for key, item in value.items():
+            copied[key] = _copy(item, storages)
+        return copied
+    if isinstance(value, list | tuple):
+        return type(value)(_copy(item, storages) for item in value)
+    return value

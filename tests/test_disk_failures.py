@@ -1,0 +1,180 @@
+"""A disk that is full or a folder that is gone while a run writes to it."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import mst_train.train as training
+from mst_train.checkpoint import complete_checkpoints
+from mst_train.data import load_data
+from mst_train.errors import TrainingError
+from mst_train.train import train
+
+
+def losses(config):
+    lines = Path(config.run.dir, "metrics.jsonl").read_text().splitlines()
+    return {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
+
+
+@contextmanager
+def at_step(number, config, happens):
+    """``happens`` is called before the step with this number is computed."""
+    step = training.train_step
+
+    def interrupted(*arguments):
+        path = Path(config.run.dir, "metrics.jsonl")
+        if path.exists() and len(losses(config)) == number - 1:
+            happens()
+        return step(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "train_step", interrupted)
+        yield
+
+
+@pytest.fixture
+def limit_files():
+    """limit_files(bytes): no file can be written beyond this size, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def lift_limit():
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("size", "background"),
+    [(50_000, True), (50_000, False), (100, False)],  # in a part, and in the marker
+)
+def test_a_checkpoint_that_does_not_fit(
+    small_config, change, limit_files, background, size, monkeypatch
+):
+    whole = change(small_config, **{"checkpoint.background": background})
+    train(whole)
+    config = change(whole, **{"run.dir": small_config.run.dir + "_full"})
+    if size == 100:
+        # The parts fit and the marker does not: the limit comes after them.
+        import mst_train.checkpoint as checkpoint
+
+        replace = checkpoint._replace
+
+        def without_room(path, text):
+            if "step_00000004" in str(path):
+                limit_files(size)
+            try:
+                replace(path, text)
+            finally:
+                lift_limit()
+
+        monkeypatch.setattr(checkpoint, "_replace", without_room)
+        with pytest.raises(TrainingError) as caught:
+            train(config)
+        monkeypatch.undo()
+    else:
+
+        def full():
+            while not Path(config.run.dir, "checkpoints/latest").exists():
+                time.sleep(0.01)
+            limit_files(size)
+
+        with at_step(4, config, full), pytest.raises(TrainingError) as caught:
+            train(config)
+        lift_limit()
+    message = str(caught.value)
+    folder = Path(config.run.dir, "checkpoints")
+    assert message.startswith(f"cannot write the checkpoint {folder}/step_00000004: ")
+    assert "File too large" in message and "the same command continues" in message
+    assert names(folder) == ["latest", "step_00000002"]
+    assert (folder / "latest").read_text() == "step_00000002\n"
+    assert [path.name for path in complete_checkpoints(folder)] == ["step_00000002"]
+    train(config)
+    assert losses(config) == losses(whole)
+
+
+def test_records_that_do_not_fit(small_config, change, limit_files):
+    train(small_config)
+    config = change(small_config, **{"run.dir": small_config.run.dir + "_full"})
+    metrics = Path(config.run.dir, "metrics.jsonl")
+    with (
+        at_step(4, config, lambda: limit_files(metrics.stat().st_size + 10)),
+        pytest.raises(TrainingError, match=r"metrics\.jsonl cannot be written \(File too large\)"),
+    ):
+        train(config)
+    lift_limit()
+    assert metrics.read_text().splitlines()[-1] == '{"step": 4'
+    train(config)
+    assert losses(config) == losses(small_config)
+
+
+def test_a_folder_that_is_gone(small_config, change):
+    train(small_config)
+    config = change(
+        small_config,
+        **{"run.dir": small_config.run.dir + "_gone", "checkpoint.background": False},
+    )
+    folder = Path(config.run.dir, "checkpoints")
+
+    def replace_by_a_file():
+        shutil.rmtree(folder)
+        folder.write_text("")
+
+    with (
+        at_step(4, config, replace_by_a_file),
+        pytest.raises(TrainingError, match=r"cannot write the checkpoint .*step_00000004: "),
+    ):
+        train(config)
+    folder.unlink()
+    train(config)
+    assert losses(config) == losses(small_config)
+
+
+@pytest.mark.slow
+def test_the_command_on_a_full_disk(tmp_path, small_config):
+    """One message, status 1, and with room again the same command does the rest."""
+    load_data(small_config.data)  # what the cache needs fits
+    data = small_config.data
+    command = [
+        *(sys.executable, "-m", "mst_train", "run.dir=run", "train.steps=4", "checkpoint.every=2"),
+        *(f"data.source={data.source}", f"data.cache_dir={data.cache_dir}"),
+        *("data.tokenizer_vocab_size=512", "data.validation_fraction=0.05"),
+        *("data.sequence_length=100", "model.vocab_size=512", "model.hidden_size=32"),
+        *("model.intermediate_size=88", "model.num_layers=2", "logging=wandb_disabled"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(limit):
+        def before():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            preexec_fn=before if limit else None,
+        )
+
+    result = start(50_000)
+    assert result.returncode == 1
+    assert "error: cannot write the checkpoint run/checkpoints/step_00000002: " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert names(tmp_path / "run/checkpoints") == []
+    result = start(None)
+    assert result.returncode == 0, result.stderr
+    assert names(tmp_path / "run/checkpoints") == ["latest", "step_00000002", "step_00000004"]
