@@ -6,6 +6,7 @@ train   set up, loop over steps (step.py), evaluate, save, report
 import contextlib
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -346,6 +347,12 @@ def _out_of_memory(prediction: Prediction) -> str:
 
 def _require_one_process(config: Config) -> None:
     parallel = config.parallel
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise UserError(
+            f"{processes} processes were started (WORLD_SIZE), and the training command runs in "
+            f"one: start python -m mst_train by itself"
+        )
     if parallel.sequence_parallel > 1 or parallel.zero_stage > 0:
         raise UserError(
             f"parallel.sequence_parallel={parallel.sequence_parallel} and parallel.zero_stage="

@@ -282,6 +282,22 @@ def test_a_refused_run_leaves_no_folder(small_config, change, settings, message,
     assert not Path(small_config.run.dir).exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "processes", "message"),
+    [
+        ({}, "2", "2 processes were started"),
+        ({"parallel.zero_stage": 2}, "1", "are for planning so far"),
+    ],
+)
+def test_several_processes_are_refused(
+    small_config, change, settings, processes, message, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(UserError, match=message):
+        train(change(small_config, **settings))
+    assert not Path(small_config.run.dir).exists()
+
+
 def make_step(small_config, dtype=torch.float64, policy=None, kind=Optimizer):
     model = build_model(small_config.model, policy=policy, dtype=dtype)
     optimizer = kind(model, small_config.optimizer, master_weights=False)
