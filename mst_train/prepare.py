@@ -164,7 +164,7 @@ def _plan(config: "Config") -> "Plan":
 
     data, prepare = config.data, config.prepare
     if data.tokenizer is not None:
-        tokenizer = f"{load_tokenizer(data.tokenizer).fingerprint} (its SHA-256)"
+        tokenizer = f"{load_tokenizer(data.tokenizer).fingerprint} (its fingerprint)"
     elif prepare.vocab_size is not None:
         tokenizer = f"none, {prepare.vocab_size} ids, {prepare.end_of_document} ends a document"
     else:

@@ -6,7 +6,6 @@ train   set up, loop over steps (step.py), evaluate, save, report
 import contextlib
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from mst_train.model.flops import training_flops
 from mst_train.model.huggingface import load_weights
 from mst_train.mst import HostBudgetError, Offload, Policy
 from mst_train.optim import build_optimizer, learning_rate
+from mst_train.parallel.topology import world_size
 from mst_train.plan.before import before_training, largest_parts
 from mst_train.plan.predict import Prediction
 from mst_train.random_state import random_state, restore_random_state, seed_everything
@@ -347,10 +347,9 @@ def _out_of_memory(prediction: Prediction) -> str:
 
 def _require_one_process(config: Config) -> None:
     parallel = config.parallel
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
+    if world_size() > 1:
         raise UserError(
-            f"{processes} processes were started (WORLD_SIZE), and the training command runs in "
+            f"{world_size()} processes were started (WORLD_SIZE), and the training command runs in "
             f"one: start python -m mst_train by itself"
         )
     if parallel.sequence_parallel > 1 or parallel.zero_stage > 0:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mst_train.config import DataConfig
 from mst_train.data.pieces import Document, Piece, Report, ranges
-from mst_train.data.readers import missing_field, no_text
+from mst_train.data.readers import documents_of, missing_field
 from mst_train.errors import UserError
 
 ROWS = 256
@@ -86,13 +86,9 @@ class HuggingFaceRows:
             place, row = self.name, piece.start
         try:
             for batch in rows.iter(batch_size=ROWS):
-                for text in batch[self.text_field]:
-                    row += 1
-                    problem = no_text(text, self.text_field)
-                    if problem is not None:
-                        report(UserError(f"{place}, row {row}: {problem}"))
-                    elif text is not None:
-                        yield Document(text, len(text))
+                texts = batch[self.text_field]
+                yield from documents_of(texts, self.text_field, place, row, report)
+                row += len(texts)
         except UserError:
             raise
         # As above: a file of the data set may be gone, damaged or out of reach by now.

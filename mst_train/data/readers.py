@@ -8,7 +8,7 @@ cannot be read at all is a ``UserError``.
 import codecs
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
@@ -232,13 +232,9 @@ class Parquet:
             )
             try:
                 for batch in batches:
-                    for text in batch.column(0).to_pylist():
-                        row += 1
-                        problem = no_text(text, self.text_field)
-                        if problem is not None:
-                            report(UserError(f"{path}, row {row}: {problem}"))
-                        elif text is not None:
-                            yield Document(text, len(text))
+                    texts = batch.column(0).to_pylist()
+                    yield from documents_of(texts, self.text_field, f"{path}", row, report)
+                    row += len(texts)
             except (pyarrow.ArrowException, UnicodeDecodeError) as error:
                 raise self._broken(path, error) from error
 
@@ -279,6 +275,18 @@ def missing_field(where: str, text_field: str, fields: list[str]) -> UserError:
         f"{where} has no field data.text_field={text_field}: set data.text_field to one of "
         f"{', '.join(fields) or '(it has no fields)'}"
     )
+
+
+def documents_of(
+    texts: Iterable[Any], text_field: str, place: str, rows_before: int, report: Report
+) -> Iterator[Document]:
+    """The documents in a column's values, which follow ``rows_before`` rows of ``place``."""
+    for row, text in enumerate(texts, rows_before + 1):
+        problem = no_text(text, text_field)
+        if problem is not None:
+            report(UserError(f"{place}, row {row}: {problem}"))
+        elif text is not None:
+            yield Document(text, len(text))
 
 
 def no_text(value: object, text_field: str) -> str | None:

@@ -130,7 +130,7 @@ class Tokenizer(Vocabulary):
         parts = ((index, part) for index, text in enumerate(texts) for part in self._parts(text))
         before = np.array(self._before, np.int32)
         current, tokens = 0, [before]
-        for batch in _batches(parts):
+        for batch in batches(parts):
             encoded = self._processor.encode([p for _, p in batch], num_threads=self.threads)
             for (index, part), ids in zip(batch, encoded, strict=True):
                 if index != current:
@@ -167,7 +167,8 @@ class Tokenizer(Vocabulary):
         return tokens if all(self._processor.is_byte(token) for token in tokens) else []
 
 
-def _batches(parts: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+def batches(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Numbered texts in lists of about ENCODE_BATCH_CHARACTERS."""
     batch, characters = [], 0
     for index, part in parts:
         batch.append((index, part))

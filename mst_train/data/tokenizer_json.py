@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mst_train.data.pieces import cores
-from mst_train.data.tokenizer import ENCODE_BATCH_CHARACTERS, Vocabulary
+from mst_train.data.tokenizer import Vocabulary, batches
 from mst_train.errors import UserError
 
 NEIGHBOURS = ("tokenizer_config.json", "generation_config.json", "config.json")
@@ -84,15 +84,8 @@ class JsonTokenizer(Vocabulary):
 
     def encode_arrays(self, texts: list[str]) -> Iterator[NDArray[np.int32]]:
         """The token ids of each text, without an end-of-document id."""
-        batch: list[str] = []
-        characters = 0
-        for text in texts:
-            batch.append(text)
-            characters += len(text)
-            if characters >= ENCODE_BATCH_CHARACTERS:
-                yield from self._encoded(batch)
-                batch, characters = [], 0
-        yield from self._encoded(batch)
+        for batch in batches(enumerate(texts)):
+            yield from self._encoded([text for _, text in batch])
 
     def decode(self, tokens: list[int]) -> str:
         """The text of token ids; special ones have none."""

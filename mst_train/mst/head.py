@@ -101,9 +101,7 @@ def mini_sequence_cross_entropy(
     """
     autocast = Autocast.here(hidden.device)
     hidden, weight = autocast.cast(hidden), autocast.cast(weight)
-    _check(hidden, weight, labels)
-    bytes_per_token = weight.shape[0] * hidden.element_size()
-    chunk = resolve_chunk_tokens(chunk_tokens, hidden.shape[0], bytes_per_token, hidden.device)
+    chunk = _chunk_size(hidden, weight, labels, chunk_tokens)
     # Grad mode is always off inside a Function's forward, so it is read here.
     gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     options = {
@@ -137,15 +135,12 @@ def mini_sequence_losses(
     """
     autocast = Autocast.here(hidden.device)
     hidden, weight = autocast.cast(hidden), autocast.cast(weight)
-    _check(hidden, weight, labels)
-    tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    bytes_per_token = vocabulary * hidden.element_size()
-    chunk_size = resolve_chunk_tokens(chunk_tokens, tokens, bytes_per_token, hidden.device)
+    chunk_size = _chunk_size(hidden, weight, labels, chunk_tokens)
     options = {"ignore_index": ignore_index, "softcap": softcap, "gradient": False}
-    loss_N = hidden.new_empty(tokens, dtype=_loss_dtype(hidden))
-    logits = hidden.new_empty(chunk_size, vocabulary)
+    loss_N = hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden))
+    logits = hidden.new_empty(chunk_size, weight.shape[0])
     with autocast.off():
-        for chunk in chunk_slices(tokens, chunk_size):
+        for chunk in chunk_slices(hidden.shape[0], chunk_size):
             hidden_CD = hidden[chunk]
             logits_CV = logits[: hidden_CD.shape[0]]
             torch.mm(hidden_CD, weight.t(), out=logits_CV)
@@ -209,6 +204,13 @@ class _MiniSequenceCrossEntropy(torch.autograd.Function):
 
 def _loss_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _chunk_size(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int | str) -> int:
+    """``chunk_tokens`` as a number; ValueError for inputs that do not fit each other."""
+    _check(hidden, weight, labels)
+    bytes_per_token = weight.shape[0] * hidden.element_size()
+    return resolve_chunk_tokens(chunk_tokens, hidden.shape[0], bytes_per_token, hidden.device)
 
 
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:

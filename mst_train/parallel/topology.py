@@ -101,13 +101,6 @@ class Topology:
             for work in works:
                 work.wait()
 
-    def same_(self, tensors: Sequence[Tensor]) -> None:
-        """Give all processes the first one's tensors."""
-        if self.world > 1:
-            works = [dist.broadcast(tensor, 0, async_op=True) for tensor in tensors]
-            for work in works:
-                work.wait()
-
 
 def check_degree(config: Config, world: int) -> None:
     """Whether ``world`` processes can share the work as configured.

@@ -107,13 +107,12 @@ def _measured(dtype: torch.dtype, threads: int) -> Rates:
     kernel = CpuKernel()
     out, lse = kernel.forward(q, q, q)
     small = torch.ones(2**20)
-    times = _times(
+    seconds = _median_seconds(
         product=lambda: left @ right,
         forward=lambda: kernel.forward(q, q, q),
         backward=lambda: kernel.backward(q, q, q, q, out, lse),
         memory=lambda: torch.add(small, 1.0, out=small).mul_(1.0),
     )
-    seconds = {name: statistics.median(measured) for name, measured in times.items()}
     flops = attention_flops(q, q, causal=True)
     memory = 3 * small.nbytes / seconds["memory"]
     return Rates(
@@ -127,12 +126,12 @@ def _measured(dtype: torch.dtype, threads: int) -> Rates:
     )
 
 
-def _times(**runs: Callable[[], object]) -> dict[str, list[float]]:
-    """Seconds of each of ``runs``, all in turn, so that a busy moment spoils none."""
+def _median_seconds(**runs: Callable[[], object]) -> dict[str, float]:
+    """The median seconds of each of ``runs``, all in turn, so that a busy moment spoils none."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
         for name, run in runs.items():
             started = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - started)
-    return times
+    return {name: statistics.median(measured) for name, measured in times.items()}
