@@ -15,18 +15,21 @@ their result; the others are computed again where a block is.
     cpu          CPU        yes      yes     yes         torch's flash attention for CPUs
     torch_flash  CUDA       yes      no      no          the FlashAttention-2 in torch
     cudnn        CUDA       no       no      no          cuDNN's; documents through torch_flash
-    flash_attn   CUDA       yes      yes     no          the flash-attn package
+    flash_attn   CUDA       yes      yes     no          the flash-attn package: FlashAttention-2
+    flash_attn_3 Hopper     yes      yes     no          the flash-attn-3 package
+    flash_attn_4 Hopper on  yes      yes     no          the flash-attn-4 package
     tiled        any        yes      yes     yes         torch's matrix products, tile by tile
     sdpa         any        no       no      yes         what torch chooses; not a kernel
     reference    any        yes      yes     yes         the formula; holds the whole score matrix
 
-The CUDA backends have not been run on a GPU yet (see model/kernels_cuda.py).
+On a CUDA device ``kernel.attention=auto`` measures which of them is the fastest (see
+model/attention_choice.py). The CUDA backends, flash_attn_3 and flash_attn_4 among them, have not
+been run on a GPU yet (see model/kernels_cuda).
 
 Legend: B batch, S sequence, H query heads, K key-value heads, E head size.
 """
 
 import functools
-import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,8 +42,18 @@ from torch import Tensor
 
 from mst_train.config import AUTO
 from mst_train.errors import UserError
+from mst_train.model.attention_choice import MeasuredKernel
 from mst_train.model.kernels_cpu import CpuKernel
-from mst_train.model.kernels_cuda import CudnnKernel, FlashAttnKernel, TorchFlashKernel
+from mst_train.model.kernels_cuda import (
+    CudnnKernel,
+    FlashAttn3Kernel,
+    FlashAttn4Kernel,
+    FlashAttnKernel,
+    TorchFlashKernel,
+    flash_attn_2,
+    flash_attn_3,
+    flash_attn_4,
+)
 from mst_train.model.kernels_reference import ReferenceKernel
 from mst_train.model.kernels_tiled import TiledKernel
 from mst_train.model.layouts import each_document, heads_first
@@ -51,6 +64,8 @@ __all__ = [
     "Attention",
     "CpuKernel",
     "CudnnKernel",
+    "FlashAttn3Kernel",
+    "FlashAttn4Kernel",
     "FlashAttnKernel",
     "KernelAttention",
     "ReferenceKernel",
@@ -65,6 +80,14 @@ log = logging.getLogger(__name__)
 
 WITHOUT_WINDOWS = ("cudnn", "sdpa")
 WITHOUT_SOFTCAP = ("torch_flash", "cudnn", "sdpa")
+HALF = (torch.float16, torch.bfloat16)
+FOR_CUDA = ("flash_attn_4", "flash_attn_3", "cudnn", "flash_attn", "torch_flash")
+PACKAGES = {
+    "flash_attn": flash_attn_2.problem,
+    "flash_attn_3": flash_attn_3.problem,
+    "flash_attn_4": flash_attn_4.problem,
+}
+"""Why a package's kernel cannot be used on a device for some scores."""
 
 
 class Attention(Protocol):
@@ -84,32 +107,36 @@ def select_attention(
 ) -> Attention:
     """The backend of this name for tensors of this device and type.
 
-    "auto" is cpu on a CPU. On CUDA it is cudnn from Hopper on and torch_flash before it and for
-    windows; flash_attn for capped scores, or tiled without the package; in fp32 sdpa, and tiled for
-    both. Raises UserError where the backend asked for cannot work here.
+    "auto" is cpu on a CPU. On CUDA it is the fastest of FOR_CUDA that work for these scores,
+    measured at its first call, and tiled where none does; in fp32 it is sdpa, and tiled where
+    scores are capped or in windows. Raises UserError where the backend asked for cannot work here.
     """
-    chosen = _automatic(device, dtype, scores) if name == AUTO else name
+    choose = partial(select_attention, name, device, dtype)
+    if name == AUTO and device.type == "cuda" and dtype in HALF:
+        return KernelAttention(_measured(device, dtype, scores), choose)
+    chosen = _automatic(device, scores) if name == AUTO else name
     problem = _problem(chosen, device, dtype, scores)
     if problem:
         raise UserError(f"kernel.attention={chosen} cannot be used: {problem}")
-    choose = partial(select_attention, name, device, dtype)
     if chosen == "sdpa":
         return SdpaAttention(scores, choose)
     return KernelAttention(KERNELS[chosen](scores), choose)
 
 
-def _automatic(device: torch.device, dtype: torch.dtype, scores: Scores) -> str:
+def _automatic(device: torch.device, scores: Scores) -> str:
+    """Without measuring."""
     if device.type != "cuda":
         return "cpu"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return "sdpa" if scores.window is None and scores.softcap is None else "tiled"
-    if scores.softcap is not None:
-        if importlib.util.find_spec("flash_attn") is not None:
-            return "flash_attn"
+    return "sdpa" if scores.window is None and scores.softcap is None else "tiled"
+
+
+def _measured(device: torch.device, dtype: torch.dtype, scores: Scores) -> AttentionKernel:
+    """The fastest kernel of those that do not refuse."""
+    names = [name for name in FOR_CUDA if _problem(name, device, dtype, scores) is None]
+    if not names:
         _warn_of_tiled()
-        return "tiled"
-    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
-    return "cudnn" if hopper and scores.window is None else "torch_flash"
+        return TiledKernel(scores)
+    return MeasuredKernel({name: KERNELS[name](scores) for name in names}, scores)
 
 
 @functools.cache
@@ -134,15 +161,13 @@ def _problem(name: str, device: torch.device, dtype: torch.dtype, scores: Scores
             f"it does not cap scores, and model.attention_softcap={scores.softcap}: set "
             f"kernel.attention={AUTO}"
         )
-    if name not in ("torch_flash", "cudnn", "flash_attn"):
+    if name not in FOR_CUDA:
         return None
     if device.type != "cuda":
         return f"it runs on CUDA devices, and this run's device is {device.type}"
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in HALF:
         return "it computes in bf16: set precision=bf16 or precision=bf16_master"
-    if name == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed: pip install 'mst-train[gpu]'"
-    return None
+    return PACKAGES[name](device, scores) if name in PACKAGES else None
 
 
 @dataclass(frozen=True)
@@ -198,6 +223,8 @@ KERNELS: dict[str, Callable[[Scores], AttentionKernel]] = {
     "torch_flash": TorchFlashKernel,
     "cudnn": CudnnKernel,
     "flash_attn": FlashAttnKernel,
+    "flash_attn_3": FlashAttn3Kernel,
+    "flash_attn_4": FlashAttn4Kernel,
     "tiled": TiledKernel,
     "reference": ReferenceKernel,
 }

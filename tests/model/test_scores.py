@@ -3,13 +3,17 @@
 ``formula`` is attention with all of it, by plain operations on the whole score matrix.
 """
 
-import math
-import sys
-from itertools import pairwise, product
-from types import ModuleType
-
 import pytest
 import torch
+from formula import (
+    DOCUMENTS,
+    SCORES,
+    assert_same,
+    in_chunks,
+    make_documents,
+    make_inputs,
+    whole,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,27 +22,17 @@ from mst_train.memory.tracker import MemoryTracker
 from mst_train.model import kernels_cpu, kernels_tiled, select_attention
 from mst_train.model.attention import (
     KERNELS,
+    PACKAGES,
     CpuKernel,
-    FlashAttnKernel,
     KernelAttention,
     ReferenceKernel,
+    SdpaAttention,
     TiledKernel,
 )
-from mst_train.mst import Documents, Scores
+from mst_train.mst import Scores
 from mst_train.mst.attention_rows import attend_rows, attend_rows_backward
 
 CPU = torch.device("cpu")
-BATCH, SEQUENCE = 2, 13
-SCORES = [
-    Scores(window=4),
-    Scores(window=1),
-    Scores(window=SEQUENCE),
-    Scores(window=1000),
-    Scores(softcap=1.5),
-    Scores(scale=0.7),
-    Scores(window=5, softcap=1.5, scale=0.7),
-]
-DOCUMENTS = [None, [0, 4, 5, 13, 26], [0, 13, 14, 20, 26]]
 
 
 @pytest.fixture(autouse=True)
@@ -46,53 +40,6 @@ def small_tiles(monkeypatch):
     """Several tiles in each direction, the last ones shorter."""
     monkeypatch.setattr(kernels_tiled, "TILES", {"cpu": (4, 3), "cuda": (4, 3)})
     monkeypatch.setattr(kernels_cpu, "WINDOW_TILE", 5)
-
-
-def make_inputs(heads=4, kv_heads=2, sequence=SEQUENCE, size=6, batch=BATCH, dtype=torch.float64):
-    """q, k, v and the gradient of the result."""
-    torch.manual_seed(0)
-    q, dout = torch.randn(2, batch, sequence, heads, size, dtype=dtype)
-    k, v = torch.randn(2, batch, sequence, kv_heads, size, dtype=dtype)
-    return q, k, v, dout
-
-
-def make_documents(boundaries):
-    return boundaries and Documents(torch.tensor(boundaries, dtype=torch.int32))
-
-
-def formula(q, k, v, scores, boundaries=None):
-    """(out, lse)."""
-    batch, sequence, heads, size = q.shape
-    boundaries = boundaries or [i * sequence for i in range(batch + 1)]
-    owners = torch.tensor([i for i, (a, b) in enumerate(pairwise(boundaries)) for _ in range(a, b)])
-    owners = owners.view(batch, 1, sequence)
-    places = torch.arange(sequence)
-    distance = places[:, None] - places
-    seen = (distance >= 0) & (owners[..., None] == owners[..., None, :])
-    if scores.window is not None:
-        seen = seen & (distance < scores.window)
-    k, v = (t.repeat_interleave(heads // k.shape[2], dim=2) for t in (k, v))
-    products = torch.einsum("bqhe,bkhe->bhqk", q, k)
-    products = products * (scores.scale or 1 / math.sqrt(size))
-    if scores.softcap is not None:
-        products = scores.softcap * torch.tanh(products / scores.softcap)
-    products = products.masked_fill(~seen, -math.inf)
-    return torch.einsum("bhqk,bkhe->bqhe", products.softmax(-1), v), products.logsumexp(-1)
-
-
-def differentiated(function, q, k, v, dout):
-    """(out, lse or None, dq, dk, dv)."""
-    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-    out, lse = function(*leaves)
-    return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
-
-
-def whole(inputs, scores, boundaries=None):
-    return differentiated(lambda q, k, v: formula(q, k, v, scores, boundaries), *inputs)
-
-
-def assert_same(actual, expected):
-    torch.testing.assert_close(list(actual), list(expected), rtol=1e-12, atol=1e-12)
 
 
 # --- kernels on whole sequences ------------------------------------------------------------------
@@ -153,28 +100,6 @@ def test_no_score_matrix_is_held(name, scores):
 
 
 # --- chunks of rows ------------------------------------------------------------------------------
-
-
-def in_chunks(kernel, inputs, documents, rows_at_once):
-    """(out, lse, dq, dk, dv) chunk by chunk, as a block computes them."""
-    q, k, v, dout = inputs
-    chunks = [
-        slice(start, min(start + rows_at_once, q.shape[1]))
-        for start in range(0, q.shape[1], rows_at_once)
-    ]
-    results = [attend_rows(kernel, q[:, rows], k, v, rows, documents) for rows in chunks]
-    sums = [torch.zeros_like(t) if len(chunks) > 1 else None for t in (k, v)]
-    gradients = []
-    for rows, (out, lse) in zip(reversed(chunks), reversed(results), strict=True):
-        parts = (q[:, rows], k, v, out, lse, rows, documents, *sums)
-        gradients.insert(
-            0, [t.clone() for t in attend_rows_backward(kernel, dout[:, rows], *parts)]
-        )
-    return [
-        torch.cat([out for out, _ in results], 1),
-        torch.cat([lse for _, lse in results], 2),
-        *(torch.cat(parts, 1) for parts in zip(*gradients, strict=True)),
-    ]
 
 
 @pytest.mark.parametrize("boundaries", DOCUMENTS)
@@ -280,24 +205,34 @@ def test_what_a_backend_cannot_do_is_refused(name, scores, message):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "scores", "capability", "installed", "expected"),
+    ("dtype", "scores", "installed", "expected"),
     [
-        (torch.bfloat16, Scores(), (9, 0), False, "CudnnKernel"),
-        (torch.bfloat16, Scores(), (8, 0), False, "TorchFlashKernel"),
-        (torch.bfloat16, Scores(window=8), (9, 0), False, "TorchFlashKernel"),
-        (torch.bfloat16, Scores(softcap=8.0), (9, 0), True, "FlashAttnKernel"),
-        (torch.bfloat16, Scores(8, 8.0), (9, 0), True, "FlashAttnKernel"),
-        (torch.bfloat16, Scores(8, 8.0), (9, 0), False, "TiledKernel"),
-        (torch.float32, Scores(window=8), (9, 0), True, "TiledKernel"),
-        (torch.float32, Scores(softcap=8.0), (9, 0), True, "TiledKernel"),
+        (torch.bfloat16, Scores(), (), "cudnn torch_flash"),
+        (torch.float16, Scores(scale=0.5), ("flash_attn",), "cudnn flash_attn torch_flash"),
+        (torch.bfloat16, Scores(window=8), (), "torch_flash"),
+        (torch.bfloat16, Scores(window=8), ("flash_attn_3",), "flash_attn_3 torch_flash"),
+        (torch.bfloat16, Scores(8, 8.0), ("flash_attn", "flash_attn_4"), "flash_attn_4 flash_attn"),
+        (torch.bfloat16, Scores(8, 8.0), (), TiledKernel),
+        (torch.float32, Scores(window=8), ("flash_attn",), TiledKernel),
+        (torch.float32, Scores(softcap=8.0), ("flash_attn",), TiledKernel),
     ],
 )
-def test_automatic_choice_on_cuda(monkeypatch, dtype, scores, capability, installed, expected):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
-    attention = select_attention("auto", torch.device("cuda"), dtype, scores)
-    assert type(attention.kernel).__name__ == expected
-    assert attention.kernel.scores == scores
+def test_what_is_measured_on_cuda(monkeypatch, dtype, scores, installed, expected):
+    for name in PACKAGES:
+        problem = None if name in installed else "not installed"
+        monkeypatch.setitem(PACKAGES, name, lambda device, scores, problem=problem: problem)
+    kernel = select_attention("auto", torch.device("cuda"), dtype, scores).kernel
+    assert kernel.scores == scores
+    if isinstance(expected, str):
+        assert list(kernel.candidates) == expected.split()
+        assert all(type(one) is KERNELS[name] for name, one in kernel.candidates.items())
+        assert all(one.scores == scores for one in kernel.candidates.values())
+    else:
+        assert type(kernel) is expected
+
+
+def test_what_is_not_measured_on_cuda():
+    assert isinstance(select_attention("auto", torch.device("cuda"), torch.float32), SdpaAttention)
 
 
 # --- kernels for CUDA, as far as they can be checked without it ----------------------------------
@@ -319,82 +254,3 @@ def test_torchs_kernels_take_scales_and_windows(name, boundaries, keys):
     assert (out.shape, lse.shape) == (q.shape, (2, 4, 13))
     gradients = kernel.backward(q, q, k, k, out, lse, documents)
     assert [g.shape for g in gradients] == [q.shape, k.shape, k.shape]
-
-
-@pytest.fixture
-def flash_attn(monkeypatch):
-    """A stand-in for the package: its operators' names, arguments and conventions, by formula.
-
-    Windows count from the last query at the last key; -1 is no bound; a softcap of 0 is none.
-    """
-    interface = ModuleType("flash_attn.flash_attn_interface")
-
-    def kernel(softmax_scale, causal, window_size_left, window_size_right, softcap):
-        assert causal
-        assert window_size_right == (-1 if window_size_left == -1 else 0)
-        window = None if window_size_left == -1 else window_size_left + 1
-        return ReferenceKernel(Scores(window, softcap or None, softmax_scale))
-
-    def forward(
-        q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
-        alibi_slopes, return_softmax,
-    ):  # fmt: skip
-        assert (dropout_p, alibi_slopes, return_softmax) == (0.0, None, False)
-        chosen = kernel(softmax_scale, causal, window_size_left, window_size_right, softcap)
-        return *chosen.forward(q, k, v), None, None
-
-    def backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
-        window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
-    ):  # fmt: skip
-        assert (dropout_p, alibi_slopes, deterministic) == (0.0, None, False)
-        assert softmax_lse.is_contiguous()
-        chosen = kernel(softmax_scale, causal, window_size_left, window_size_right, softcap)
-        for place, gradient in zip(
-            (dq, dk, dv), chosen.backward(dout, q, k, v, out, softmax_lse), strict=True
-        ):
-            place.copy_(gradient)
-
-    def of_packed(function, tensors, boundaries, options):
-        offsets = boundaries.tolist()
-        return function(*(t[None] for t in tensors), documents=make_documents(offsets), **options)
-
-    def varlen_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
-        causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
-        return_softmax=False,
-    ):  # fmt: skip
-        assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
-        chosen = kernel(softmax_scale, causal, window_size_left, window_size_right, softcap)
-        out, lse = of_packed(chosen.forward, (q, k, v), cu_seqlens_q, {})
-        return out[0], lse[0], None, None
-
-    def varlen_backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-        max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
-        softcap, alibi_slopes, deterministic, rng_state=None,
-    ):  # fmt: skip
-        chosen = kernel(softmax_scale, causal, window_size_left, window_size_right, softcap)
-        tensors = (dout, q, k, v, out, softmax_lse)
-        gradients = of_packed(chosen.backward, tensors, cu_seqlens_q, {})
-        for place, gradient in zip((dq, dk, dv), gradients, strict=True):
-            place.copy_(gradient[0])
-
-    interface._flash_attn_forward = forward
-    interface._flash_attn_backward = backward
-    interface._flash_attn_varlen_forward = varlen_forward
-    interface._flash_attn_varlen_backward = varlen_backward
-    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
-    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
-
-
-@pytest.mark.parametrize(("boundaries", "scores"), list(product(DOCUMENTS, [*SCORES, Scores()])))
-def test_flash_attn_is_handed_what_it_expects(flash_attn, scores, boundaries):
-    inputs = make_inputs()
-    expected = whole(inputs, scores, boundaries)
-    kernel, documents = FlashAttnKernel(scores), make_documents(boundaries)
-    q, k, v, dout = inputs
-    out, lse = kernel.forward(q, k, v, documents)
-    assert_same((out, lse, *kernel.backward(dout, q, k, v, out, lse, documents)), expected)
-    if scores.window is not None:
-        assert_same(in_chunks(kernel, inputs, documents, 4), expected)

@@ -1,0 +1,95 @@
+"""Attention by plain operations on the whole score matrix, and what tests of kernels share."""
+
+import math
+from itertools import pairwise
+
+import torch
+
+from mst_train.mst import Documents, Scores
+from mst_train.mst.attention_rows import attend_rows, attend_rows_backward
+
+BATCH, SEQUENCE = 2, 13
+SCORES = [
+    Scores(window=4),
+    Scores(window=1),
+    Scores(window=SEQUENCE),
+    Scores(window=1000),
+    Scores(softcap=1.5),
+    Scores(scale=0.7),
+    Scores(window=5, softcap=1.5, scale=0.7),
+]
+DOCUMENTS = [None, [0, 4, 5, 13, 26], [0, 13, 14, 20, 26]]
+
+
+def make_inputs(heads=4, kv_heads=2, sequence=SEQUENCE, size=6, batch=BATCH, dtype=torch.float64):
+    """q, k, v and the gradient of the result."""
+    torch.manual_seed(0)
+    q, dout = torch.randn(2, batch, sequence, heads, size, dtype=dtype)
+    k, v = torch.randn(2, batch, sequence, kv_heads, size, dtype=dtype)
+    return q, k, v, dout
+
+
+def make_documents(boundaries):
+    return boundaries and Documents(torch.tensor(boundaries, dtype=torch.int32))
+
+
+def formula(q, k, v, scores, boundaries=None):
+    """(out, lse)."""
+    batch, sequence, heads, size = q.shape
+    boundaries = boundaries or [i * sequence for i in range(batch + 1)]
+    owners = torch.tensor([i for i, (a, b) in enumerate(pairwise(boundaries)) for _ in range(a, b)])
+    owners = owners.view(batch, 1, sequence)
+    places = torch.arange(sequence)
+    distance = places[:, None] - places
+    seen = (distance >= 0) & (owners[..., None] == owners[..., None, :])
+    if scores.window is not None:
+        seen = seen & (distance < scores.window)
+    k, v = (t.repeat_interleave(heads // k.shape[2], dim=2) for t in (k, v))
+    products = torch.einsum("bqhe,bkhe->bhqk", q, k)
+    products = products * (scores.scale or 1 / math.sqrt(size))
+    if scores.softcap is not None:
+        products = scores.softcap * torch.tanh(products / scores.softcap)
+    products = products.masked_fill(~seen, -math.inf)
+    return torch.einsum("bhqk,bkhe->bqhe", products.softmax(-1), v), products.logsumexp(-1)
+
+
+def differentiated(function, q, k, v, dout):
+    """(out, lse or None, dq, dk, dv)."""
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    out, lse = function(*leaves)
+    return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def whole(inputs, scores, boundaries=None):
+    return differentiated(lambda q, k, v: formula(q, k, v, scores, boundaries), *inputs)
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(list(actual), list(expected), rtol=1e-12, atol=1e-12)
+
+
+def in_chunks(kernel, inputs, documents, rows_at_once):
+    """(out, lse, dq, dk, dv) chunk by chunk, as a block computes them."""
+    q, k, v, dout = inputs
+    chunks = [
+        slice(start, min(start + rows_at_once, q.shape[1]))
+        for start in range(0, q.shape[1], rows_at_once)
+    ]
+    results = [attend_rows(kernel, q[:, rows], k, v, rows, documents) for rows in chunks]
+    sums = [
+        torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
+        if len(chunks) > 1
+        else None
+        for t in (k, v)
+    ]
+    gradients = []
+    for rows, (out, lse) in zip(reversed(chunks), reversed(results), strict=True):
+        parts = (q[:, rows], k, v, out, lse, rows, documents, *sums)
+        gradients.insert(
+            0, [t.clone() for t in attend_rows_backward(kernel, dout[:, rows], *parts)]
+        )
+    return [
+        torch.cat([out for out, _ in results], 1),
+        torch.cat([lse for _, lse in results], 2),
+        *(torch.cat(parts, 1) for parts in zip(*gradients, strict=True)),
+    ]
