@@ -3,6 +3,7 @@
 import sys
 
 from mst_train.command import run_command
+from mst_train.launched import rank
 
 HELP = """\
 python -m mst_train [+experiment=NAME] [GROUP=NAME ...] [key=value ...]
@@ -37,6 +38,8 @@ def _run(arguments: list[str]) -> int:
     from mst_train.train import train
 
     summary = train(config)
+    if rank() != 0:
+        return 0
     loss, validation = summary.get("loss"), summary["val_loss"]
     print(
         f"{config.run.name}: {summary['step']} steps, {summary['tokens']:,} tokens, "

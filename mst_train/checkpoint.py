@@ -5,6 +5,10 @@
             COMPLETE        written last: size and checksum of every file
         latest              the name of the newest checkpoint, for people and scripts
 
+Of several processes each writes what it has of a part: the first one model.pt, the others
+model-0001.pt, model-0002.pt and so on, which together are the part. How many there were does not
+matter to whoever reads it.
+
 A checkpoint is written into a temporary folder, flushed to disk and renamed; its completion marker
 follows, and ``latest`` last. Whatever moment a run is cut off at, the checkpoints that carry a
 marker and files of the sizes it lists are whole, and every other folder is ignored. Checksums are
@@ -18,12 +22,16 @@ import logging
 import os
 import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from mst_train.errors import TrainingError, UserError
+from mst_train.parallel.together import together
+from mst_train.parallel.topology import Topology
 
 MARKER = "COMPLETE"
 TEMPORARY = ".writing-"
@@ -31,35 +39,62 @@ TEMPORARY = ".writing-"
 log = logging.getLogger(__name__)
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, state: dict[str, Any], keep: int, processes: Topology | None = None
+) -> Path:
     """Write ``state``, one file per key, as the checkpoint of ``step``; keep the newest ``keep``.
 
-    Returns the checkpoint's folder. Raises TrainingError where it cannot be written; the
-    checkpoints that are there already are left alone.
+    Several ``processes`` each write their own ``state`` into the same checkpoint; a key's values
+    are then dicts without common keys. Returns the checkpoint's folder. Raises TrainingError where
+    it cannot be written; the checkpoints that are there already are left alone.
     """
+    processes = processes or Topology()
     name = f"step_{step:08d}"
     final, temporary = folder / name, folder / f"{TEMPORARY}{name}"
+    suffix = f"-{processes.rank:04d}.pt" if processes.rank else ".pt"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in (final, *folder.glob(f"{TEMPORARY}*")):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir()
-        files = {f"{key}.pt": _write(temporary / f"{key}.pt", state[key]) for key in state}
-        temporary.rename(final)
-        _replace(final / MARKER, json.dumps({"step": step, "files": files}, indent=1) + "\n")
-        _replace(folder / "latest", name + "\n")
+        with together(processes), _writing(final):
+            if processes.is_first:
+                folder.mkdir(parents=True, exist_ok=True)
+                for leftover in (final, *folder.glob(f"{TEMPORARY}*")):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                temporary.mkdir()
+        with together(processes), _writing(final):
+            own = {
+                f"{key}{suffix}": _write(temporary / f"{key}{suffix}", state[key]) for key in state
+            }
+        everyones = processes.gather(own)
+        with together(processes), _writing(final):
+            if processes.is_first:
+                files = {name: written for own in everyones for name, written in own.items()}
+                temporary.rename(final)
+                _replace(
+                    final / MARKER, json.dumps({"step": step, "files": files}, indent=1) + "\n"
+                )
+                _replace(folder / "latest", name + "\n")
+    except TrainingError:
+        if processes.is_first:
+            for leftover in (temporary, *([] if (final / MARKER).exists() else [final])):
+                shutil.rmtree(leftover, ignore_errors=True)
+        raise
+    if processes.is_first:
+        for old in complete_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+@contextmanager
+def _writing(final: Path) -> Iterator[None]:
+    """Have errors say which checkpoint could not be written, and what to do (TrainingError)."""
+    try:
+        yield
     # The latter is what torch makes of failures of its file writer.
     except (OSError, RuntimeError) as error:
-        for leftover in (temporary, *([] if (final / MARKER).exists() else [final])):
-            shutil.rmtree(leftover, ignore_errors=True)
         reason = str(error).partition("\n")[0]
         raise TrainingError(
             f"cannot write the checkpoint {final}: {reason}. The ones before it are whole: make "
             f"room or give permission there, and the same command continues"
         ) from error
-    for old in complete_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -115,7 +150,13 @@ def first_undamaged(checkpoints: list[Path]) -> Path | None:
 
 def load_part(checkpoint: Path, key: str) -> Any:
     """One part of a checkpoint's state, on the CPU. Raises UserError where it cannot be read."""
-    path = checkpoint / f"{key}.pt"
+    part = _load(checkpoint / f"{key}.pt")
+    for path in sorted(checkpoint.glob(f"{key}-*.pt")):
+        part |= _load(path)
+    return part
+
+
+def _load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     # What the reader stumbles over in a file that is none of ours can be anything.

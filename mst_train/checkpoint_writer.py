@@ -2,8 +2,9 @@
 
 import copy
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from mst_train.checkpoint import save_checkpoint
 from mst_train.config import CheckpointConfig
 from mst_train.errors import TrainingError
+from mst_train.parallel.topology import Topology
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +27,18 @@ class CheckpointWriter:
 
     Memory: with ``checkpoint.background`` a copy of the whole state on the host, from ``save``
     until it is written; otherwise none.
+
+    Args:
+        folder: where checkpoints are.
+        config: how they are written.
+        processes: those that write each checkpoint together, with a connection that nobody else
+            uses (``Topology.patient``).
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
-        self._folder, self._config = folder, config
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    def __init__(
+        self, folder: Path, config: CheckpointConfig, processes: Topology | None = None
+    ) -> None:
+        self._folder, self._config, self._processes = folder, config, processes
         self._pending: Future[Path] | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -41,9 +50,12 @@ class CheckpointWriter:
         keep = self._config.keep
         if self._config.background:
             copied = on_host(state)
-            self._pending = self._thread.submit(save_checkpoint, self._folder, step, copied, keep)
+            self._pending = Future()
+            arguments = (self._pending, self._folder, step, copied, keep, self._processes)
+            # The run may have to end while another process keeps this one waiting for ever.
+            Thread(target=_save, args=arguments, name="checkpoint", daemon=True).start()
         else:
-            save_checkpoint(self._folder, step, state, keep)
+            save_checkpoint(self._folder, step, state, keep, self._processes)
 
     def check(self) -> None:
         """Raises TrainingError where a checkpoint turned out not to be writable."""
@@ -63,7 +75,17 @@ class CheckpointWriter:
             self.wait()
         except TrainingError as error:
             log.warning("%s", error)
-        self._thread.shutdown()
+
+    def abandon(self) -> None:
+        """Wait no longer for a checkpoint that another process keeps from being finished."""
+        self._pending = None
+
+
+def _save(future: "Future[Path]", *arguments: Any) -> None:
+    try:
+        future.set_result(save_checkpoint(*arguments))
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def on_host(state: Any) -> Any:

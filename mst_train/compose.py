@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mst_train.config import Config, validate
+from mst_train.config import Config, leaves, validate
 from mst_train.errors import UserError
 
 DEFAULT_EXPERIMENT = "tiny"
@@ -40,7 +40,7 @@ def compose(arguments: Sequence[str]) -> Config:
 
         given = {override.lstrip("+").partition("=")[0] for override in overrides}
         tree = with_pretrained(tree, given)
-    return _checked(_leaves(tree), [])
+    return _checked(leaves(tree), [])
 
 
 def recompose(settings: dict[str, Any], arguments: Sequence[str]) -> Config:
@@ -58,8 +58,8 @@ def recompose(settings: dict[str, Any], arguments: Sequence[str]) -> Config:
             problems.append(
                 f"cannot use {override}: a run keeps its own settings; change them one by one"
             )
-    known = set(known_keys())
-    values = {key: value for key, value in _leaves(settings) if key in known} | given
+    known = {key: value for key, value in leaves(settings) if _is_known(key)}
+    values = known | given
     return _checked(values.items(), problems)
 
 
@@ -144,17 +144,18 @@ def _group_problem(overrides: list[str]) -> str | None:
 def _set(schema: Any, key: str, value: Any) -> str | None:
     """Put a value into the structured configuration; what is wrong with it, if anything."""
     names = known_keys()
-    if key not in names:
+    if not _is_known(key):
         members = [name for name in names if name.startswith(f"{key}.")]
         if members:
             return f"{key} is a group of settings: set one of {', '.join(members)}"
         close = difflib.get_close_matches(key, names, n=1)
         hint = f"did you mean {close[0]}?" if close else "see python -m mst_train --help"
         return f"{key} is not a setting: {hint}"
-    if isinstance(value, float) and value.is_integer() and _type_of(key) is int:
+    inside = key not in names
+    if not inside and isinstance(value, float) and value.is_integer() and _type_of(key) is int:
         value = int(value)  # 1e3 is a whole number too
     try:
-        OmegaConf.update(schema, key, value)
+        OmegaConf.update(schema, key, value, force_add=inside)
     except OmegaConfBaseException as error:
         return f"{key}={value}: {_first_line(error)}"
     return None
@@ -163,6 +164,16 @@ def _set(schema: Any, key: str, value: Any) -> str | None:
 def known_keys() -> list[str]:
     """Every setting's key."""
     return list(_keys(Config, ""))
+
+
+def _is_known(key: str) -> bool:
+    """Whether this is a setting, or inside one that takes settings of another program."""
+    names = known_keys()
+    return key in names or any(key.startswith(f"{n}.") for n in names if _is_open(n))
+
+
+def _is_open(name: str) -> bool:
+    return get_origin(_type_of(name)) is dict
 
 
 def _type_of(key: str) -> Any:
@@ -178,14 +189,6 @@ def _keys(section: Any, prefix: str) -> Iterator[str]:
             yield from _keys(field.type, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _checked(values: Iterable[tuple[str, Any]], problems: list[str]) -> Config:

@@ -6,8 +6,9 @@ library is imported here, so that every part of the project can.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 POLICIES = ("auto", "vanilla", "recompute", "mst")
 PRECISIONS = ("fp32", "bf16", "bf16_master")
@@ -17,6 +18,8 @@ ATTENTION_BACKENDS = (
     "torch_flash",
     "cudnn",
     "flash_attn",
+    "flash_attn_3",
+    "flash_attn_4",
     "tiled",
     "sdpa",
     "reference",
@@ -263,6 +266,11 @@ class ParallelConfig:
     zero_stage: int = 0
     """What processes share out instead of holding a copy each. 1: optimizer states. 2: gradients
     too. 3: weights too."""
+    timeout_minutes: float = 10
+    """How long a process waits for another in a step before the run ends with an error."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """DeepSpeed settings, by their own names, to add to those made from the settings above: for
+    ZeRO. For example {zero_optimization: {reduce_bucket_size: 100000000}}."""
 
 
 @dataclass(frozen=True)
@@ -340,7 +348,9 @@ class KernelConfig:
     """What computes activations, losses, norms and rotary embeddings. auto: triton on CUDA where it
     is installed, torch elsewhere."""
     attention: str = AUTO
-    """auto: the fastest that works here; the others are described in model/attention.py."""
+    """auto: on CUDA the fastest that works here, measured at the first step; the others are
+    described in model/attention.py. flash_attn, flash_attn_3 and flash_attn_4 need their packages;
+    the last two have not been run on a GPU yet."""
 
 
 @dataclass(frozen=True)
@@ -407,6 +417,15 @@ class Config:
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting of a tree of groups, by its whole key."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def validate(config: Config) -> list[str]:
@@ -675,6 +694,12 @@ def _parallel_problems(config: Config) -> Iterator[str]:
     degree = parallel.sequence_parallel
     yield from _at_least("parallel.sequence_parallel", degree, 1)
     yield from _one_of("parallel.zero_stage", parallel.zero_stage, ZERO_STAGES)
+    yield from _positive("parallel.timeout_minutes", parallel.timeout_minutes)
+    if parallel.deepspeed and parallel.zero_stage == 0:
+        yield (
+            "parallel.deepspeed is read with ZeRO alone: set parallel.zero_stage to 1, 2 or 3, or "
+            "leave it out"
+        )
     if degree < 1:
         return
     if config.model.num_heads % degree:

@@ -1,7 +1,9 @@
 """Where a result was made: command, date, commit, machine and versions."""
 
 import functools
+import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shlex
@@ -25,6 +27,22 @@ def describe(device: torch.device, module: str) -> dict[str, Any]:
         "hardware": _hardware(device),
         "versions": _versions(),
     }
+
+
+@functools.cache
+def code_fingerprint() -> str:
+    """Stands for the source files of mst_train and its kernels, wherever they are installed."""
+    sources = {}
+    for package in ("mst_train", "mst_kernels"):
+        spec = importlib.util.find_spec(package)
+        assert spec is not None and spec.submodule_search_locations
+        folder = Path(spec.submodule_search_locations[0])
+        for path in folder.rglob("*.py"):
+            sources[f"{package}/{path.relative_to(folder)}"] = path.read_bytes()
+    summed = hashlib.sha256()
+    for name in sorted(sources):
+        summed.update(f"{name}\0{len(sources[name])}\0".encode() + sources[name])
+    return summed.hexdigest()[:12]
 
 
 def _hardware(device: torch.device) -> dict[str, Any]:

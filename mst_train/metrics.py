@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -25,10 +25,18 @@ class Metrics:
     A run that continues after ``step`` drops the records of later steps first: they belong to work
     that was lost and is about to be done again. A fresh start (None) sets a file that is there
     already aside.
+
+    Of several processes one ``writes``; for the others this is there and does nothing.
     """
 
-    def __init__(self, path: Path, config: Config, step: int | None) -> None:
+    def __init__(
+        self, path: Path, config: Config, step: int | None, *, writes: bool = True
+    ) -> None:
         self._path = path
+        self._file: TextIO | None = None
+        self._wandb: WandbRun | None = None
+        if not writes:
+            return
         with writing(path):
             if step is None:
                 _set_aside(path)
@@ -39,6 +47,8 @@ class Metrics:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one record; it has a ``step``. Raises TrainingError where it cannot be written."""
+        if self._file is None:
+            return
         with writing(self._path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
@@ -58,8 +68,9 @@ class Metrics:
 
     def close(self, exit_code: int) -> None:
         """Close the file and W&B's run."""
-        with contextlib.suppress(OSError):  # of a record that could not be written
-            self._file.close()
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # of a record that could not be written
+                self._file.close()
         self._tell_wandb(lambda run: run.close(exit_code))
 
     def _tell_wandb(self, tell: Callable[[WandbRun], None]) -> None:
@@ -75,12 +86,13 @@ class Metrics:
 
 
 class Progress:
-    """A progress bar on a terminal, and a line now and then elsewhere."""
+    """A progress bar on a terminal, and a line now and then elsewhere; nothing unless ``shown``."""
 
-    def __init__(self, step: int, steps: int) -> None:
+    def __init__(self, step: int, steps: int, *, shown: bool = True) -> None:
         self._steps = steps
+        self._shown = shown
         self._every = min(max(steps // 20, 1), 100)
-        self._terminal = sys.stderr.isatty()
+        self._terminal = shown and sys.stderr.isatty()
         self._bar = tqdm(
             total=steps, initial=step, unit="step", disable=not self._terminal, dynamic_ncols=True
         )
@@ -101,6 +113,8 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line without breaking the bar."""
+        if not self._shown:
+            return
         with contextlib.suppress(OSError):
             tqdm.write(line, file=sys.stderr)
             sys.stderr.flush()

@@ -17,7 +17,7 @@ at a checkpoint:
 import importlib.util
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -246,6 +246,9 @@ class InBackwardOptimizer(Optimizer):
         super().__init__(model, config, master_weights=master_weights)
         self._norms: dict[str, Tensor] = {}
         """The gradient's norm of each parameter that this step has updated."""
+        self.exchange: Callable[[Sequence[Tensor]], None] = lambda gradients: None
+        """Called with each gradient before it is used: where several processes have parts of it,
+        this makes it their sum."""
 
     def gradient_norm(self) -> Tensor:
         return _norm(self._norms[name] for name in self._weights if name in self._norms)
@@ -277,6 +280,7 @@ class InBackwardOptimizer(Optimizer):
             raise RuntimeError("weights that are updated in the backward allow one per step")
         weight = self._weights[name]
         weight.grad = gradient.to(weight.dtype)
+        self.exchange([weight.grad])
         self._norms[name] = _norm([weight.grad])
         self._adamw.step()  # of this weight: it alone has a gradient
         weight.grad = None

@@ -11,6 +11,7 @@ wandb/            W&B's own files
 
 import fcntl
 import logging
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,7 +19,7 @@ from typing import Any, TextIO
 import yaml
 
 from mst_train.checkpoint import complete_checkpoints, find_checkpoint
-from mst_train.config import AUTO, Config
+from mst_train.config import AUTO, Config, leaves
 from mst_train.errors import UserError
 from mst_train.metrics import writing
 
@@ -59,6 +60,8 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.environment = self.path / "environment.json"
         self.prediction = self.path / "prediction.json"
+        self.lock = ""
+        """What ``open`` has written into the lock file."""
         self._config = config
         self._lock: TextIO | None = None
         for path in (self.path, self.checkpoints):
@@ -86,9 +89,28 @@ class RunFolder:
         if self._find_checkpoints() != self.candidates:
             self.close()
             raise UserError(f"another process has just worked in run.dir={self.path}: start again")
+        self.lock = uuid.uuid4().hex
+        with writing(self.path / ".lock"):
+            self._lock.write(self.lock)
+            self._lock.flush()
         settings = yaml.safe_dump(asdict(self._config), sort_keys=False)
         with writing(self.path / "config.yaml"):
             (self.path / "config.yaml").write_text(settings)
+
+    def require_shared(self, lock: str) -> None:
+        """Whether this is the folder in which another process has written its ``lock``.
+
+        Raises UserError where it is not: on another machine, a folder of the same name.
+        """
+        try:
+            found = (self.path / ".lock").read_text()
+        except OSError:
+            found = ""
+        if found != lock:
+            raise UserError(
+                f"run.dir={self.path} is not the folder that the first process writes: set run.dir "
+                f"to one on storage that all machines share"
+            )
 
     def close(self) -> None:
         """Let another process use the folder."""
@@ -114,7 +136,7 @@ def check_continuation(before: dict[str, Any], config: Config, checkpoint: Path)
     Raises UserError for changes that would make it another run; warns of the others.
     """
     refused = []
-    for key, new in _leaves(asdict(config)):
+    for key, new in leaves(asdict(config)):
         old = _lookup(before, key)
         if old == new or key.startswith("run."):
             continue
@@ -127,16 +149,6 @@ def check_continuation(before: dict[str, Any], config: Config, checkpoint: Path)
             log.warning("%s is %s now and was %s at %s", key, new, old, checkpoint)
     if refused:
         raise UserError(refused)
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            found += _leaves(value, f"{prefix}{name}.")
-        else:
-            found.append((prefix + name, value))
-    return found
 
 
 def _lookup(tree: Any, key: str) -> Any:

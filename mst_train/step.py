@@ -15,7 +15,7 @@ from mst_train.errors import TrainingError
 from mst_train.evaluate.positions import PositionLosses, ValidationLoss
 from mst_train.model import Transformer
 from mst_train.mst import Documents
-from mst_train.optim import Optimizer
+from mst_train.parallel import Engine, Topology
 
 
 class BadStep(TrainingError):
@@ -37,8 +37,7 @@ class BadStep(TrainingError):
 
 
 def train_step(
-    model: Transformer,
-    optimizer: Optimizer,
+    engine: Engine,
     batches: Sequence[Batch],
     rate: float,
     max_grad_norm: float | None,
@@ -46,56 +45,70 @@ def train_step(
 ) -> tuple[float, float, int]:
     """One optimizer step over the micro-batches ``batches``, at learning rate ``rate``.
 
+    Of several processes, each is given its own rows, and all return or raise the same.
+
     The loss is the sum over the step's valid tokens divided by their number, so it does not depend
-    on how the step is cut into micro-batches. Returns loss, gradient norm and number of tokens;
-    raises BadStep, which says how the weights are left, where loss or gradient is not finite or the
-    loss is above ``loss_limit``.
+    on how the step is cut into micro-batches and shared by processes. Returns loss, gradient norm
+    and number of tokens; raises BadStep, which says how the weights are left, where loss or
+    gradient is not finite or the loss is above ``loss_limit``.
     """
-    device = model.embedding.weight.device
-    valid_tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+    topology = engine.topology
+    tokens, valid_tokens = (
+        int(number)
+        for number in topology.total(
+            [
+                sum(batch.tokens.numel() for batch in batches),
+                sum(int((batch.labels != IGNORED).sum()) for batch in batches),
+            ]
+        )
+    )
     loss_sum = 0.0
-    optimizer.begin_step(rate)
-    for batch in batches:
-        batch_loss_sum, _ = model(*_move(batch, device))
-        loss_sum += batch_loss_sum.item()
+    engine.begin_step(rate)
+    for index, batch in enumerate(batches):
+        batch_loss_sum, _ = engine(*_move(batch, topology.device))
+        loss_sum += topology.total([batch_loss_sum.item()])[0]
         # Checked here, because the backward may update weights. No token's loss is negative, so a
         # part of the step above the limit is enough.
         if not math.isfinite(loss_sum) or loss_sum > loss_limit * valid_tokens:
-            optimizer.abandon_step()
-            raise _bad_loss(loss_sum, valid_tokens, loss_limit, optimizer)
-        (batch_loss_sum / valid_tokens).backward()
-    norm = optimizer.gradient_norm()
+            engine.abandon_step()
+            raise _bad_loss(loss_sum, valid_tokens, loss_limit, engine)
+        engine.backward(batch_loss_sum / valid_tokens, last=index == len(batches) - 1)
+    norm = engine.gradient_norm()
     gradient_norm = norm.item()
     if not math.isfinite(gradient_norm):
-        if optimizer.survives_bad_gradient:
-            optimizer.abandon_step()
+        if engine.survives_bad_gradient:
+            engine.abandon_step()
         raise BadStep(
             f"the gradient's norm is {gradient_norm}",
-            optimizer.after_bad_gradient,
-            optimizer.remedies,
-            can_skip=optimizer.survives_bad_gradient,
+            engine.after_bad_gradient,
+            engine.remedies,
+            can_skip=engine.survives_bad_gradient,
         )
     if max_grad_norm is not None:
-        optimizer.clip(max_grad_norm, norm)
-    optimizer.step()
-    return loss_sum / valid_tokens, gradient_norm, sum(batch.tokens.numel() for batch in batches)
+        engine.clip(max_grad_norm, norm)
+    engine.step()
+    return loss_sum / valid_tokens, gradient_norm, tokens
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, batches: Iterable[Batch]) -> ValidationLoss:
-    """The mean loss per valid token over all batches, and by position in the sequence."""
-    device = model.embedding.weight.device
-    losses = PositionLosses(device)
-    for batch in batches:
-        tokens, labels, positions, documents = _move(batch, device)
+def evaluate(
+    model: Transformer, batches: Iterable[Batch], topology: Topology | None = None
+) -> ValidationLoss:
+    """The mean loss per valid token over all batches, and by position in the sequence.
+
+    Several processes share the work; each is given all batches, and returns the same.
+    """
+    topology = topology or Topology(device=model.embedding.weight.device)
+    losses = PositionLosses(topology.device)
+    for batch in topology.shared(batches):
+        tokens, labels, positions, documents = _move(batch, topology.device)
         losses_BS = model.token_losses(tokens, labels, positions, documents)
         losses.add(losses_BS, labels != IGNORED, positions)
+    topology.sum_([losses.sums])
     return losses.result()
 
 
-def _bad_loss(
-    loss_sum: float, valid_tokens: int, loss_limit: float, optimizer: Optimizer
-) -> BadStep:
+def _bad_loss(loss_sum: float, valid_tokens: int, loss_limit: float, engine: Engine) -> BadStep:
     if math.isfinite(loss_sum):
         reason = (
             f"the loss reached {loss_sum / valid_tokens:.4g}, a spike: above {loss_limit:.4g}, "
@@ -103,7 +116,7 @@ def _bad_loss(
         )
     else:
         reason = f"the loss is {loss_sum}"
-    return BadStep(reason, "the weights were not updated", optimizer.remedies, can_skip=True)
+    return BadStep(reason, "the weights were not updated", engine.remedies, can_skip=True)
 
 
 def _move(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Documents | None]:

@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,28 @@ from mst_train.config import Config
 from mst_train.data import Batch, Data, Loader, fixed_batches, load_data
 from mst_train.errors import DataError, Stopped, TrainingError, UserError
 from mst_train.evaluate.passkey import Probe, make_probes, passkey_record
+from mst_train.launched import local_rank
 from mst_train.memory.devices import GIB
 from mst_train.memory.tracker import process_peak_bytes
 from mst_train.metrics import Metrics, Progress, write_json
 from mst_train.model import Transformer, build_model, select_attention
+from mst_train.model.attention import Attention
 from mst_train.model.flops import training_flops
 from mst_train.model.huggingface import load_weights
 from mst_train.mst import HostBudgetError, Offload, Policy
-from mst_train.optim import build_optimizer, learning_rate
-from mst_train.parallel.topology import world_size
+from mst_train.optim import learning_rate
+from mst_train.parallel import (
+    SharedSequences,
+    Topology,
+    UlyssesAttention,
+    build_engine,
+    check_engine,
+    check_same,
+    joined,
+    lost_contact,
+    partition,
+    together,
+)
 from mst_train.plan.before import before_training, largest_parts
 from mst_train.plan.predict import Prediction
 from mst_train.random_state import random_state, restore_random_state, seed_everything
@@ -38,62 +52,90 @@ from mst_train.run_folder import RunFolder, check_continuation
 from mst_train.signals import StopSignals
 from mst_train.step import BadStep, evaluate, train_step
 
+SETTING_UP = timedelta(days=1)
+"""How long processes wait for one that prepares the data or plans the run."""
+
+WRITING = timedelta(hours=1)
+"""How long they wait for one that writes its part of a checkpoint."""
+
 log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> dict[str, Any]:
     """Train as configured and return the summary that is written to summary.json.
 
+    Where torchrun has started several processes, all of them call this with the same configuration;
+    the first one writes the run's folder, and all return the same.
+
     Raises UserError where the run cannot start, TrainingError where it cannot go on, and Stopped
     where a signal has ended it: SIGTERM and SIGUSR1 do, once the run has begun (signals.py).
     """
+    with joined(config) as topology:
+        return _train(config, topology)
+
+
+def _train(config: Config, topology: Topology) -> dict[str, Any]:
     # What can be refused is refused before anything is written.
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _require_one_process(config)
-    folder = RunFolder(config)
-    checkpoint = first_undamaged(folder.candidates)
-    progress_made = _progress_at(checkpoint, config)
+    patient = topology.patient(SETTING_UP)
+    checkpoint: Path | None = None
+    with together(patient):
+        check_engine(config, topology.world)
+        folder = RunFolder(config)
+        if topology.is_first:
+            checkpoint = first_undamaged(folder.candidates)
+    checkpoint = patient.from_first(checkpoint)
+    with together(patient):
+        progress_made = _progress_at(checkpoint, config)
     if progress_made["step"] >= config.train.steps:
         log.info("the run in %s is finished: set train.steps higher to go on", folder.path)
-        return _write_summary(folder, progress_made["summary"])
-    prediction = before_training(config, device)
+        return _write_summary(folder, progress_made["summary"], topology)
+    prediction = _predict(config, patient)
     config = prediction.config  # with what memory.policy=auto stands for
-    data = load_data(config.data)
-    _require_vocabulary(config, data)
-    _require_same_data(progress_made, data, checkpoint)
-    passkeys = make_probes(config, data.tokenizer) if config.evaluation.passkey_every else []
+    data = _load_data(config, patient)
+    with together(patient):
+        _require_vocabulary(config, data)
+        _require_same_data(progress_made, data, checkpoint)
+        passkeys = make_probes(config, data.tokenizer) if config.evaluation.passkey_every else []
+        attention = _select_kernels(config, topology)
 
     # Model and optimizer, at their first step or where the checkpoint left them.
-    model = _build(config, device)
+    model = _build_model(config, attention, topology)
     if checkpoint is None and config.model.from_pretrained is not None:
-        load_weights(model, config.model.from_pretrained)
-    optimizer = build_optimizer(
-        model, config.optimizer, master_weights=config.precision == "bf16_master"
-    )
+        with together(patient):
+            load_weights(model, config.model.from_pretrained)
+    engine = build_engine(model, config, topology)
     seed_everything(config.train.seed)
-    folder.open()
+    with together(patient):
+        if topology.is_first:
+            folder.open()
+    lock = patient.from_first(folder.lock)
+    with together(patient):
+        folder.require_shared(lock)
+        if checkpoint is not None:
+            before = {key: load_part(checkpoint, key) for key in ("model", "optimizer", "random")}
     if checkpoint is not None:
-        model.load_state_dict(load_part(checkpoint, "model"))
-        optimizer.load_state_dict(load_part(checkpoint, "optimizer"))
-        restore_random_state(load_part(checkpoint, "random"))
+        engine.load(before["model"], before["optimizer"])
+        restore_random_state(before["random"])
         log.info("continuing from %s", checkpoint)
     step, tokens, position = (progress_made[key] for key in ("step", "tokens", "position"))
     # Of the last finished step; a step that fails changes none of them.
     saved = step
-    loader = Loader(
-        data.training, config.train.micro_batch_size, seed=config.train.seed, position=position
-    )
+    sequences = SharedSequences(data.training, topology, config.train.micro_batch_size, position)
+    loader = Loader(sequences, config.train.micro_batch_size, seed=config.train.seed)
     bad_steps = BadSteps(config.train, progress_made.get("bad_steps", {}))
 
-    metrics = Metrics(folder.metrics, config, None if checkpoint is None else step)
-    progress = Progress(step, config.train.steps)
+    resumed_at = None if checkpoint is None else step
+    with together(patient):
+        metrics = Metrics(folder.metrics, config, resumed_at, writes=topology.is_first)
+    progress = Progress(step, config.train.steps, shown=topology.is_first)
     flops_per_token = training_flops(config.model, config.data.sequence_length) / (
         config.data.sequence_length
     )
-    peak_rate = prediction.target.device.bf16_flops
+    peak_rate = (prediction.target.device.bf16_flops or 0) * topology.world
     summary: dict[str, Any] = progress_made["summary"]
-    writer = CheckpointWriter(folder.checkpoints, config.checkpoint)
+    writer = CheckpointWriter(folder.checkpoints, config.checkpoint, topology.patient(WRITING))
     stop = StopSignals()
+    stopped_by = None
     exit_code = 1
 
     def save() -> None:
@@ -103,11 +145,11 @@ def train(config: Config) -> dict[str, Any]:
             return
         writer.wait()
         metrics.checkpoints()  # before the oldest of them is deleted
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "random": random_state(),
-            "trainer": {
+        weights, states = engine.state()
+        state: dict[str, Any] = {"model": weights, "optimizer": states}
+        if topology.is_first:
+            state["random"] = random_state()
+            state["trainer"] = {
                 "step": step,
                 "tokens": tokens,
                 "position": position,
@@ -115,41 +157,47 @@ def train(config: Config) -> dict[str, Any]:
                 "summary": summary,
                 "config": dataclasses.asdict(config),
                 "corpus": data.corpus_fingerprint,
-            },
-        }
+            }
         writer.save(step, state)
         saved = step
 
     try:
-        _describe_run(folder, prediction, metrics, fresh=checkpoint is None)
+        with together(topology):
+            if topology.is_first:
+                _describe_run(folder, prediction, metrics, fresh=checkpoint is None)
         if checkpoint is None and data.validation and config.train.eval_every:
-            summary |= _validate(model, data, config, metrics, progress, step=0)
+            summary |= _validate(model, data, config, topology, metrics, progress, step=0)
 
-        while step < config.train.steps and stop.received is None:
+        while step < config.train.steps:
             started = time.perf_counter()
-            batches = _read(loader, config.train.accumulation_steps, stop)
-            if batches is None:
+            with together(topology):
+                writer.check()
+                batches = _read(loader, config.train.accumulation_steps, stop)
+            stopped_by = next(filter(None, topology.gather(stop.received)), None)
+            if stopped_by is not None:
                 break
-            step_tokens = sum(batch.tokens.numel() for batch in batches)
+            batches = [topology.rows_of(batch) for batch in batches]
             rate = learning_rate(step + 1, config.train.steps, config.optimizer)
             outcome: dict[str, Any]
-            try:
-                loss, gradient_norm, _ = train_step(
-                    model,
-                    optimizer,
-                    batches,
-                    rate,
-                    config.optimizer.max_grad_norm,
-                    bad_steps.loss_limit,
-                )
-                bad_steps.good(loss)
-                outcome = {"loss": loss, "grad_norm": gradient_norm}
-            except BadStep as problem:
-                bad_steps.bad(step + 1, problem)
-                outcome = {"skipped": problem.reason}
-                summary["skipped_steps"] = summary.get("skipped_steps", 0) + 1
+            with together(topology):
+                try:
+                    loss, gradient_norm, _ = train_step(
+                        engine,
+                        batches,
+                        rate,
+                        config.optimizer.max_grad_norm,
+                        bad_steps.loss_limit,
+                    )
+                    bad_steps.good(loss)
+                    outcome = {"loss": loss, "grad_norm": gradient_norm}
+                except BadStep as problem:
+                    bad_steps.bad(step + 1, problem)
+                    outcome = {"skipped": problem.reason}
+                    summary["skipped_steps"] = summary.get("skipped_steps", 0) + 1
             seconds = time.perf_counter() - started
-            step, tokens, position = step + 1, tokens + step_tokens, loader.state()
+            step_tokens = topology.world * sum(batch.tokens.numel() for batch in batches)
+            step, tokens = step + 1, tokens + step_tokens
+            position = sequences.position(loader.state())
             speed = step_tokens / seconds
             record = {
                 "step": step,
@@ -158,39 +206,44 @@ def train(config: Config) -> dict[str, Any]:
                 "tokens": tokens,
                 "tokens_per_second": speed,
                 "step_seconds": seconds,
-                "model_flops_utilization": peak_rate and speed * flops_per_token / peak_rate,
-                "peak_memory_bytes": process_peak_bytes(device),
+                "model_flops_utilization": (speed * flops_per_token / peak_rate)
+                if peak_rate
+                else None,
+                **_of_all_processes(topology),
             }
-            metrics.log(record)
+            with together(topology):
+                metrics.log(record)
             progress.update(record)
             summary |= {key: value for key, value in record.items() if key != "skipped"}
 
             if data.validation and _due(step, config.train.eval_every, config):
-                summary |= _validate(model, data, config, metrics, progress, step)
+                summary |= _validate(model, data, config, topology, metrics, progress, step)
             if _due(step, config.evaluation.passkey_every, config):
-                summary |= _retrieve(model, passkeys, metrics, progress, step)
-            writer.check()
+                summary |= _retrieve(model, passkeys, topology, metrics, progress, step)
             if _due(step, config.checkpoint.every, config):
                 save()
 
         if step < config.train.steps:
-            assert stop.received is not None
+            assert stopped_by is not None
             save()
             writer.wait()
-            metrics.log({"step": step, "stopped": stop.received.name})
-            summary = {**summary, "stopped": stop.received.name}
+            with together(topology):
+                metrics.log({"step": step, "stopped": stopped_by.name})
+            summary = {**summary, "stopped": stopped_by.name}
             metrics.finish(summary)
-            _write_summary(folder, summary)
+            _write_summary(folder, summary, topology)
             raise Stopped(
-                f"{stop.received.name} came, and everything up to step {step} of "
-                f"{config.train.steps} is saved in {folder.path}: the same command continues",
-                stop.received,
+                f"{stopped_by.name} came, and everything up to step {step} of "
+                f"{config.train.steps} is saved in {folder.path}: the same command continues"
+                if topology.is_first
+                else "",
+                stopped_by,
             )
 
         writer.wait()
         metrics.finish(summary)
         exit_code = 0
-        return _write_summary(folder, summary)
+        return _write_summary(folder, summary, topology)
     except Stopped as stopped:
         exit_code = stopped.status
         raise
@@ -199,15 +252,21 @@ def train(config: Config) -> dict[str, Any]:
             save()
             writer.wait()
         except TrainingError as failure:
-            raise TrainingError(f"{error}; and {failure}") from error
+            raise TrainingError(f"{error}; and {failure}" if topology.is_first else "") from error
         raise TrainingError(
             f"{error}. Everything up to step {step} is saved: the same command continues when the "
             f"data are there again"
+            if topology.is_first
+            else ""
         ) from error
     except torch.OutOfMemoryError as error:
         raise TrainingError(_out_of_memory(prediction)) from error
     except HostBudgetError as error:
         raise TrainingError(str(error)) from error
+    except RuntimeError as error:
+        if lost_contact(error):
+            writer.abandon()
+        raise
     finally:
         writer.close()
         stop.restore()
@@ -225,16 +284,25 @@ def _reading() -> Iterator[None]:
         raise DataError(f"the data cannot be read any further: {error}") from error
 
 
-def _read(loader: Loader, count: int, stop: StopSignals) -> list[Batch] | None:
-    """The next ``count`` batches; None where a signal came while they were not there yet."""
+def _read(loader: Loader, count: int, stop: StopSignals) -> list[Batch]:
+    """The next ``count`` batches; fewer where a signal came while they were not there yet."""
     batches: list[Batch] = []
     with _reading():
         while len(batches) < count:
             if loader.ready(seconds=0.5):
                 batches.append(next(loader))
             elif stop.received is not None:
-                return None
+                break
     return batches
+
+
+def _of_all_processes(topology: Topology) -> dict[str, Any]:
+    """The part of a step's record that every process has its own of."""
+    peaks = topology.gather(process_peak_bytes(topology.device))
+    record: dict[str, Any] = {"peak_memory_bytes": max(peaks)}
+    if topology.world > 1:
+        record["peak_memory_process"] = peaks.index(max(peaks))
+    return record
 
 
 def _due(step: int, every: int, config: Config) -> bool:
@@ -245,26 +313,33 @@ def _validate(
     model: Transformer,
     data: Data,
     config: Config,
+    topology: Topology,
     metrics: Metrics,
     progress: Progress,
     step: int,
 ) -> dict[str, Any]:
     assert data.validation is not None
-    batches = fixed_batches(
-        data.validation, config.train.micro_batch_size, config.train.eval_sequences
-    )
-    with _reading():
-        record = evaluate(model, batches).record()
-    metrics.log({"step": step, **record})
+    size, limit = config.train.micro_batch_size, config.train.eval_sequences
+    with together(topology), _reading():
+        batches = list(fixed_batches(data.validation, size, limit))
+    record = evaluate(model, batches, topology).record()
+    with together(topology):
+        metrics.log({"step": step, **record})
     progress.say(f"step {step}: validation loss {record['val_loss']:.4f}")
     return record
 
 
 def _retrieve(
-    model: Transformer, probes: list[Probe], metrics: Metrics, progress: Progress, step: int
+    model: Transformer,
+    probes: list[Probe],
+    topology: Topology,
+    metrics: Metrics,
+    progress: Progress,
+    step: int,
 ) -> dict[str, Any]:
-    record = passkey_record(model, probes)
-    metrics.log({"step": step, **record})
+    record = passkey_record(model, probes, topology)
+    with together(topology):
+        metrics.log({"step": step, **record})
     progress.say(f"step {step}: passkeys {record['passkey_accuracy']:.0%} right")
     return record
 
@@ -290,14 +365,42 @@ def _progress_at(checkpoint: Path | None, config: Config) -> dict[str, Any]:
     return trainer
 
 
-def _write_summary(folder: RunFolder, summary: dict[str, Any]) -> dict[str, Any]:
+def _write_summary(
+    folder: RunFolder, summary: dict[str, Any], topology: Topology
+) -> dict[str, Any]:
     summary = {**summary, "run_dir": str(folder.path)}
-    write_json(folder.summary, summary)
+    with together(topology):
+        if topology.is_first:
+            write_json(folder.summary, summary)
     return summary
 
 
-def _build(config: Config, device: torch.device) -> Transformer:
-    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+def _predict(config: Config, topology: Topology) -> Prediction:
+    """What the first process expects of a step, so that all have the same settings."""
+    predictions = []
+    with together(topology):
+        if topology.is_first:
+            predictions.append(before_training(config, topology.device, topology.world))
+    (prediction,) = topology.from_first(predictions)
+    return prediction
+
+
+def _load_data(config: Config, topology: Topology) -> Data:
+    """What the first process prepares the others find, in a cache of their machine's at the latest
+    after one of them has prepared it there."""
+    loaded: list[Data] = []
+    for mine in (topology.is_first, local_rank() == 0, True):
+        with together(topology):
+            if mine and not loaded:
+                loaded.append(load_data(config.data))
+    (data,) = loaded
+    check_same(topology, {"what data.source holds": data.corpus_fingerprint})
+    return data
+
+
+def _select_kernels(config: Config, topology: Topology) -> Attention:
+    """The kernels that the settings ask for; UserError where they cannot be used here."""
+    device, dtype = topology.device, _weight_type(config)
     try:
         set_backend(config.kernel.backend)
         use_triton(torch.empty(0, device=device, dtype=dtype))
@@ -305,18 +408,30 @@ def _build(config: Config, device: torch.device) -> Transformer:
         raise UserError(
             f"kernel.backend={config.kernel.backend} cannot be used: {error}"
         ) from error
+    return select_attention(config.kernel.attention, device, dtype)
+
+
+def _build_model(config: Config, attention: Attention, topology: Topology) -> Transformer:
+    """The model as it is drawn; with parallel.zero_stage=3 this process's part of it."""
+    if topology.sequence_group is not None:
+        attention = UlyssesAttention(attention, topology.sequence_group)
     model = build_model(
         config.model,
         policy=Policy.from_config(config.memory),
-        attention=select_attention(config.kernel.attention, device, dtype),
-        device=device,
-        dtype=dtype,
+        attention=attention,
+        device=topology.device,
+        dtype=_weight_type(config),
         seed=config.train.seed,
+        partition=partition(config, topology),
     )
     if config.memory.offload == "host":
         budget = config.memory.host_budget_gib
-        model.offload = Offload(device, None if budget is None else int(budget * GIB))
+        model.offload = Offload(topology.device, None if budget is None else int(budget * GIB))
     return model
+
+
+def _weight_type(config: Config) -> torch.dtype:
+    return torch.float32 if config.precision == "fp32" else torch.bfloat16
 
 
 def _require_vocabulary(config: Config, data: Data) -> None:
@@ -343,18 +458,3 @@ def _out_of_memory(prediction: Prediction) -> str:
         f"memory.policy={config.memory.policy} (predicted {largest_parts(prediction)}): try "
         f"memory.policy=auto, or see what fits with python -m mst_train.plan plan.search=true"
     )
-
-
-def _require_one_process(config: Config) -> None:
-    parallel = config.parallel
-    if world_size() > 1:
-        raise UserError(
-            f"{world_size()} processes were started (WORLD_SIZE), and the training command runs in "
-            f"one: start python -m mst_train by itself"
-        )
-    if parallel.sequence_parallel > 1 or parallel.zero_stage > 0:
-        raise UserError(
-            f"parallel.sequence_parallel={parallel.sequence_parallel} and parallel.zero_stage="
-            f"{parallel.zero_stage} are for planning so far (python -m mst_train.plan): training "
-            f"runs in one process, so set parallel.sequence_parallel=1 and parallel.zero_stage=0"
-        )

@@ -53,14 +53,14 @@ def spoil_steps(patch, config, steps, spoil):
     """Spoil the steps with these numbers."""
     real = training.train_step
 
-    def spoiled(model, optimizer, batches, *rest):
+    def spoiled(engine, batches, *rest):
         path = Path(config.run.dir, "metrics.jsonl")
         done = len(records(config)) if path.exists() else 0
         if done + 1 not in steps:
-            return real(model, optimizer, batches, *rest)
-        handle = spoil(model, batches)
+            return real(engine, batches, *rest)
+        handle = spoil(engine.model, batches)
         try:
-            return real(model, optimizer, batches, *rest)
+            return real(engine, batches, *rest)
         finally:
             handle.remove()
 

@@ -99,10 +99,10 @@ def test_one_is_written_at_a_time(tmp_path, writer, monkeypatch):
 
 @pytest.mark.parametrize("background", [True, False])
 def test_a_failure_ends_the_run_at_the_next_step(small_config, change, monkeypatch, background):
-    def failing(folder, step, state, keep):
+    def failing(folder, step, *rest):
         if step == 4:
             raise TrainingError("the disk is gone")
-        return save_checkpoint(folder, step, state, keep)
+        return save_checkpoint(folder, step, *rest)
 
     config = change(small_config, **{"train.steps": 40, "checkpoint.background": background})
     save = CheckpointWriter.save
@@ -117,7 +117,7 @@ def test_a_failure_ends_the_run_at_the_next_step(small_config, change, monkeypat
         patch.setattr(CheckpointWriter, "save", until_it_has_failed)
         with pytest.raises(TrainingError, match="the disk is gone"):
             train(config)
-    assert max(losses(config)) == (5 if background else 4)
+    assert max(losses(config)) == 4
     (path,) = complete_checkpoints(Path(config.run.dir, "checkpoints"))
     assert path.name == "step_00000002"
 

@@ -1,5 +1,8 @@
 """From the command line to a configuration."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from mst_train.compose import choices, compose, config_folder, describe, known_keys
@@ -20,16 +23,12 @@ def test_without_arguments_it_is_the_tiny_experiment():
     assert config.memory.policy == "mst"
 
 
-@pytest.mark.parametrize("name", choices("experiment"))
-def test_every_experiment_composes_under_its_own_name(name):
-    assert compose([f"+experiment={name}"]).run.name == name
-
-
 @pytest.mark.parametrize("group", [p.name for p in config_folder().iterdir() if p.is_dir()])
 def test_every_group_has_choices_that_compose(group):
     assert choices(group)
+    heads_for_all = ["model=llama3_8b"] if group == "parallel" else []
     for name in choices(group):
-        compose([f"{group}={name}"])
+        compose([f"{group}={name}", *heads_for_all])
 
 
 def test_the_paper_experiment():
@@ -39,6 +38,27 @@ def test_the_paper_experiment():
     model = config.model
     assert (model.hidden_size, model.intermediate_size, model.vocab_size) == (4096, 14336, 128256)
     assert (model.num_layers, model.num_heads, model.num_kv_heads) == (32, 32, 8)
+
+
+@pytest.mark.parametrize("gpus", [2, 4, 8])
+def test_the_papers_experiments_on_several_gpus(gpus):
+    names = [name for name in choices("experiment") if name.endswith(f"_{gpus}gpu")]
+    assert len(names) == 2
+    for name in names:
+        config = compose([f"+experiment={name}"])
+        assert (config.parallel.sequence_parallel, config.parallel.zero_stage) == (gpus, 0)
+        changed = compose([f"+experiment={name}", "parallel=zero_3"]).parallel
+        assert (changed.sequence_parallel, changed.zero_stage) == (1, 3)
+
+
+def test_every_group_is_installed():
+    """Not only in a checkout."""
+    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())
+    installed = project["tool"]["setuptools"]["data-files"]
+    for folder in config_folder().iterdir():
+        if folder.is_dir():
+            group = folder.name
+            assert installed[f"share/mst_train/configs/{group}"] == [f"configs/{group}/*.yaml"]
 
 
 def test_overrides_win_over_experiment_and_groups():

@@ -165,15 +165,15 @@ def test_files_that_are_put_in_their_place_again_are_read_on(config, change, mon
 def test_a_validation_that_cannot_read(config, change, monkeypatch):
     train(config)
     again = another(config, change)
-    evaluate = training.evaluate
+    fixed_batches = training.fixed_batches
 
     def failing(*arguments):
         if met_a_step(again) and losses(again):
             raise OSError(5, "Input/output error", "shards/000000.tokens")
-        return evaluate(*arguments)
+        return fixed_batches(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate", failing)
+        patch.setattr(training, "fixed_batches", failing)
         message, done = refused(again)
     assert "Input/output error: 'shards/000000.tokens'" in message and done == 3
     train(again)

@@ -15,6 +15,7 @@ from mst_train.data import Batch
 from mst_train.model import build_model, select_attention
 from mst_train.mst import Offload, Policy
 from mst_train.optim import build_optimizer
+from mst_train.parallel import NativeEngine
 from mst_train.step import train_step
 
 CPU = torch.device("cpu")
@@ -60,7 +61,7 @@ def run(policy, accumulation, packed, *, offload=False, in_backward=False):
     results = []
     for _ in range(2):
         batches = make_batches(accumulation, packed)
-        loss, norm, _ = train_step(model, optimizer, batches, 1e-2, None)
+        loss, norm, _ = train_step(NativeEngine(model, optimizer), batches, 1e-2, None)
         results += [torch.tensor(loss), torch.tensor(norm)]
     return [*results, *(p.detach() for p in model.parameters())]
 

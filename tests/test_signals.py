@@ -67,11 +67,11 @@ def in_a_checkpoint(patch, config, name):
     write, save = checkpoint_writer.save_checkpoint, CheckpointWriter.save
     begun = threading.Event()
 
-    def interrupted(folder, step, state, keep):
+    def interrupted(*arguments):
         send(name)
         begun.set()
         time.sleep(0.2)
-        return write(folder, step, state, keep)
+        return write(*arguments)
 
     def until_it_has_begun(writer, step, state):
         save(writer, step, state)

@@ -14,6 +14,7 @@ from mst_train.errors import TrainingError, UserError
 from mst_train.model import build_model
 from mst_train.mst import Policy
 from mst_train.optim import InBackwardOptimizer, Optimizer
+from mst_train.parallel import NativeEngine
 from mst_train.step import evaluate, train_step
 from mst_train.train import train
 
@@ -282,22 +283,6 @@ def test_a_refused_run_leaves_no_folder(small_config, change, settings, message,
     assert not Path(small_config.run.dir).exists()
 
 
-@pytest.mark.parametrize(
-    ("settings", "processes", "message"),
-    [
-        ({}, "2", "2 processes were started"),
-        ({"parallel.zero_stage": 2}, "1", "are for planning so far"),
-    ],
-)
-def test_several_processes_are_refused(
-    small_config, change, settings, processes, message, monkeypatch
-):
-    monkeypatch.setenv("WORLD_SIZE", processes)
-    with pytest.raises(UserError, match=message):
-        train(change(small_config, **settings))
-    assert not Path(small_config.run.dir).exists()
-
-
 def make_step(small_config, dtype=torch.float64, policy=None, kind=Optimizer):
     model = build_model(small_config.model, policy=policy, dtype=dtype)
     optimizer = kind(model, small_config.optimizer, master_weights=False)
@@ -306,7 +291,7 @@ def make_step(small_config, dtype=torch.float64, policy=None, kind=Optimizer):
     labels[0, :30] = -100
     labels[1] = -100
     positions = torch.arange(40).expand(4, -1)
-    return model, optimizer, Batch(tokens[:, :-1], labels, positions)
+    return model, NativeEngine(model, optimizer), Batch(tokens[:, :-1], labels, positions)
 
 
 def rows(batch, *which):
@@ -318,8 +303,8 @@ def test_the_step_does_not_depend_on_its_micro_batches(small_config, policy):
     """Rows with 10, 0, 40 and 40 valid tokens: a mean of means would differ."""
     updated = []
     for parts in ([slice(0, 4)], [slice(0, 2), slice(2, 4)], [slice(i, i + 1) for i in range(4)]):
-        model, optimizer, batch = make_step(small_config, policy=policy)
-        loss, norm, tokens = train_step(model, optimizer, rows(batch, *parts), 1e-3, 0.5)
+        model, engine, batch = make_step(small_config, policy=policy)
+        loss, norm, tokens = train_step(engine, rows(batch, *parts), 1e-3, 0.5)
         assert tokens == 160
         updated.append([loss, norm, *(p.detach() for p in model.parameters())])
     for other in updated[1:]:
@@ -328,24 +313,24 @@ def test_the_step_does_not_depend_on_its_micro_batches(small_config, policy):
 
 
 def test_the_loss_is_the_mean_over_valid_tokens(small_config):
-    model, optimizer, batch = make_step(small_config)
+    model, engine, batch = make_step(small_config)
     logits = model.logits(batch.tokens).flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, batch.labels.flatten()).item()
     assert evaluate(model, [batch]).mean == pytest.approx(expected, rel=1e-12)
     parts = rows(batch, slice(0, 3), slice(3, 4))
     assert evaluate(model, parts).mean == pytest.approx(expected)
-    loss, _, _ = train_step(model, optimizer, [batch], 1e-3, None)
+    loss, _, _ = train_step(engine, [batch], 1e-3, None)
     assert loss == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", [Optimizer, InBackwardOptimizer])
 def test_a_loss_that_is_not_finite_leaves_the_weights_alone(small_config, kind):
-    model, optimizer, batch = make_step(small_config, kind=kind)
+    model, engine, batch = make_step(small_config, kind=kind)
     with torch.no_grad():
         model.norm.weight[0] = float("nan")
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(TrainingError, match=r"the loss is nan: the weights were not updated"):
-        train_step(model, optimizer, [batch], 1e-3, None)
+        train_step(engine, [batch], 1e-3, None)
     for old, new in zip(before, model.parameters(), strict=True):
         assert torch.equal(old, new.detach()) or old.isnan().any()
 
@@ -356,11 +341,11 @@ def spoil_the_gradient(model):
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(small_config):
-    model, optimizer, batch = make_step(small_config)
+    model, engine, batch = make_step(small_config)
     spoil_the_gradient(model)
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(TrainingError, match=r"the gradient's norm is inf: the weights were not"):
-        train_step(model, optimizer, [batch], 1e-3, 1.0)
+        train_step(engine, [batch], 1e-3, 1.0)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -371,10 +356,10 @@ def test_weights_damaged_in_the_backward_are_not_saved(small_config, change, mon
 
     step = training.train_step
 
-    def spoiled_at_four(model, *arguments):
+    def spoiled_at_four(engine, *arguments):
         if len(losses(config)) == 3:
-            spoil_the_gradient(model)
-        return step(model, *arguments)
+            spoil_the_gradient(engine.model)
+        return step(engine, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "train_step", spoiled_at_four)

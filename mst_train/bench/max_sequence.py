@@ -25,6 +25,7 @@ from mst_train.memory.tracker import OPTIMIZER_RANGE, MemoryTracker
 from mst_train.model import Transformer, build_model, select_attention
 from mst_train.mst import Offload
 from mst_train.optim import Optimizer, build_optimizer
+from mst_train.parallel import NativeEngine
 from mst_train.plan.choose import longest
 from mst_train.plan.predict import Target, make_target, predict
 from mst_train.plan.search import STEP, longest_fitting
@@ -181,7 +182,7 @@ class _Stepper:
         with torch.profiler.record_function(OPTIMIZER_RANGE):
             masters = config.precision == "bf16_master"
             optimizer = build_optimizer(model, config.optimizer, master_weights=masters)
-        self._model, self._optimizer = model, optimizer
+        self._engine = NativeEngine(model, optimizer)
         self._step(2)  # the optimizer's states
         return model, optimizer
 
@@ -192,4 +193,4 @@ class _Stepper:
         positions = torch.arange(length).expand(shape).contiguous()
         batch = Batch(tokens, tokens.clone(), positions, None)
         norm = self._config.optimizer.max_grad_norm
-        train_step(self._model, self._optimizer, [batch], 0.0, norm)
+        train_step(self._engine, [batch], 0.0, norm)

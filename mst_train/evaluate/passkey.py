@@ -9,6 +9,7 @@ A probe is as long as asked for to the token. Its parts are tokenised one by one
 for a text of any length and gives the same tokens every time.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from mst_train.config import Config
-from mst_train.data import Vocabulary
+from mst_train.data import IGNORED, Batch, Vocabulary
 from mst_train.errors import UserError
 from mst_train.model import Transformer
+from mst_train.parallel import Topology
 
 INTRODUCTION = "Somewhere in this text is a number. Find it and remember it.\n"
 FILLER = "The road was long. A door stood open. Leaves moved in the wind. Nobody came by.\n"
@@ -89,28 +92,64 @@ def make_probe(tokenizer: Vocabulary, length: int, depth: float, seed: int) -> P
     return Probe(tokens, len(answer), float(depth))
 
 
-@torch.no_grad()
-def score(model: Transformer, probe: Probe) -> dict[str, float]:
-    """How a model does: the share of the answer's tokens that it would choose, and their loss."""
-    device = model.embedding.weight.device
-    tokens_S = torch.tensor(probe.tokens, device=device)
-    answer_A = tokens_S[-probe.answer_tokens :]
-    hidden_AD = model.hidden(tokens_S[None, :-1])[0, -probe.answer_tokens :]
-    logits_AV = model.head_logits(hidden_AD).float()
-    return {
-        "accuracy": (logits_AV.argmax(-1) == answer_A).double().mean().item(),
-        "loss": F.cross_entropy(logits_AV, answer_A).item(),
-    }
+def passkey_record(
+    model: Transformer, probes: Sequence[Probe], topology: Topology | None = None
+) -> dict[str, Any]:
+    """How a model does, for metrics.jsonl: means over all probes, and each by length and depth.
 
-
-def passkey_record(model: Transformer, probes: Sequence[Probe]) -> dict[str, Any]:
-    """For metrics.jsonl: means over all probes, and each by its length and depth."""
-    scores = [{"length": p.length, "depth": p.depth, **score(model, p)} for p in probes]
+    accuracy: the share of the answer's tokens that the model would choose; loss: theirs. Several
+    processes share the work, and return the same.
+    """
+    topology = topology or Topology(device=model.embedding.weight.device)
+    groups = topology.data_parallel
+    rounds = math.ceil(len(probes) / groups)
+    sums_PS = torch.zeros(rounds * groups, 2, dtype=torch.float64, device=topology.device)
+    batches = topology.shared(_batch(probe, topology.sequence_parallel) for probe in probes)
+    for turn, batch in enumerate(batches):
+        sums_PS[turn * groups + topology.data_index] = _score(model, batch, topology.device)
+    topology.sum_([sums_PS])
+    scores = [
+        {
+            "length": probe.length,
+            "depth": probe.depth,
+            "accuracy": right / probe.answer_tokens,
+            "loss": loss / probe.answer_tokens,
+        }
+        for probe, (right, loss) in zip(probes, sums_PS[: len(probes)].tolist(), strict=True)
+    ]
     return {
         "passkey_accuracy": sum(s["accuracy"] for s in scores) / len(scores),
         "passkey_loss": sum(s["loss"] for s in scores) / len(scores),
         "passkey": scores,
     }
+
+
+def _batch(probe: Probe, multiple: int) -> Batch:
+    """A probe as a batch of one row, whose labels are the answer.
+
+    Its length is made a multiple of ``multiple`` by tokens at its end, which no other one sees.
+    """
+    tokens_S = torch.tensor(probe.tokens[:-1])
+    labels_S = torch.full_like(tokens_S, IGNORED)
+    labels_S[-probe.answer_tokens :] = torch.tensor(probe.tokens[-probe.answer_tokens :])
+    missing = -len(tokens_S) % multiple
+    return Batch(
+        F.pad(tokens_S, (0, missing))[None],
+        F.pad(labels_S, (0, missing), value=IGNORED)[None],
+        torch.arange(len(tokens_S) + missing)[None],
+    )
+
+
+@torch.no_grad()
+def _score(model: Transformer, batch: Batch, device: torch.device) -> Tensor:
+    """How many of the batch's labels the model would choose, and the sum of their losses: [2]."""
+    hidden_SD = model.hidden(batch.tokens.to(device), batch.positions.to(device))[0]
+    labels_S = batch.labels[0].to(device)
+    answer = labels_S != IGNORED
+    logits_AV = model.head_logits(hidden_SD[answer]).float()
+    right = (logits_AV.argmax(-1) == labels_S[answer]).sum()
+    loss = F.cross_entropy(logits_AV, labels_S[answer], reduction="sum")
+    return torch.stack([right.double(), loss.double()])
 
 
 def _tokens(tokenizer: Vocabulary, text: str) -> list[int]:

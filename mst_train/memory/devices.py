@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from mst_train.errors import UserError
+from mst_train.launched import local_world_size
 
 GIB = 2**30
 
@@ -107,10 +108,13 @@ def device_bytes(device: torch.device) -> int:
 
 
 def this_device(device: torch.device) -> Device:
-    """A device of this machine, with its rates where its name is known."""
+    """A device of this machine, with its rates where its name is known.
+
+    The processes on a machine share its CPU: each has its part of the memory.
+    """
     memory = device_bytes(device)
     if device.type == "cpu":
-        return Device("cpu", "cpu", memory)
+        return Device("cpu", "cpu", memory // local_world_size())
     name = torch.cuda.get_device_name(device)
     for part, known in _IN_TORCH_NAME.items():
         if part in name:

@@ -34,6 +34,7 @@ from mst_train.model.flops import parameter_count
 from mst_train.mst import Offload, Policy
 from mst_train.mst.attention import KEYS_AT_ONCE
 from mst_train.optim import Optimizer, build_optimizer
+from mst_train.parallel import NativeEngine
 from mst_train.step import train_step
 
 CPU = torch.device("cpu")
@@ -239,11 +240,11 @@ def _run(
         model = build(config, policy, dtype, device, counter)
         counter.watch_module(model)
         with record_function(OPTIMIZER_RANGE):
-            optimizer = _optimizer(model, config)
+            engine = NativeEngine(model, _optimizer(model, config))
         for block in model.blocks:
             next(block.parameters()).register_post_accumulate_grad_hook(counter.block_done)
         counter.reset()
-        train_step(model, optimizer, batches, 0.0, config.optimizer.max_grad_norm)
+        train_step(engine, batches, 0.0, config.optimizer.max_grad_norm)
         counter.end_moment()
     repeated = config.train.accumulation_steps / micro_batches
     return _Found(

@@ -23,6 +23,7 @@ from mst_train.errors import TrainingError
 from mst_train.model import Transformer, build_model, select_attention
 from mst_train.mst import Policy
 from mst_train.optim import build_optimizer, learning_rate
+from mst_train.parallel import NativeEngine
 from mst_train.step import train_step
 
 SETTINGS = (
@@ -121,7 +122,8 @@ class Run:
             dtype=torch.float32,
             seed=config.train.seed,
         )
-        self._optimizer = build_optimizer(self.model, config.optimizer, master_weights=False)
+        optimizer = build_optimizer(self.model, config.optimizer, master_weights=False)
+        self._engine = NativeEngine(self.model, optimizer)
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.validation: list[dict[str, Any]] = []
@@ -130,7 +132,7 @@ class Run:
         """Train on a batch, and note loss and time."""
         pieces = cut(batch, self._length)
         started = time.perf_counter()
-        loss, *_ = train_step(self.model, self._optimizer, [pieces], rate, self._max_grad_norm)
+        loss, *_ = train_step(self._engine, [pieces], rate, self._max_grad_norm)
         self.seconds.append(time.perf_counter() - started)
         self.losses.append(loss)
 

@@ -1,15 +1,18 @@
 """Several processes: who does what, attention over shared sequences, and the update of the weights.
 
 1. ``topology``: the processes as a grid of data and sequence; each one's rows of a batch.
+   ``join``: joining and leaving them; ``together``: what they have to agree about.
 2. ``share``: which samples each process reads.
 3. ``ulysses``: attention over sequences that several processes share.
 4. ``engine``: one optimizer step, by one process or by all of them; ``zero``: the same with states,
    gradients and weights shared out (ZeRO, by DeepSpeed).
 """
 
-from mst_train.parallel.engine import Engine, NativeEngine, build_engine
+from mst_train.parallel.engine import Engine, NativeEngine, build_engine, check_engine, partition
+from mst_train.parallel.join import joined, lost_contact
 from mst_train.parallel.share import SharedSequences
-from mst_train.parallel.topology import Topology, check_degree, grid, joined
+from mst_train.parallel.together import check_same, together
+from mst_train.parallel.topology import Topology, check_degree, grid
 from mst_train.parallel.ulysses import UlyssesAttention
 
 __all__ = [
@@ -20,6 +23,11 @@ __all__ = [
     "UlyssesAttention",
     "build_engine",
     "check_degree",
+    "check_engine",
+    "check_same",
     "grid",
     "joined",
+    "lost_contact",
+    "partition",
+    "together",
 ]

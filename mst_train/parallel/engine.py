@@ -16,13 +16,16 @@ over all processes and micro-batches, never a mean of means:
 All processes make the same calls in the same order.
 """
 
+import importlib.util
+from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from mst_train.config import Config
 from mst_train.errors import UserError
-from mst_train.optim import Optimizer, build_optimizer
+from mst_train.optim import InBackwardOptimizer, Optimizer, build_optimizer
 from mst_train.parallel.topology import Topology
 
 State = dict[str, dict[str, Tensor]]
@@ -72,7 +75,8 @@ class Engine(Protocol):
         ...
 
     def state(self) -> tuple[dict[str, Tensor], State]:
-        """The weights and the optimizer's state on the first process; nothing on the others.
+        """The weights and the optimizer's state: of some parameters on each process, of all of them
+        on all processes together.
 
         Whole tensors by name, whoever holds which part of them, so that a run may go on with
         another number of processes or another ``parallel.zero_stage``.
@@ -80,7 +84,7 @@ class Engine(Protocol):
         ...
 
     def load(self, weights: dict[str, Tensor], state: State) -> None:
-        """Take over what ``state`` gave; every process is given all of it.
+        """Take over what ``state`` gave; every process is given that of all processes.
 
         Raises UserError where it belongs to other parameters or another precision.
         """
@@ -88,39 +92,55 @@ class Engine(Protocol):
 
 
 def build_engine(model: nn.Module, config: Config, topology: Topology) -> Engine:
-    """The engine that ``parallel.zero_stage`` asks for.
+    """The engine that ``parallel.zero_stage`` asks for; one process has nothing to share out.
 
     Raises UserError where several processes cannot do what the configuration wants.
     """
-    if topology.world > 1:
-        _check(config)
-        if config.parallel.zero_stage > 0:
-            from mst_train.parallel.zero import ZeroEngine
+    check_engine(config, topology.world)
+    if topology.world > 1 and config.parallel.zero_stage > 0:
+        from mst_train.parallel.zero import ZeroEngine
 
-            return ZeroEngine(model, config, topology)
+        return ZeroEngine(model, config, topology)
     optimizer = build_optimizer(
         model, config.optimizer, master_weights=config.precision == "bf16_master"
     )
     return NativeEngine(model, optimizer, topology)
 
 
+def partition(config: Config, topology: Topology) -> Callable[[nn.Module], object] | None:
+    """For ``model.build_model``: what leaves each process its part of a module's weights; None
+    where every process holds them all.
+    """
+    if topology.world == 1 or config.parallel.zero_stage < 3:
+        return None
+    from mst_train.parallel.zero import partition_weights
+
+    return partition_weights(config, topology)
+
+
 class NativeEngine:
     """Every process holds the whole model and optimizer; gradients are summed after the backward.
 
     With one process this is the model and its optimizer. The sum has the type in which gradients
-    add up over micro-batches: fp32 with master weights, the weights' own without.
+    add up over micro-batches: fp32 with master weights, the weights' own without. With an optimizer
+    in the backward, each gradient is summed as soon as it is there.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, topology: Topology) -> None:
-        self.topology = topology
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, topology: Topology | None = None
+    ) -> None:
+        """``topology``: by default the process is alone, on its model's device."""
+        self.topology = topology or Topology(device=next(model.parameters()).device)
+        self.model = model
         self.after_bad_gradient = optimizer.after_bad_gradient
         self.survives_bad_gradient = optimizer.survives_bad_gradient
         self.remedies = optimizer.remedies
-        self._model = model
         self._optimizer = optimizer
+        if isinstance(optimizer, InBackwardOptimizer):
+            optimizer.exchange = self.topology.sum_
 
     def __call__(self, *arguments: Any) -> Any:
-        return self._model(*arguments)
+        return self.model(*arguments)
 
     def begin_step(self, rate: float) -> None:
         self._optimizer.begin_step(rate)
@@ -143,21 +163,49 @@ class NativeEngine:
         self._optimizer.abandon_step()
 
     def state(self) -> tuple[dict[str, Tensor], State]:
-        if not self.topology.is_first:
-            return {}, {}
-        return self._model.state_dict(), self._optimizer.state_dict()
+        own = own_parameters(self.model, self.topology)
+        weights, state = self.model.state_dict(), self._optimizer.state_dict()
+        return {n: weights[n] for n in weights if n in own}, {
+            n: state[n] for n in state if n in own
+        }
 
     def load(self, weights: dict[str, Tensor], state: State) -> None:
-        self._model.load_state_dict(weights)
+        self.model.load_state_dict(weights)
         self._optimizer.load_state_dict(state)
 
 
-def _check(config: Config) -> None:
+def own_parameters(model: nn.Module, topology: Topology) -> set[str]:
+    """The parameters, by all of their names, whose state this process saves.
+
+    Each goes to the process that has the least so far, so that all write about as much.
+    """
+    loads = [0] * topology.world
+    owners: dict[nn.Parameter, int] = {}
+    for parameter in model.parameters():
+        owners[parameter] = loads.index(min(loads))
+        loads[owners[parameter]] += full_shape(parameter).numel()
+    return {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if owners[parameter] == topology.rank
+    }
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """A parameter's whole shape, wherever its parts are."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def check_engine(config: Config, world: int) -> None:
+    """Whether ``world`` processes can update weights as configured; UserError where not."""
+    if world == 1:
+        return
     problems = []
-    if config.optimizer.in_backward:
+    if config.optimizer.in_backward and config.parallel.zero_stage > 0:
         problems.append(
-            "optimizer.in_backward=true updates weights before their gradients are summed over "
-            "the processes: set optimizer.in_backward=false"
+            f"optimizer.in_backward=true updates whole weights, and parallel.zero_stage="
+            f"{config.parallel.zero_stage} has parts of them: set one of them to false or 0"
         )
     if config.optimizer.offload != "none":
         problems.append(
@@ -174,6 +222,11 @@ def _check(config: Config) -> None:
         problems.append(
             f"model.from_pretrained={config.model.from_pretrained} is read into whole weights, "
             f"and parallel.zero_stage=3 has parts of them: set parallel.zero_stage=2 or lower"
+        )
+    if config.parallel.zero_stage > 0 and importlib.util.find_spec("deepspeed") is None:
+        problems.append(
+            f"parallel.zero_stage={config.parallel.zero_stage} needs the package deepspeed, which "
+            f"is not installed: pip install 'mst-train[distributed]', or set parallel.zero_stage=0"
         )
     if problems:
         raise UserError(problems)

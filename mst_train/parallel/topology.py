@@ -13,18 +13,21 @@ Weights are the same everywhere, so gradients are summed over all processes, wha
 Legend: B batch, S sequence, T = S/P rows of a process, P processes that share a sequence.
 """
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mst_train.config import Config
-from mst_train.data import Batch
+from mst_train.data import IGNORED, Batch
 from mst_train.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Topology:
     """One process's place among all.
 
     sequence_group: the process group that shares its sequences; None where it is alone.
+    object_group: all processes, for what is not a tensor; None where it is alone.
     """
 
     rank: int = 0
@@ -39,6 +43,7 @@ class Topology:
     sequence_parallel: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     sequence_group: "dist.ProcessGroup | None" = None
+    object_group: "dist.ProcessGroup | None" = None
 
     @property
     def data_parallel(self) -> int:
@@ -85,6 +90,44 @@ class Topology:
             positions=batch.positions[:, own].contiguous(),
         )
 
+    def shared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """This process's rows of the batches of its data group, which takes every D-th one.
+
+        All processes get equally many, as exchanges need: a group for which none is left gets one
+        of another group without labels.
+        """
+        batches = iter(batches)
+        while turn := list(islice(batches, self.data_parallel)):
+            if self.data_index < len(turn):
+                yield self.rows_of(turn[self.data_index])
+            else:
+                labels = torch.full_like(turn[0].labels, IGNORED)
+                yield self.rows_of(replace(turn[0], labels=labels))
+
+    def from_first(self, value: T) -> T:
+        """What the first process has given."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.object_group)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """What every process has given, by rank."""
+        if self.world == 1:
+            return [value]
+        boxes: list[Any] = [None] * self.world
+        dist.all_gather_object(boxes, value, group=self.object_group)
+        return boxes
+
+    def patient(self, longest: timedelta) -> "Topology":
+        """The same processes with another connection for objects, on which they wait longer for
+        each other, and which a thread may use for itself. All processes call this together.
+        """
+        if self.world == 1:
+            return self
+        return replace(self, object_group=dist.new_group(backend="gloo", timeout=longest))
+
     def total(self, numbers: Sequence[float]) -> list[float]:
         """The sums of these numbers over all processes, in fp64."""
         if self.world == 1:
@@ -130,42 +173,17 @@ def check_degree(config: Config, world: int) -> None:
         raise UserError(problems)
 
 
-def world_size() -> int:
-    """How many processes the launcher has started, as torchrun says it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def grid(processes: Topology, config: Config) -> Topology:
+    """The processes with the sequence groups that ``config`` asks for; all call this together."""
+    degree, own = config.parallel.sequence_parallel, None
+    if degree > 1:
+        for first in range(0, processes.world, degree):
+            ranks = list(range(first, first + degree))
+            group = dist.new_group(ranks, timeout=exchange_timeout(config))
+            own = group if processes.rank in ranks else own
+    return replace(processes, sequence_parallel=degree, sequence_group=own)
 
 
-@contextmanager
-def joined(config: Config) -> Iterator[Topology]:
-    """Join the processes that torchrun has started, and leave them at the end.
-
-    Communication is NCCL's on GPUs, one GPU for each process of a node, and gloo's elsewhere. A
-    process that is alone joins nobody.
-
-    Raises UserError where the processes cannot share the work as configured.
-    """
-    world = world_size()
-    check_degree(config, world)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    if world == 1:
-        yield Topology(device=device)
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield grid(dist.get_rank(), world, config.parallel.sequence_parallel, device)
-        dist.barrier()  # nobody leaves while another still waits for it
-    finally:
-        dist.destroy_process_group()
-
-
-def grid(rank: int, world: int, sequence_parallel: int, device: torch.device) -> Topology:
-    """A process's place, once all have joined: every process calls this, in the same order."""
-    own = None
-    for first in range(0, world, sequence_parallel):
-        ranks = list(range(first, first + sequence_parallel))
-        group = dist.new_group(ranks) if sequence_parallel > 1 else None
-        own = group if rank in ranks else own
-    return Topology(rank, world, sequence_parallel, device, own)
+def exchange_timeout(config: Config) -> timedelta:
+    """How long an exchange between processes may take."""
+    return timedelta(minutes=config.parallel.timeout_minutes)

@@ -7,11 +7,11 @@ sum: so the loss is multiplied by that number before its backward. DeepSpeed's d
 number of micro-batches, and its clipping, are not used.
 """
 
-import importlib.util
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mst_train.config import Config
 from mst_train.errors import UserError
 from mst_train.optim import Optimizer, build_adamw
-from mst_train.parallel.engine import State
+from mst_train.parallel.engine import State, full_shape, own_parameters
 from mst_train.parallel.topology import Topology
 
 STATES = ("exp_avg", "exp_avg_sq")
@@ -36,8 +36,6 @@ class ZeroEngine:
             gradients too, 3 the weights too. ``precision`` is fp32 or bf16_master.
 
     Gradients add up and are summed in fp32.
-
-    Raises UserError where DeepSpeed is not installed.
     """
 
     after_bad_gradient = Optimizer.after_bad_gradient
@@ -58,8 +56,8 @@ class ZeroEngine:
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_adamw(
-                [p for p in parameters if len(_shape(p)) > 1],
-                [p for p in parameters if len(_shape(p)) <= 1],
+                [p for p in parameters if len(full_shape(p)) > 1],
+                [p for p in parameters if len(full_shape(p)) <= 1],
                 config.optimizer,
             ),
             config=_settings(config, topology),
@@ -105,6 +103,7 @@ class ZeroEngine:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         saved: State = {}
+        own = own_parameters(self._model, self.topology)
         steps = [state["step"] for state in self._engine.basic_optimizer.state.values()]
         if steps and not self._shares_weights:
             self._link_states()
@@ -115,9 +114,9 @@ class ZeroEngine:
                 parts["step"] = torch.tensor(float(steps[0]))
             if self._has_masters:
                 parts["master"] = safe_get_full_fp32_param(parameter)
-            if self.topology.is_first:
+            if name in own:
                 saved[name] = {key: part.cpu() for key, part in parts.items()}
-        return self._weights(), saved
+        return self._weights(own), saved
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor], state: State) -> None:
@@ -149,16 +148,17 @@ class ZeroEngine:
         else:
             self._model.load_state_dict(weights)
 
-    def _weights(self) -> dict[str, Tensor]:
-        """The whole weights on the first process."""
+    def _weights(self, own: set[str]) -> dict[str, Tensor]:
+        """The whole weights of these names."""
         if not self._shares_weights:
-            return self._model.state_dict() if self.topology.is_first else {}
+            weights = self._model.state_dict()
+            return {name: weights[name] for name in weights if name in own}
         from deepspeed import zero
 
         weights = {}
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
             with zero.GatheredParameters([parameter]):
-                if self.topology.is_first:
+                if name in own:
                     weights[name] = parameter.detach().cpu().clone()
         return weights
 
@@ -202,27 +202,18 @@ class ZeroEngine:
             yield from optimizer.fp32_groups_gradient_flat_partition
 
 
-def partition(config: Config, topology: Topology) -> Callable[[nn.Module], object]:
-    """For ``model.build_model``: leaves each process its part of a module's weights (stage 3)."""
+def partition_weights(config: Config, topology: Topology) -> Callable[[nn.Module], object]:
+    """Leaves each process its part of a module's weights (stage 3)."""
     deepspeed = _deepspeed(topology)
     settings = _settings(config, topology)
     return lambda module: deepspeed.zero.Init(module=module, config_dict_or_path=settings)
 
 
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    """Its whole shape, wherever its parts are."""
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return shape
-
-
 def _deepspeed(topology: Topology) -> Any:
-    if importlib.util.find_spec("deepspeed") is None:
-        raise UserError(
-            "parallel.zero_stage needs the package deepspeed, which is not installed: "
-            "pip install 'mst-train[distributed]', or set parallel.zero_stage=0"
-        )
     if topology.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Old names of torch's exchanges, which it uses.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # It logs at every step of its start, on every process.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
@@ -232,7 +223,21 @@ def _deepspeed(topology: Topology) -> Any:
 
 
 def _settings(config: Config, topology: Topology) -> dict[str, Any]:
-    """DeepSpeed's configuration."""
+    """DeepSpeed's configuration: ours, with ``parallel.deepspeed`` laid over it."""
+    return _laid_over(_own_settings(config, topology), config.parallel.deepspeed)
+
+
+def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        inner = merged.get(name)
+        if isinstance(value, Mapping) and isinstance(inner, dict):
+            value = _laid_over(inner, value)
+        merged[name] = value
+    return merged
+
+
+def _own_settings(config: Config, topology: Topology) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.train.accumulation_steps,

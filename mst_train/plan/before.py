@@ -23,13 +23,15 @@ warned of and may try."""
 STATES = ("parameters", "gradients", "optimizer")
 
 
-def before_training(config: Config, device: torch.device) -> Prediction:
+def before_training(config: Config, device: torch.device, processes: int = 1) -> Prediction:
     """The prediction for a run on this device, with the settings that it will have.
+
+    processes: how many have a device each. Those on this machine share its memory.
 
     Chooses them where memory.policy is auto; warns where what is configured will probably not fit.
     Raises UserError where it certainly does not, or auto finds nothing that does.
     """
-    target = make_target(config, this_device(device))
+    target = make_target(config, this_device(device), processes)
     if config.memory.policy == AUTO:
         choice = choose(config, target)
         log.info(choice.reason)

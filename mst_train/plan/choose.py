@@ -56,7 +56,7 @@ def choose(
     Raises UserError with the nearest settings that work where none fits.
     """
     compared: list[Prediction] = []
-    for group in settings(config):
+    for group in settings(config, target.gpus):
         found = []
         for candidate in group:
             prediction = predict(candidate, target)
@@ -69,9 +69,9 @@ def choose(
     raise UserError(_nothing_fits(config, target, compared))
 
 
-def leanest(config: Config) -> list[Config]:
+def leanest(config: Config, gpus: int = 1) -> list[Config]:
     """Of the settings to choose from, those that can reach the longest sequences."""
-    last = list(settings(config))[-1]
+    last = list(settings(config, gpus))[-1]
     keeping = any(c.memory.keep_attention for c in last)
     return [c for c in last if not (keeping and c.memory.keep_attention)]
 
@@ -99,8 +99,11 @@ def _cost(prediction: Prediction) -> tuple[float, float]:
     return seconds, prediction.simulation.peak_bytes
 
 
-def settings(config: Config) -> Iterator[list[Config]]:
-    """What to choose from, in groups: a later one where nothing of those before fits."""
+def settings(config: Config, gpus: int = 1) -> Iterator[list[Config]]:
+    """What to choose from, in groups: a later one where nothing of those before fits.
+
+    gpus: how many processes train; the optimizer can be on the host of one alone.
+    """
     optimizer = config.optimizer
     yield _policies(config)
     in_backward = config
@@ -113,7 +116,7 @@ def settings(config: Config) -> Iterator[list[Config]]:
     ):
         in_backward = replace(config, optimizer=replace(optimizer, in_backward=True))
         yield _policies(in_backward)
-    if optimizer.offload == "none" and config.precision != "bf16":
+    if optimizer.offload == "none" and config.precision != "bf16" and gpus == 1:
         on_host = replace(optimizer, in_backward=False, offload="host")
         yield _policies(replace(config, optimizer=on_host))
     if config.memory.block_chunk_tokens == AUTO:

@@ -7,6 +7,7 @@ import torch
 
 from mst_train.config import Config
 from mst_train.errors import UserError
+from mst_train.launched import local_world_size
 from mst_train.memory.devices import GIB, Device, device_bytes, find_device
 from mst_train.memory.simulate import Build, Simulation, simulate
 from mst_train.memory.tracker import KINDS
@@ -99,8 +100,11 @@ class Prediction:
         }
 
 
-def make_target(config: Config, device: Device | None = None) -> Target:
-    """What ``config`` is to be planned for: its plan.device, or ``device``, which is here.
+def make_target(
+    config: Config, device: Device | None = None, processes: int | None = None
+) -> Target:
+    """What ``config`` is to be planned for: its plan.device, or ``device``, which is here and which
+    each of so many ``processes`` has.
 
     Raises UserError for an unknown device, or one that cannot hold the weights at all.
     """
@@ -112,8 +116,8 @@ def make_target(config: Config, device: Device | None = None) -> Target:
         budget = min(budget, int(memory.device_budget_gib * GIB))
     host = None if memory.host_budget_gib is None else int(memory.host_budget_gib * GIB)
     if host is None and here:
-        host = device_bytes(torch.device("cpu"))
-    gpus = config.plan.gpus or config.parallel.sequence_parallel
+        host = device_bytes(torch.device("cpu")) // local_world_size()
+    gpus = processes or config.plan.gpus or config.parallel.sequence_parallel
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     target = Target(device, gpus, budget, host, dtype)
     _require_weights(config, target, dtype)

@@ -11,6 +11,7 @@ from mst_train.memory.tracker import MemoryTracker
 from mst_train.model import build_model, select_attention
 from mst_train.mst import Offload, Policy
 from mst_train.optim import build_optimizer
+from mst_train.parallel import NativeEngine
 from mst_train.step import train_step
 
 CPU = torch.device("cpu")
@@ -86,9 +87,10 @@ def measure(config):
         optimizer = build_optimizer(
             model, config.optimizer, master_weights=config.precision == "bf16_master"
         )
+        engine = NativeEngine(model, optimizer)
         for _ in range(2):
             tracker.reset_peak()
-            train_step(model, optimizer, batches, 1e-3, config.optimizer.max_grad_norm)
+            train_step(engine, batches, 1e-3, config.optimizer.max_grad_norm)
     return tracker.peak_bytes, tracker.peak_host_bytes
 
 

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from mst_train.config import Config, ModelConfig
+from mst_train.config import Config, ModelConfig, ParallelConfig
 from mst_train.data import Batch
 from mst_train.memory.tracker import MemoryTracker
 from mst_train.model import build_model, select_attention
@@ -37,7 +37,8 @@ def peak_bytes(degrees):
 
 
 def peak(policy, degree, everybody):
-    topology = grid(everybody.rank, everybody.world, degree, CPU)
+    config = Config(parallel=ParallelConfig(sequence_parallel=degree))
+    topology = grid(everybody, config)
     # Alone, too, a process goes the way of several.
     alone, _ = dist.new_subgroups(1)
     local = select_attention("cpu", CPU, torch.float32)

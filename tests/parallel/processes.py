@@ -17,7 +17,7 @@ import torch
 HERE = Path(__file__).parent
 
 
-def run(function, world, folder, /, timeout=120, **arguments):
+def run(function, world, folder, /, timeout=120, cwd=None, **arguments):
     """What ``function(**arguments)`` returns in each of ``world`` processes, by rank.
 
     They are started as torchrun starts them. If one fails, or time is up, all are ended and the
@@ -26,7 +26,7 @@ def run(function, world, folder, /, timeout=120, **arguments):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "arguments.json").write_text(json.dumps(arguments))
     port = free_port()
-    processes = [start(function, rank, world, port, folder) for rank in range(world)]
+    processes = [start(function, rank, world, port, folder, cwd) for rank in range(world)]
     deadline = time.monotonic() + timeout
     try:
         while any(process.poll() is None for process in processes):
@@ -49,11 +49,12 @@ def run(function, world, folder, /, timeout=120, **arguments):
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
-def start(function, rank, world, port, folder):
+def start(function, rank, world, port, folder, cwd=None):
     environment = {
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world),
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -61,7 +62,9 @@ def start(function, rank, world, port, folder):
     }
     command = [sys.executable, __file__, function.__module__, function.__name__, str(folder)]
     with (folder / f"{rank}.log").open("w") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=cwd
+        )
 
 
 def free_port():

@@ -28,6 +28,8 @@ TIED = [
     for policy in ("vanilla", "recompute", "mst")
 ]
 
+IN_BACKWARD = [{"degree": degree, "stage": 0, "in_backward": True} for degree in (1, 2)]
+
 
 def combinations(pairs):
     return [{"degree": degree, "stage": stage} for degree, stage in pairs]
@@ -41,15 +43,18 @@ def alone():
 @pytest.fixture(scope="module")
 def two_together(tmp_path_factory):
     """Everything that two processes train, in one start of them."""
-    runs = [*combinations(COVERING[2]), *MASTERS, *TIED]
+    runs = [*combinations(COVERING[2]), *MASTERS, *TIED, *IN_BACKWARD]
     return train_all(2, runs, tmp_path_factory.mktemp("two"), timeout=280)
 
 
 def train_all(world, runs, folder, timeout):
-    """What the first process has of each of these runs; the others have no weights or states."""
+    """What each of these runs gives, which all processes agree about."""
     first, *others = run(train_together, world, folder, timeout=timeout, world=world, runs=runs)
     for other in others:
-        assert all(not found["weights"] and not found["state"] for found in other)
+        for mine, theirs in zip(first, other, strict=True):
+            for key in ("losses", "norms"):
+                assert torch.equal(mine[key], theirs[key])
+            assert mine["validation"] == theirs["validation"]
     return [(settings, found) for settings, found in zip(runs, first, strict=True)]
 
 
@@ -119,8 +124,8 @@ def test_a_run_goes_on_with_other_processes(alone, tmp_path):
 def errors(found, truth):
     """The relative error of each fp32 master weight."""
     return {
-        name: ((parts["master"] - weight).norm() / weight.norm()).item()
-        for (name, parts), weight in zip(found["state"].items(), truth.values(), strict=True)
+        name: ((parts["master"] - truth[name]).norm() / truth[name].norm()).item()
+        for name, parts in found["state"].items()
     }
 
 
@@ -151,6 +156,15 @@ def test_other_policies_and_tied_embeddings_with_shared_weights(two_together):
 
 
 @pytest.mark.distributed
+def test_the_optimizer_in_the_backward(two_together):
+    expected = train_alone(in_backward=True)
+    results = those_of(two_together, IN_BACKWARD)
+    assert len(results) == 2
+    for one in results:
+        check_equal(expected, one, 1e-5)
+
+
+@pytest.mark.distributed
 def test_a_forgotten_step_leaves_no_trace(tmp_path):
     first, second = run(forget_and_refuse, 2, tmp_path, timeout=200, world=2, stages=STAGES)
     for mine, theirs in zip(first, second, strict=True):
@@ -164,7 +178,13 @@ def test_a_forgotten_step_leaves_no_trace(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"optimizer": OptimizerConfig(in_backward=True)}, "optimizer.in_backward=true"),
+        (
+            {
+                "optimizer": OptimizerConfig(in_backward=True),
+                "parallel": ParallelConfig(zero_stage=1),
+            },
+            "optimizer.in_backward=true",
+        ),
         ({"optimizer": OptimizerConfig(offload="host")}, "optimizer.offload=host"),
         ({"parallel": ParallelConfig(zero_stage=1), "precision": "bf16"}, "precision=bf16 "),
         (

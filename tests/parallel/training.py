@@ -29,8 +29,9 @@ from mst_train.parallel import (
     build_engine,
     grid,
     joined,
+    partition,
 )
-from mst_train.parallel.zero import partition
+from mst_train.step import evaluate, train_step
 
 CPU = torch.device("cpu")
 LENGTH, STEP_SEQUENCES, ACCUMULATION, STEPS = 24, 8, 2, 20
@@ -68,16 +69,27 @@ class Documented(Sequences):
 
 
 def make_config(
-    world=1, degree=1, stage=0, precision="fp32", steps=STEPS, policy="mst", tied=False
+    world=1,
+    degree=1,
+    stage=0,
+    precision="fp32",
+    steps=STEPS,
+    policy="mst",
+    tied=False,
+    in_backward=False,
 ):
-    """Whatever the processes, a step has the same sequences, in two micro-batches."""
+    """Whatever the processes, a step has the same sequences, in two micro-batches.
+
+    With the optimizer in the backward in one, without clipping.
+    """
     groups = world // degree
+    accumulation = 1 if in_backward else ACCUMULATION
     return Config(
         precision=precision,
         train=TrainConfig(
             steps=steps,
-            micro_batch_size=STEP_SEQUENCES // (ACCUMULATION * groups),
-            accumulation_steps=ACCUMULATION,
+            micro_batch_size=STEP_SEQUENCES // (accumulation * groups),
+            accumulation_steps=accumulation,
         ),
         model=dataclasses.replace(MODEL, tie_embeddings=tied),
         data=DataConfig(sequence_length=LENGTH),
@@ -86,7 +98,11 @@ def make_config(
         ),
         parallel=ParallelConfig(sequence_parallel=degree, zero_stage=stage),
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, warmup_steps=4, max_grad_norm=0.3, weight_decay=0.1
+            learning_rate=3e-3,
+            warmup_steps=4,
+            max_grad_norm=None if in_backward else 0.3,
+            weight_decay=0.1,
+            in_backward=in_backward,
         ),
     )
 
@@ -98,9 +114,13 @@ def train(config, topology, saved=None, rounded=False):
     if config.parallel.sequence_parallel > 1:
         attention = UlyssesAttention(attention, topology.sequence_group)
     policy = Policy.from_config(config.memory)
-    parts = partition(config, topology) if config.parallel.zero_stage == 3 else None
     model = build_model(
-        config.model, policy=policy, attention=attention, dtype=dtype, seed=7, partition=parts
+        config.model,
+        policy=policy,
+        attention=attention,
+        dtype=dtype,
+        seed=7,
+        partition=partition(config, topology),
     )
     if rounded:  # start where a model in bf16 starts
         start = build_model(config.model, dtype=torch.bfloat16, seed=7)
@@ -116,14 +136,14 @@ def train(config, topology, saved=None, rounded=False):
     losses, norms = [], []
     validation = None
     for step in range(done + 1, config.train.steps + 1):
-        batches = [topology.rows_of(next(loader)) for _ in range(ACCUMULATION)]
+        batches = [topology.rows_of(next(loader)) for _ in range(config.train.accumulation_steps)]
         rate = learning_rate(step, STEPS, config.optimizer)
-        loss, norm = train_step(engine, batches, rate, config.optimizer.max_grad_norm)
+        loss, norm, _ = train_step(engine, batches, rate, config.optimizer.max_grad_norm)
         losses.append(loss)
         norms.append(norm)
         if step == STEPS // 2:
-            validation = evaluate(engine)
-    weights, state = engine.state()
+            validation = evaluate(model, validation_batches(), topology).mean
+    weights, state = whole(engine.state(), topology)
     return {
         "losses": torch.tensor(losses),
         "norms": torch.tensor(norms),
@@ -135,31 +155,22 @@ def train(config, topology, saved=None, rounded=False):
     }
 
 
-def train_step(engine, batches, rate, max_grad_norm):
-    topology = engine.topology
-    own = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-    (valid_tokens,) = topology.total([own])
-    loss_sum = 0.0
-    engine.begin_step(rate)
-    for index, batch in enumerate(batches):
-        documents = Documents(batch.boundaries)
-        batch_loss_sum, _ = engine(batch.tokens, batch.labels, batch.positions, documents)
-        loss_sum += topology.total([batch_loss_sum.item()])[0]
-        engine.backward(batch_loss_sum / valid_tokens, last=index == len(batches) - 1)
-    norm = engine.gradient_norm()
-    engine.clip(max_grad_norm, norm)
-    engine.step()
-    return loss_sum / valid_tokens, norm.item()
+def whole(state, topology):
+    """Weights and states of all processes, each of which has some of them."""
+    weights, states = {}, {}
+    shares = topology.gather(state)
+    for some_weights, some_states in shares:
+        assert some_weights
+        assert not weights.keys() & some_weights.keys()
+        assert some_states.keys() <= some_weights.keys()
+        weights |= some_weights
+        states |= some_states
+    return weights, states
 
 
-@torch.no_grad()
-def evaluate(engine):
-    """The loss of two sequences, which every data group computes."""
-    topology = engine.topology
-    batch = topology.rows_of(collate(Documented(), [3, 4]))
-    documents = Documents(batch.boundaries)
-    loss_sum, _ = engine(batch.tokens, batch.labels, batch.positions, documents)
-    return topology.total([loss_sum.item()])[0] / topology.data_parallel
+def validation_batches():
+    """Three, so that two data groups do not have equally many."""
+    return [collate(Documented(), indices) for indices in ([3, 4], [5, 6], [7])]
 
 
 def train_alone(saved=None, rounded=False, **settings):
@@ -172,9 +183,9 @@ def train_together(world, runs):
         return [one_of(topology, **settings) for settings in runs]
 
 
-def one_of(topology, degree, stage, precision="fp32", policy="mst", tied=False):
-    config = make_config(topology.world, degree, stage, precision, policy=policy, tied=tied)
-    return train(config, grid(topology.rank, topology.world, degree, CPU))
+def one_of(processes, **settings):
+    config = make_config(processes.world, **settings)
+    return train(config, grid(processes, config))
 
 
 def forget_and_refuse(world, stages):
@@ -186,8 +197,7 @@ def forget_and_refuse(world, stages):
 
 
 def forgets(config, topology):
-    parts = partition(config, topology) if config.parallel.zero_stage == 3 else None
-    model = build_model(config.model, seed=7, partition=parts)
+    model = build_model(config.model, seed=7, partition=partition(config, topology))
     engine = build_engine(model, config, topology)
     sequences = SharedSequences(Documented(), topology, config.train.micro_batch_size, 0)
     batches = [collate(sequences, [i, i + 1]) for i in (0, 2)]
@@ -219,7 +229,7 @@ def save_and_continue(world, legs, states):
         for leg in legs:
             first, last = leg["first"], leg["last"]
             config = make_config(world, leg["degree"], leg["stage"], steps=last)
-            topology = grid(everybody.rank, world, leg["degree"], CPU)
+            topology = grid(everybody, config)
             saved = torch.load(f"{states}/{first}.pt", mmap=True) if first else None
             result = train(config, topology, saved)
             if topology.is_first:

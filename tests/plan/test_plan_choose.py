@@ -36,15 +36,16 @@ def test_a_budget_that_only_the_method_meets():
 
 
 def test_nothing_fits_names_what_would():
+    small = ("model=llama_tiny", "model.num_layers=1", "memory.device_budget_gib=0.08")
     with pytest.raises(UserError) as caught:
-        choice("data.sequence_length=8192", "memory.device_budget_gib=0.35")
+        choice(*small, "data.sequence_length=4096")
     message = str(caught.value)
-    assert "data.sequence_length=8192" in message
+    assert "data.sequence_length=4096" in message
     assert "The nearest that fits: data.sequence_length=" in message
     length = int(message.partition("nearest that fits: data.sequence_length=")[2].split()[0])
     assert length % 1024 == 0
-    assert 1024 <= length < 8192
-    choice(f"data.sequence_length={length}", "memory.device_budget_gib=0.35")
+    assert 1024 <= length < 4096
+    choice(*small, f"data.sequence_length={length}")
 
 
 def test_updates_in_the_backward_only_where_they_are_allowed():
@@ -79,10 +80,12 @@ def test_offload_is_chosen_where_attention_is_kept_for_it():
     assert (chosen.config.memory.offload, chosen.config.memory.keep_attention) == ("none", False)
 
 
-def test_training_stays_inside_the_budget(tmp_path, monkeypatch):
+def test_training_stays_inside_the_budget(tmp_path, corpus, cache):
     """A run with a budget that only the method meets, measured by the tracker."""
     arguments = ["model=llama_tiny", "memory.policy=auto", "train.steps=2", "train.eval_every=0"]
     arguments += ["data.sequence_length=2048", "plan.device=cpu", f"run.dir={tmp_path}/run"]
+    arguments += ["data.tokenizer_vocab_size=512", "data.validation_fraction=0.2"]
+    arguments += [f"data.source={corpus}", f"data.cache_dir={cache}", "model.num_layers=2"]
     config = compose(arguments)
     target = make_target(config)
     peaks = {describe(p): p.simulation.peak_bytes for p in choose(config, target).compared}

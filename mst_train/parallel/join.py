@@ -1,0 +1,106 @@
+"""Joining the processes that torchrun has started, and leaving them."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from mst_train.config import Config, leaves
+from mst_train.environment import code_fingerprint
+from mst_train.errors import TrainingError, UserError
+from mst_train.launched import local_rank, local_world_size, world_size
+from mst_train.parallel.together import check_same, together
+from mst_train.parallel.topology import Topology, check_degree, exchange_timeout, grid
+
+MEETING = timedelta(minutes=15)
+"""How long processes wait for each other to start."""
+
+
+@contextmanager
+def joined(config: Config) -> Iterator[Topology]:
+    """Join the processes that torchrun has started, and leave them at the end.
+
+    Communication is NCCL's on GPUs, one GPU for each process of a machine, and gloo's elsewhere. A
+    process that is alone joins nobody.
+
+    Raises UserError where the processes differ in their settings or their code, or cannot share the
+    work as configured; TrainingError where one waits in vain for another, longer than
+    parallel.timeout_minutes or because that one has gone.
+    """
+    world, device = world_size(), _device()
+    if world == 1:
+        check_degree(config, world)
+        yield Topology(device=device)
+        return
+    timeout, in_contact = exchange_timeout(config), True
+    try:
+        store, rank, _ = next(rendezvous("env://", timeout=MEETING))
+        # torchrun keeps its store when it starts processes again; those before left addresses.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"attempt_{attempt}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    except ValueError as error:
+        raise UserError(
+            f"WORLD_SIZE={world} is set without the rest that torchrun sets ({_reason(error)}): "
+            f"start several processes with launch/torchrun.sh, or one without WORLD_SIZE"
+        ) from error
+    except RuntimeError as error:
+        raise TrainingError(
+            f"the {world} processes do not find each other ({_reason(error)}): see that all "
+            f"machines have started theirs, with the same first machine and port"
+        ) from error
+    try:
+        objects = dist.new_group(backend="gloo", timeout=timeout)
+        processes = Topology(dist.get_rank(), world, device=device, object_group=objects)
+        settings = {key: str(value) for key, value in leaves(asdict(config))}
+        code = {"mst_train's code": code_fingerprint(), "torch": torch.__version__}
+        check_same(processes, settings | code)
+        with together(processes):
+            check_degree(config, world)
+        yield grid(processes, config)
+        dist.barrier()  # nobody leaves while another still waits for it
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        in_contact = False
+        raise TrainingError(
+            f"another process has failed, or has not answered for parallel.timeout_minutes="
+            f"{config.parallel.timeout_minutes:g} ({_reason(error)}): its own message says more. "
+            f"The same command continues from the last checkpoint"
+        ) from error
+    finally:
+        if in_contact:  # or this would wait for the one that does not answer
+            dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    """This process's own GPU where there are GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank() >= torch.cuda.device_count():
+        raise UserError(
+            f"{local_world_size()} processes were started on this machine, which has "
+            f"{torch.cuda.device_count()} GPUs: start one for each (torchrun --nproc_per_node)"
+        )
+    device = torch.device("cuda", local_rank())
+    torch.cuda.set_device(device)
+    return device
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether an exchange has failed, which torch tells by the class of the error on GPUs alone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, without the place in gloo's sources before and its advice after it."""
+    line = str(error).partition("\n")[0]
+    return re.sub(r"^\[\S+\] ?", "", line).partition(". ")[0].rstrip(".")

@@ -1,0 +1,76 @@
+"""What the processes of a run have to agree about before they go on.
+
+together     an error of one is an error of all, told once
+check_same   whether they were started with the same things
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from mst_train.errors import DataError, TrainingError, UserError
+from mst_train.launched import process_name
+from mst_train.parallel.topology import Topology
+
+Failure = UserError | TrainingError
+
+
+@contextmanager
+def together(topology: Topology) -> Iterator[None]:
+    """Run what each process does by itself, and go on only where all have come through.
+
+    Where some fail with a UserError, DataError or TrainingError, all raise one: on the first
+    process with the messages of those that failed, on the others without any, so that it is printed
+    once. All processes come here together; no exchange belongs inside.
+    """
+    failure: Failure | None = None
+    try:
+        yield
+    except (UserError, TrainingError) as error:
+        if topology.world == 1:
+            raise
+        failure = error
+    if topology.world == 1:
+        return
+    told = topology.gather((type(failure), _problems(failure), process_name()) if failure else None)
+    failures = [one for one in told if one is not None]
+    if failures:
+        raise _common(failures, topology) from failure
+
+
+def check_same(topology: Topology, things: Mapping[str, str]) -> None:
+    """Compare what the processes have: names of things to their text or fingerprint.
+
+    Raises UserError, which names the processes that differ from the first and what in.
+    """
+    everyone = topology.gather((dict(things), process_name()))
+    first, _ = everyone[0]
+    problems = []
+    for name in first:
+        others = [(process, theirs[name]) for theirs, process in everyone]
+        different = [(process, value) for process, value in others if value != first[name]]
+        if different:
+            who = ", ".join(process for process, _ in different)
+            problems.append(
+                f"{name} is not the same everywhere: {who} has {different[0][1]}, and "
+                f"{everyone[0][1]} has {first[name]}. Start all processes with the same"
+            )
+    if problems:
+        raise UserError(problems if topology.is_first else [])
+
+
+def _problems(error: Failure) -> list[str]:
+    return error.problems if isinstance(error, UserError) else [str(error)]
+
+
+def _common(failures: list[tuple[type[Failure], list[str], str]], topology: Topology) -> Failure:
+    """The error that stands for several processes' ones."""
+    kind = failures[0][0]
+    if not topology.is_first:
+        messages = []
+    elif len(failures) == topology.world and all(f[1] == failures[0][1] for f in failures):
+        messages = failures[0][1]
+    else:
+        messages = [f"{process}: {text}" for _, texts, process in failures for text in texts]
+    if issubclass(kind, UserError):
+        return UserError(messages)
+    return (DataError if issubclass(kind, DataError) else TrainingError)("; ".join(messages))

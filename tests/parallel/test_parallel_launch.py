@@ -1,0 +1,442 @@
+"""launch/: one machine, two machines, Slurm and Kubernetes.
+
+Two machines are two network namespaces with a cable between them, and one file system.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+SCRIPT = LAUNCH / "torchrun.sh"
+TIMEOUT = 100
+
+CLEAN = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith(
+        ("CUDA_", "MASTER_", "NODE", "PROCESSES", "SLURM_", "CONDA_", "VIRTUAL_")
+    )
+} | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+
+
+@pytest.fixture
+def arguments(corpus, cache):
+    return [
+        f"data.source={corpus}",
+        f"data.cache_dir={cache}",
+        "data.sequence_length=64",
+        "data.tokenizer_vocab_size=512",
+        "model.vocab_size=512",
+        "model.hidden_size=32",
+        "model.intermediate_size=88",
+        "model.num_layers=2",
+        "model.num_heads=4",
+        "model.num_kv_heads=2",
+        "train.steps=4",
+        "train.eval_every=0",
+        "parallel.sequence_parallel=2",
+        "logging.wandb.mode=disabled",
+    ]
+
+
+@contextlib.contextmanager
+def started(*arguments, folder, prefix=(), script=SCRIPT, **environment):
+    """The script, running in ``folder``; it and what it has started are gone in the end."""
+    with (folder / f"log {len(list(folder.iterdir()))}").open("w+") as log:
+        process = subprocess.Popen(
+            [*prefix, script, *arguments],
+            cwd=folder,
+            env=CLEAN | environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        process.log = Path(log.name)
+        workers = set()
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                workers = children(process.pid)
+                process.kill()
+            for worker in workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
+            process.wait()
+
+
+def children(pid):
+    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
+
+def ended(process):
+    """Its exit status and what it has written."""
+    status = process.wait(TIMEOUT)
+    return status, process.log.read_text()
+
+
+def launch(*arguments, folder, **environment):
+    with started(*arguments, folder=folder, **environment) as process:
+        return ended(process)
+
+
+def wait_for_step(run, step):
+    def reached():
+        with contextlib.suppress(FileNotFoundError):
+            return len((run / "metrics.jsonl").read_text().splitlines()) > step
+
+    deadline = time.monotonic() + TIMEOUT
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def losses(run):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"]) for r in records if "loss" in r]
+
+
+@pytest.mark.distributed
+def test_one_machine_from_any_folder(arguments, tmp_path):
+    """The script finds the interpreter beside it, and two runs find a port each."""
+    if not (LAUNCH.parent / ".venv/bin/python").exists():
+        pytest.skip("there is no .venv beside the scripts")
+    with started(
+        *arguments, "run.dir=first", folder=tmp_path, PROCESSES="2", PYTHON="", PATH=os.defpath
+    ) as first:
+        status, log = launch(
+            *arguments, "run.dir=second run", folder=tmp_path, PROCESSES="2", VIRTUAL_ENV=sys.prefix
+        )
+        assert status == 0, log
+        status, log = ended(first)
+    assert status == 0, log
+    assert "error" not in log
+    assert [step for step, _ in losses(tmp_path / "first")] == [1, 2, 3, 4]
+    assert losses(tmp_path / "first") == losses(tmp_path / "second run")
+
+
+def fake_python(folder):
+    """An interpreter that has everything and does nothing but say what it is to do."""
+    path = folder / "python"
+    path.write_text('#!/bin/sh\n[ "$1" = -c ] || echo "$OMP_NUM_THREADS $@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"NODES": "two"}, "NODES=two must be a whole number from 1"),
+        ({"NODES": "08"}, "NODES=08 must be"),
+        ({"NODES": "0"}, "NODES=0 must be"),
+        ({"PROCESSES": "0"}, "PROCESSES=0 must be a whole number from 1"),
+        ({"PROCESSES": "-1"}, "PROCESSES=-1 must be"),
+        ({"RESTARTS": "x[$(touch injected)]"}, "RESTARTS=x[$(touch injected)] must be"),
+        ({"STOP_SECONDS": "5m"}, "STOP_SECONDS=5m must be"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 must be a whole number from 1 to 65535"),
+        ({"NODES": "2", "MASTER_ADDR": "10.0.0.1"}, "NODES=2 needs NODE_RANK"),
+        ({"NODES": "2", "NODE_RANK": "0"}, "NODES=2 needs MASTER_ADDR"),
+        ({"NODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK=2 must be"),
+        ({"NODE_RANK": "1"}, "NODE_RANK=1 is for several machines"),
+        ({"PYTHON": "/nowhere/python"}, "there is no /nowhere/python"),
+        ({"PYTHON": "false"}, "false does not find torch and mst_train"),
+    ],
+)
+def test_what_cannot_be(environment, message, tmp_path):
+    status, log = launch(folder=tmp_path, **{"PYTHON": fake_python(tmp_path)} | environment)
+    assert status == 2
+    assert log.startswith(f"error: {message}")
+    assert log.count("\n") == 1
+    assert not (tmp_path / "injected").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "torchrun.py 0 --standalone --local_addr 127.0.0.1 --nproc_per_node 1 "),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "--nproc_per_node 1 "),
+        ({"CUDA_VISIBLE_DEVICES": "0,3"}, "--nproc_per_node 2 "),
+        ({"PATH": "{folder}:" + os.defpath}, "--nproc_per_node 4 "),
+        ({"PATH": "{folder}:" + os.defpath, "CUDA_VISIBLE_DEVICES": "5"}, "--nproc_per_node 1 "),
+        ({"MASTER_PORT": "4242"}, "--master_addr 127.0.0.1 --master_port 4242 "),
+        (
+            {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "RESTARTS": "3"},
+            "torchrun.py 3 --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 29500 "
+            "--nproc_per_node 1 ",
+        ),
+    ],
+)
+def test_what_the_environment_becomes(environment, expected, tmp_path):
+    listing = "\\n".join(f"GPU {i}: some (UUID: {i})" for i in range(4))
+    (tmp_path / "nvidia-smi").write_text(f'#!/bin/sh\nprintf "{listing}\\n"\n')
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {key: value.format(folder=tmp_path) for key, value in environment.items()}
+    environment = {"PYTHON": fake_python(tmp_path), "PATH": os.defpath} | environment
+    status, log = launch("train.steps=3", "run.name=a b", folder=tmp_path, **environment)
+    assert status == 0
+    assert expected in log
+    assert log.endswith("-m mst_train train.steps=3 run.name=a b\n")
+
+
+def test_processes_share_the_cores(tmp_path):
+    """Only where nothing else is said."""
+    python = fake_python(tmp_path)
+    _, log = launch(folder=tmp_path, PYTHON=python, PROCESSES="1024", OMP_NUM_THREADS="")
+    assert log.startswith("1 ")
+    _, log = launch(folder=tmp_path, PYTHON=python, PROCESSES="1024", OMP_NUM_THREADS="7")
+    assert log.startswith("7 ")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("SIGTERM", 143), pytest.param("SIGUSR1", 138, marks=pytest.mark.distributed_full)],
+)
+def test_a_signal_reaches_the_processes(name, expected, arguments, tmp_path):
+    arguments += ["train.steps=100000", "checkpoint.every=100000", "run.dir=run"]
+    run = tmp_path / "run"
+    with started(*arguments, folder=tmp_path, PROCESSES="2") as process:
+        wait_for_step(run, 2)
+        process.send_signal(getattr(signal, name))
+        status, log = ended(process)
+    assert status == expected, log
+    assert f"stopped: {name} came" in log
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["stopped"] == name
+    latest = (run / "checkpoints/latest").read_text().strip()
+    assert latest == f"step_{summary['step']:08d}"
+
+
+@pytest.mark.distributed
+def test_what_cannot_be_is_told_by_the_status(arguments, tmp_path):
+    status, log = launch(*arguments, "parallel.sequence_parallel=4", folder=tmp_path, PROCESSES="2")
+    assert status == 2, log
+    assert "parallel.sequence_parallel=4 does not divide the number of processes, 2" in log
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("restarts", [0, pytest.param(1, marks=pytest.mark.distributed_full)])
+def test_a_process_that_dies(restarts, arguments, tmp_path):
+    """The others do not wait for it; with RESTARTS all of them go on from the last checkpoint."""
+    arguments += ["train.steps=60", "checkpoint.every=20", "run.dir=run"]
+    run = tmp_path / "run"
+    environment = {"PROCESSES": "2", "RESTARTS": str(restarts)}
+    with started(*arguments, folder=tmp_path, **environment) as process:
+        wait_for_step(run, 24)
+        os.kill(max(children(process.pid)), signal.SIGKILL)
+        killed = time.monotonic()
+        status, log = ended(process)
+    if restarts:
+        assert status == 0, log
+        steps = [step for step, _ in losses(run)]
+        assert sorted(set(steps)) == list(range(1, 61))
+        assert re.search(r"continuing from \S*step_000000[24]0", log)
+    else:
+        assert status in (1, 137), log  # of the one that died, or of the one that missed it
+        assert "was the first to end" in log
+        assert time.monotonic() - killed < 60
+
+
+def shell(*command):
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def machines():
+    """The names of two network namespaces: 10.77.0.1 on device cable0, 10.77.0.2 on cable1."""
+    names = [f"mst_test_{os.getpid()}_{i}" for i in range(2)]
+    try:
+        try:
+            for name in names:
+                shell("ip", "netns", "add", name)
+            ends = ["cable0", "netns", names[0], "type", "veth", "peer", "cable1"]
+            shell("ip", "link", "add", *ends, "netns", names[1])
+            for i, name in enumerate(names):
+                within = ("ip", "-n", name)
+                shell(*within, "address", "add", f"10.77.0.{i + 1}/24", "dev", f"cable{i}")
+                shell(*within, "link", "set", f"cable{i}", "up")
+                shell(*within, "link", "set", "lo", "up")
+        except FileNotFoundError:
+            pytest.skip("network namespaces need the command ip")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"network namespaces cannot be made here: {error.stderr.strip()}")
+        yield names
+    finally:
+        if shutil.which("ip"):
+            for name in names:
+                subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+@contextlib.contextmanager
+def on_both(machines, *arguments, folder, **environment):
+    """The script on each machine, with one process."""
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                started(
+                    *arguments,
+                    folder=folder,
+                    prefix=("ip", "netns", "exec", name),
+                    NODES="2",
+                    NODE_RANK=str(i),
+                    PROCESSES="1",
+                    MASTER_ADDR="10.77.0.1",
+                    GLOO_SOCKET_IFNAME=f"cable{i}",
+                    **environment,
+                )
+            )
+            for i, name in enumerate(machines)
+        ]
+
+
+@pytest.mark.distributed
+def test_two_machines(machines, arguments, tmp_path):
+    """One process on each gives the losses of two processes on one."""
+    status, log = launch(*arguments, "run.dir=one", folder=tmp_path, PROCESSES="2")
+    assert status == 0, log
+    with on_both(machines, *arguments, "run.dir=two", folder=tmp_path) as processes:
+        for process in reversed(processes):
+            status, log = ended(process)
+            assert status == 0, log
+    assert len(losses(tmp_path / "two")) == 4
+    assert losses(tmp_path / "two") == losses(tmp_path / "one")
+
+
+@pytest.mark.distributed
+def test_a_process_of_another_machine_dies(machines, arguments, tmp_path):
+    """Both machines meet again."""
+    arguments += ["train.steps=40", "checkpoint.every=10", "run.dir=run"]
+    with on_both(machines, *arguments, folder=tmp_path, RESTARTS="1") as processes:
+        wait_for_step(tmp_path / "run", 14)
+        os.kill(*children(processes[1].pid), signal.SIGKILL)
+        logs = []
+        for process in processes:
+            status, log = ended(process)
+            assert status == 0, log
+            logs.append(log)
+    assert sorted({step for step, _ in losses(tmp_path / "run")}) == list(range(1, 41))
+    assert all("starting again (1 of 1)" in log for log in logs)
+    assert "by SIGKILL" in logs[1]
+
+
+@pytest.mark.distributed
+def test_a_signal_to_one_machine_stops_both(machines, arguments, tmp_path):
+    """The other one, which was not signalled, ends with the same status and does not restart."""
+    arguments += ["train.steps=100000", "checkpoint.every=100000", "run.dir=run"]
+    with on_both(machines, *arguments, folder=tmp_path, RESTARTS="1") as processes:
+        wait_for_step(tmp_path / "run", 2)
+        processes[1].send_signal(signal.SIGTERM)
+        for process in processes:
+            status, log = ended(process)
+            assert status == 143, log
+    step = json.loads((tmp_path / "run/summary.json").read_text())["step"]
+    latest = (tmp_path / "run/checkpoints/latest").read_text().strip()
+    assert latest == f"step_{step:08d}"
+
+
+def slurm(folder, status, **environment):
+    """Run slurm.sbatch where srun starts two tasks and ends with ``status``."""
+    commands = {
+        "scontrol": 'case "$1" in show) printf "nodea\\nnodeb\\n" ;; *) echo "scontrol $@" ;; esac',
+        "srun": 'echo "$@"; while [ "$1" != bash ]; do shift; done; '
+        'SLURM_NODEID=0 "$@"; SLURM_NODEID=1 "$@"; exit ' + str(status),
+    }
+    for name, text in commands.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    environment = {
+        "PYTHON": fake_python(folder),
+        "PATH": f"{folder}:{os.defpath}",
+        "SLURM_SUBMIT_DIR": str(LAUNCH.parent),
+        "SLURM_JOB_ID": "81234",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node[a-b]",
+        "PROCESSES": "8",
+    } | environment
+    prefix = ("bash", LAUNCH / "slurm.sbatch")
+    with started("run.name=a b", folder=folder, prefix=prefix, script="x=1", **environment) as job:
+        return ended(job)
+
+
+def test_slurm_starts_each_node_under_its_number(tmp_path):
+    status, log = slurm(tmp_path, 0)
+    assert status == 0
+    options, first, second = log.splitlines()
+    assert "--kill-on-bad-exit=0 --wait=570" in options
+    for rank, line in enumerate((first, second)):
+        assert f"--nnodes 2 --node_rank {rank} --master_addr nodea --master_port 21234" in line
+        assert line.endswith(
+            "--nproc_per_node 8 --signals-to-handle "
+            "SIGTERM,SIGUSR1,SIGINT,SIGHUP,SIGQUIT -m mst_train x=1 run.name=a b"
+        )
+
+
+@pytest.mark.parametrize(
+    ("status", "requeued"), [(138, True), (143, False), (1, False), (2, False)]
+)
+def test_slurm_requeues_what_ran_out_of_time(status, requeued, tmp_path):
+    found, log = slurm(tmp_path, status)
+    assert found == status
+    assert ("scontrol requeue 81234" in log) == requeued
+
+
+def test_slurm_from_another_folder(tmp_path):
+    status, log = slurm(tmp_path, 0, SLURM_SUBMIT_DIR=str(tmp_path))
+    assert status == 2
+    assert "has no launch/torchrun.sh" in log
+
+
+def test_slurm_signals_early_enough():
+    text = (LAUNCH / "slurm.sbatch").read_text()
+    (early,) = re.findall(r"^#SBATCH --signal=USR1@(\d+)$", text, re.MULTILINE)
+    (enough,) = re.findall(r"STOP_SECONDS:-(\d+)", text)
+    assert int(enough) < int(early)
+
+
+def test_kubernetes_fits_the_script():
+    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    variables = {one["name"]: one.get("value") for one in container["env"]}
+    described = set(re.findall(r"^#   ([A-Z_]+) ", SCRIPT.read_text(), re.MULTILINE))
+    assert {"NODES", "NODE_RANK", "MASTER_ADDR", "STOP_SECONDS"} <= set(variables) <= described
+
+    assert container["command"] == ["launch/torchrun.sh"]
+    assert os.access(LAUNCH.parent / "launch/torchrun.sh", os.X_OK)
+    assert spec["completionMode"] == "Indexed"
+    assert spec["completions"] == spec["parallelism"] == int(variables["NODES"])
+    assert pod["terminationGracePeriodSeconds"] > int(variables["STOP_SECONDS"])
+
+    # A pod's name is the job's and its index; the service that has its subdomain's name finds it.
+    name, label = job["metadata"]["name"], job["spec"]["template"]["metadata"]["labels"]
+    assert variables["MASTER_ADDR"] == f"{name}-0.{service['metadata']['name']}"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"] == label
+    assert service["spec"]["clusterIP"] == "None"
+
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
+    assert mounts["shm"] == "/dev/shm"
+    (run,) = (a for a in container["args"] if a.startswith("run.dir="))
+    assert run.removeprefix("run.dir=").startswith(mounts["runs"])
+
+
+def test_kubernetes_settings_compose():
+    from mst_train.compose import compose
+
+    _, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    config = compose(container["args"])
+    processes = job["spec"]["completions"] * container["resources"]["limits"]["nvidia.com/gpu"]
+    assert processes % config.parallel.sequence_parallel == 0
