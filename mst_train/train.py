@@ -34,6 +34,7 @@ from mst_train.model.huggingface import load_weights
 from mst_train.mst import HostBudgetError, Offload, Policy
 from mst_train.optim import learning_rate
 from mst_train.parallel import (
+    WAITING,
     SharedSequences,
     Topology,
     UlyssesAttention,
@@ -209,7 +210,7 @@ def _train(config: Config, topology: Topology) -> dict[str, Any]:
                 "model_flops_utilization": (speed * flops_per_token / peak_rate)
                 if peak_rate
                 else None,
-                **_of_all_processes(topology),
+                **_of_all_processes(topology, config, seconds),
             }
             with together(topology):
                 metrics.log(record)
@@ -296,12 +297,15 @@ def _read(loader: Loader, count: int, stop: StopSignals) -> list[Batch]:
     return batches
 
 
-def _of_all_processes(topology: Topology) -> dict[str, Any]:
+def _of_all_processes(topology: Topology, config: Config, seconds: float) -> dict[str, Any]:
     """The part of a step's record that every process has its own of."""
-    peaks = topology.gather(process_peak_bytes(topology.device))
+    own = process_peak_bytes(topology.device), WAITING.take()
+    peaks, waits = zip(*topology.gather(own), strict=True)
     record: dict[str, Any] = {"peak_memory_bytes": max(peaks)}
     if topology.world > 1:
         record["peak_memory_process"] = peaks.index(max(peaks))
+        if config.parallel.zero_stage == 0:  # what DeepSpeed exchanges is not measured
+            record["communication_share"] = sum(waits) / len(waits) / seconds
     return record
 
 

@@ -26,7 +26,9 @@ NAMES = {
     "tokens_per_second": "speed/tokens_per_second",
     "step_seconds": "speed/step_seconds",
     "model_flops_utilization": "speed/model_flops_utilization",
+    "communication_share": "speed/communication_share",
     "peak_memory_bytes": "memory/peak_gib",
+    "peak_memory_process": "memory/peak_process",
     "passkey_accuracy": "passkey/accuracy",
     "passkey_loss": "passkey/loss",
 }

@@ -1,7 +1,8 @@
 """Several processes: who does what, attention over shared sequences, and the update of the weights.
 
 1. ``topology``: the processes as a grid of data and sequence; each one's rows of a batch.
-   ``join``: joining and leaving them; ``together``: what they have to agree about.
+   ``join``: joining and leaving them; ``together``: what they have to agree about; ``waiting``: how
+   long they wait for each other.
 2. ``share``: which samples each process reads.
 3. ``ulysses``: attention over sequences that several processes share.
 4. ``engine``: one optimizer step, by one process or by all of them; ``zero``: the same with states,
@@ -14,8 +15,10 @@ from mst_train.parallel.share import SharedSequences
 from mst_train.parallel.together import check_same, together
 from mst_train.parallel.topology import Topology, check_degree, grid
 from mst_train.parallel.ulysses import UlyssesAttention
+from mst_train.parallel.waiting import WAITING
 
 __all__ = [
+    "WAITING",
     "Engine",
     "NativeEngine",
     "SharedSequences",

@@ -26,6 +26,7 @@ from torch import Tensor
 from mst_train.config import Config
 from mst_train.data import IGNORED, Batch
 from mst_train.errors import UserError
+from mst_train.parallel.waiting import WAITING
 
 T = TypeVar("T")
 
@@ -133,16 +134,18 @@ class Topology:
         if self.world == 1:
             return list(numbers)
         sums = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(sums)
+        with WAITING.measured(self.device):
+            dist.all_reduce(sums)
         totals: list[float] = sums.tolist()
         return totals
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all processes."""
         if self.world > 1:
-            works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
-            for work in works:
-                work.wait()
+            with WAITING.measured(self.device):
+                works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+                for work in works:
+                    work.wait()
 
 
 def check_degree(config: Config, world: int) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from mst_train.mst import Documents, Scores
 from mst_train.mst.autograd import first_order_only
+from mst_train.parallel.waiting import WAITING
 
 
 class LocalAttention(Protocol):
@@ -231,7 +232,8 @@ def _exchange(
     shapes = [(batch, rows, sum(_widths(parts)), size) for parts in expected]
     incoming_sizes = [batch * rows * heads * size for _, _, heads, _ in shapes]
     incoming = like.new_empty(sum(incoming_sizes))
-    dist.all_to_all_single(incoming, outgoing, incoming_sizes, outgoing_sizes, group=group)
+    with WAITING.measured(like.device):
+        dist.all_to_all_single(incoming, outgoing, incoming_sizes, outgoing_sizes, group=group)
     return [
         part.view(shape) for part, shape in zip(incoming.split(incoming_sizes), shapes, strict=True)
     ]

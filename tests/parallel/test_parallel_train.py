@@ -20,11 +20,14 @@ STEPS = 6
 TRAINED = [f"train.steps={STEPS}", "train.eval_every=3", "checkpoint.every=2", "checkpoint.keep=9"]
 
 
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(folder):
     """By step; and of the validations, by "val" and step."""
     found = {}
-    for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
+    for record in records(folder):
         if "loss" in record:
             found[record["step"]] = record["loss"]
         elif "val_loss" in record:
@@ -153,6 +156,9 @@ def test_a_killed_process_ends_the_job_and_nothing_is_lost(place, tmp_path):
     _, told = job.communicate(timeout=60)
     assert time.monotonic() - started < 60
     assert job.returncode != 0
+    shares = [r["communication_share"] for r in records(killed) if "loss" in r]
+    assert all(0 < share < 1 for share in shares)
+    assert all(r["peak_memory_process"] in (0, 1) for r in records(killed) if "loss" in r)
     assert "another process has failed" in told
     reached = max(step for step in losses(killed) if isinstance(step, int))
     checkpoints = sorted((killed / "checkpoints").glob("step_*/COMPLETE"))
