@@ -1,5 +1,6 @@
 """A disk that is full or a folder that is gone while a run writes to it."""
 
+import ctypes
 import json
 import os
 import resource
@@ -13,9 +14,10 @@ from pathlib import Path
 import pytest
 
 import mst_train.train as training
+from mst_train.__main__ import main
 from mst_train.checkpoint import complete_checkpoints
 from mst_train.data import load_data
-from mst_train.errors import TrainingError
+from mst_train.errors import TrainingError, UserError
 from mst_train.train import train
 
 
@@ -143,38 +145,80 @@ def test_a_folder_that_is_gone(small_config, change):
     assert losses(config) == losses(small_config)
 
 
+@contextmanager
+def permissions_count():
+    """For root, too: its right to write everywhere (CAP_DAC_OVERRIDE) is put aside."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    rights = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
+    assert libc.capget(header, rights) == 0
+    before = rights[0]
+    rights[0] &= ~0b110  # and CAP_DAC_READ_SEARCH
+    assert libc.capset(header, rights) == 0
+    try:
+        yield
+    finally:
+        rights[0] = before
+        assert libc.capset(header, rights) == 0
+
+
+def test_a_folder_that_cannot_be_written(small_config, change, tmp_path):
+    train(small_config)
+    config = change(
+        small_config,
+        **{"run.dir": f"{tmp_path}/closed/run", "checkpoint.background": False},
+    )
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with (
+        permissions_count(),
+        pytest.raises(UserError, match=r"closed/run cannot be written: Permission denied"),
+    ):
+        train(config)
+    assert list((tmp_path / "closed").iterdir()) == []
+    (tmp_path / "closed").chmod(0o700)
+    folder = Path(config.run.dir, "checkpoints")
+    with (
+        permissions_count(),
+        at_step(4, config, lambda: folder.chmod(0o500)),
+        pytest.raises(TrainingError) as caught,
+    ):
+        train(config)
+    message = str(caught.value)
+    assert message.startswith(f"cannot write the checkpoint {folder}/step_00000004: ")
+    assert "Permission denied" in message and "the same command continues" in message
+    assert [path.name for path in complete_checkpoints(folder)] == ["step_00000002"]
+    folder.chmod(0o700)
+    train(config)
+    assert losses(config) == losses(small_config)
+
+
 @pytest.mark.slow
-def test_the_command_on_a_full_disk(tmp_path, small_config):
+def test_the_command_on_a_full_disk(tmp_path, small_config, monkeypatch):
     """One message, status 1, and with room again the same command does the rest."""
     load_data(small_config.data)  # what the cache needs fits
     data = small_config.data
-    command = [
-        *(sys.executable, "-m", "mst_train", "run.dir=run", "train.steps=4", "checkpoint.every=2"),
+    arguments = [
+        *("run.dir=run", "train.steps=4", "checkpoint.every=2"),
         *(f"data.source={data.source}", f"data.cache_dir={data.cache_dir}"),
         *("data.tokenizer_vocab_size=512", "data.validation_fraction=0.05"),
         *("data.sequence_length=100", "model.vocab_size=512", "model.hidden_size=32"),
         *("model.intermediate_size=88", "model.num_layers=2", "logging=wandb_disabled"),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def start(limit):
-        def before():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-        return subprocess.run(
-            command,
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            preexec_fn=before if limit else None,
-        )
-
-    result = start(50_000)
+    result = subprocess.run(
+        [sys.executable, "-m", "mst_train", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+    )
     assert result.returncode == 1
     assert "error: cannot write the checkpoint run/checkpoints/step_00000002: " in result.stderr
     assert "Traceback" not in result.stderr
     assert names(tmp_path / "run/checkpoints") == []
-    result = start(None)
-    assert result.returncode == 0, result.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 0
     assert names(tmp_path / "run/checkpoints") == ["latest", "step_00000002", "step_00000004"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import math
 
@@ -50,10 +51,17 @@ def cpu_adam_problem():
     return None
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cpu_adam():
-    if cpu_adam_problem():
-        pytest.skip(cpu_adam_problem())
+    """Each CPUAdam asks what processor this is, which takes a second: it is asked once."""
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("cpuinfo"):
+            import cpuinfo
+
+            patch.setattr(cpuinfo, "get_cpu_info", functools.cache(cpuinfo.get_cpu_info))
+        if cpu_adam_problem():
+            pytest.skip(cpu_adam_problem())
+        yield
 
 
 def test_learning_rate():

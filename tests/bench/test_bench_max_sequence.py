@@ -32,15 +32,16 @@ def test_running_out_of_memory_is_recovered_from(tmp_path, monkeypatch):
     """As on a GPU: a length that does not fit raises, and the next one runs as if nothing had."""
     real = max_sequence.train_step
 
-    def limited(model, optimizer, batches, *arguments):
+    def limited(engine, batches, *arguments):
+        model = engine.model
         if batches[0].tokens.shape[1] > 3000:
             model.embedding.weight.grad = torch.ones_like(model.embedding.weight)
             raise torch.OutOfMemoryError("no memory left")
         assert all(p.grad is None for p in model.parameters())
-        return real(model, optimizer, batches, *arguments)
+        return real(engine, batches, *arguments)
 
     monkeypatch.setattr(max_sequence, "train_step", limited)
-    only = ["bench.variants=[mst]", "memory.device_budget_gib=1"]
+    only = ["bench.variants=[mst]", "memory.device_budget_gib=0.05"]
     monkeypatch.setattr(max_sequence, "_start", lambda _: (1024, 4096))
     assert main(["+bench=max_sequence", *only, f"bench.dir={tmp_path}"]) == 0
     (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]

@@ -1,7 +1,9 @@
 import json
 import os
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pyarrow
@@ -264,6 +266,27 @@ def test_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert message.startswith("owner/name, row 1: data.text_field=n holds a int, not text")
     rows = rows.select([0])
     assert fingerprint("owner/name", text_field="body") != source.fingerprint
+
+
+def test_data_set_that_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a streamed one does where the connection breaks."""
+
+    def rows() -> Iterator[dict[str, str]]:
+        yield from ({"text": str(number)} for number in range(5))
+        raise ConnectionError("the server has gone\nmore lines")
+
+    monkeypatch.setattr("mst_train.data.huggingface.ROWS", 2)
+    stream = datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: SimpleNamespace(hash=""))
+    found = find_documents(DataConfig(source="owner/name", streaming=True)).documents()
+    with pytest.raises(UserError) as caught:
+        for number in range(6):
+            assert next(found) == str(number)
+    assert str(caught.value) == (
+        "owner/name, file 1 cannot be read further than row 4 (the server has gone): start again "
+        "when it can be"
+    )
 
 
 def test_data_set_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

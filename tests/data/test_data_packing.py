@@ -1,12 +1,17 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mst_train.config import ModelConfig
 from mst_train.data import IGNORED, PackedSequences, split_stream
 from mst_train.data.loader import collate
 from mst_train.errors import UserError
+from mst_train.model import build_model, select_attention
+from mst_train.mst import Documents, Policy
 
 
 class Recorder:
@@ -112,3 +117,58 @@ def test_a_batch_holds_the_borders_of_all_its_rows() -> None:
     assert batch.boundaries.tolist() == [0, 5, 6, 9, 11, 12]
     plain = PackedSequences(tokens, np.array([[0, len(tokens)]]), 6)
     assert collate(plain, [0]).boundaries is None
+
+
+# ---------------------------------------------------------------- documents by themselves
+
+MODEL = ModelConfig(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=28,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+)
+MST = [
+    Policy(True, True, mlp, head, keep, block)
+    for mlp, head, block in ((5, 7, 11), (1000, 1000, 1000))
+    for keep in (True, False)
+]
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.sampled_from(MST))
+@settings(max_examples=10, deadline=None)
+def test_a_batch_is_its_documents_alone(lengths: list[int], policy: Policy) -> None:
+    """Loss and all gradients, in float64: packed with policy mst, and each document by itself."""
+    eod, length = 1, 32
+    random = np.random.default_rng(sum(lengths))
+    documents = [
+        [*random.integers(2, 40, size - 1).tolist(), eod] for size in [*lengths, 2 * length]
+    ]
+    stream = np.array([token for document in documents for token in document], np.uint16)
+    sequences = PackedSequences(stream, np.array([[0, len(stream)]]), length, confine_to=eod)
+    batch = collate(sequences, list(range(len(sequences))))
+    attention = select_attention("auto", torch.device("cpu"), torch.float64)
+    model = build_model(MODEL, policy=policy, attention=attention, dtype=torch.float64, seed=1)
+    borders = Documents(batch.boundaries)
+    packed, valid = model(batch.tokens, batch.labels, batch.positions, borders)
+    packed.backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+
+    # What of each document lies in each sequence, straight from the stream.
+    plain = build_model(MODEL, attention=attention, dtype=torch.float64, seed=1)
+    total = torch.zeros((), dtype=torch.float64)
+    ends = np.cumsum([len(document) for document in documents])
+    places = np.union1d(ends, np.arange(len(sequences) + 1) * length)
+    predicted = 0
+    for start, stop in pairwise(places[places <= len(sequences) * length].tolist()):
+        inside = 0 if stop in ends else 1  # the last token of a document predicts nothing
+        piece = torch.from_numpy(stream[start : stop + inside].astype(np.int64))[None]
+        if piece.shape[1] > 1:
+            total = total + plain(piece[:, :-1], piece[:, 1:])[0]
+            predicted += piece.shape[1] - 1
+    total.backward()
+    assert int(valid) == predicted
+    torch.testing.assert_close(packed, total, rtol=1e-12, atol=1e-12)
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-11, atol=1e-11, msg=name)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -394,37 +395,65 @@ def test_refusals(
     assert tree(tmp_path / "out") == before
 
 
-def test_a_source_that_changes_meanwhile(
+def shorten(file: Path) -> None:
+    file.write_text('{"text": "shorter"}')
+
+
+@pytest.mark.parametrize(
+    ("happens", "message"),
+    [
+        (shorten, "a.jsonl changed while data.source was read: start again"),
+        (Path.unlink, "a.jsonl cannot be read (No such file or directory)"),
+    ],
+)
+def test_a_source_that_changes_or_vanishes_meanwhile(
+    happens: Callable[[Path], None],
+    message: str,
     prepare: Prepare,
     source: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    assert prepare("whole") == 0
+    file = source / "a.jsonl"
+    content, status = file.read_bytes(), file.stat()
     divide = "mst_train.data.documents._divide"
     from mst_train.data.documents import _divide
 
     def change(*arguments: object) -> object:
         pieces = _divide(*arguments)
-        (source / "a.jsonl").write_text('{"text": "shorter"}')
+        happens(file)
         return pieces
 
-    monkeypatch.setattr(divide, change)
-    assert prepare() == 2
-    assert "a.jsonl changed while data.source was read: start again" in capsys.readouterr().err
-
-
-def test_full_disk(
-    prepare: Prepare, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patched:
-        patched.setattr("mst_train.data.shards.CheckedWriter.write", fail)
+        patched.setattr(divide, change)
         assert prepare() == 2
-    message = capsys.readouterr().err
-    assert "out cannot be written (No space left on device): make room" in message
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert prepare() == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("room", [100, 1000, 5000])  # for no shard, for some, for all but the end
+def test_full_disk(
+    room: int, prepare: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No file can be written beyond this size, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        assert prepare() == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = capsys.readouterr().err
+    assert "out cannot be written (File too large): make room" in message
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert prepare() == 0
+    assert prepare("whole") == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 # ---------------------------------------------------------------- damage

@@ -403,12 +403,12 @@ class Texts(torch.utils.data.Dataset):
         return {key: value[0] for key, value in batch.items()}
 
 
-def train(model, folder, **settings):
-    """The losses of 20 steps of two times four sequences."""
+def train(model, folder, steps=6, **settings):
+    """The losses of some steps of two times four sequences."""
     pytest.importorskip("accelerate")
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
-        max_steps=20,
+        max_steps=steps,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=4,
         learning_rate=3e-3,
@@ -431,7 +431,7 @@ def train(model, folder, **settings):
 def test_the_trainer_sees_the_same_losses(tmp_path):
     model = make_model()
     twin = apply_mini_sequence(copy.deepcopy(model), **CHUNKS)
-    expected, losses = train(model, tmp_path), train(twin, tmp_path)
+    expected, losses = train(model, tmp_path, 20), train(twin, tmp_path, 20)
     assert len(losses) == 20 and losses[-1] < losses[0] - 0.05
     assert losses == pytest.approx(expected, rel=1e-4)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):

@@ -27,7 +27,7 @@ LLAMA3 = ModelConfig(
     num_heads=32,
     num_kv_heads=8,
 )
-POLICY = Policy(True, True, 16384, 16384, block_chunk_tokens=16384)
+POLICY = Policy(True, True, 4096, 4096, block_chunk_tokens=4096)
 
 # Bytes per token in bf16: a hidden state (or queries, or attention's result), keys with values, a
 # number per head.
@@ -56,8 +56,8 @@ def peak(config, policy, tokens, *, dtype=torch.bfloat16, offload=False):
 
 
 def slopes(policy, lengths, layers=LAYERS, **options):
-    """Bytes per token between one length (in units of 64K tokens) and the next."""
-    config, lengths = dataclasses.replace(LLAMA3, num_layers=layers), [k * 65536 for k in lengths]
+    """Bytes per token between one length (in units of 8K tokens) and the next."""
+    config, lengths = dataclasses.replace(LLAMA3, num_layers=layers), [k * 8192 for k in lengths]
     with FakeTensorMode():
         peaks = [peak(config, policy, tokens, **options)[0] for tokens in lengths]
     return [
@@ -85,10 +85,10 @@ def test_host_memory_is_what_the_blocks_keep_with_keys_and_values(keep):
     """Keys and values wait there too, rather than being computed a third time."""
     policy = dataclasses.replace(POLICY, keep_attention=keep)
     with FakeTensorMode():
-        _, several = peak(LLAMA3, policy, 65536, offload=True)
-        _, one_chunk = peak(LLAMA3, policy, 16384, offload=True)
-    assert several == 65536 * LAYERS * (KEPT[keep] + KEYS_VALUES)
-    assert one_chunk == 16384 * LAYERS * KEPT[keep]
+        _, several = peak(LLAMA3, policy, 8192, offload=True)
+        _, one_chunk = peak(LLAMA3, policy, 4096, offload=True)
+    assert several == 8192 * LAYERS * (KEPT[keep] + KEYS_VALUES)
+    assert one_chunk == 4096 * LAYERS * KEPT[keep]
 
 
 def test_real_tensors_count_alike():

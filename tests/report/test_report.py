@@ -3,7 +3,6 @@
 import json
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
@@ -17,15 +16,21 @@ from mst_train.train import train
 GIB = 2**30
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder for what is made once."""
+    return tmp_path_factory.mktemp("made")
+
+
 @pytest.fixture
-def run(small_config, change):
-    """A finished run with validations at two positions."""
-    config = change(
-        small_config,
-        **{"data.sequence_length": 400, "run.name": "<b>first</b>", "train.steps": 4},
-    )
-    train(config)
-    return Path(config.run.dir)
+def run(small_config, change, made):
+    """A finished run with validations at two positions, and its page."""
+    folder = made / "run"
+    if not folder.exists():
+        settings = {"data.sequence_length": 400, "run.name": "<b>first</b>", "train.steps": 4}
+        train(change(small_config, **settings, **{"run.dir": str(folder)}))
+        assert main([f"run.dir={folder}"]) == 0
+    return folder
 
 
 def make_run(folder, steps=30, **settings):
@@ -84,9 +89,7 @@ class Page(HTMLParser):
         self.texts.append(data.strip())
 
 
-def test_a_runs_page(run, capsys):
-    assert main([f"run.dir={run}"]) == 0
-    assert f"The page: {run}/report.html" in capsys.readouterr().out
+def test_a_runs_page(run):
     text = written(run)
     page = Page(text)
     summary = json.loads((run / "summary.json").read_text())
@@ -119,7 +122,6 @@ def test_a_runs_page(run, capsys):
 
 def test_the_page_loads_nothing(run):
     """No address but XML's names, and references only into the page itself."""
-    main([f"run.dir={run}"])
     text = written(run)
     page = Page(text)
     loading = {"src", "href", "xlink:href", "srcset", "data", "action", "poster", "background"}
@@ -138,7 +140,6 @@ def test_the_page_loads_nothing(run):
 
 
 def test_light_and_dark_have_every_colour_that_is_used(run):
-    main([f"run.dir={run}"])
     text = written(run)
     assert set(LIGHT) == set(DARK)
     used = set(re.findall(r"var\(--([\w-]+)\)", text)) - {"share"}
@@ -162,6 +163,7 @@ def test_runs_are_compared(tmp_path, capsys):
     )
     third = make_run(tmp_path / "c")  # nothing but records
     assert main([f"run.dir={first}", f"report.compare=[{second},{third}]"]) == 0
+    assert f"The page: {first}/report.html" in capsys.readouterr().out
     page = Page(written(first))
     for name in ("long", "short", "c"):
         assert page.texts.count(name) >= 8
