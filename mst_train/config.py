@@ -30,6 +30,21 @@ NORM_PLACEMENTS = ("before", "around", "after")
 QK_NORMS = ("none", "head", "projection")
 ATTENTION_SPANS = ("sliding", "full")
 ROPE_SCALINGS = ("none", "linear", "ntk", "yarn", "llama3")
+DECIDED = {
+    "train_batch_size": "train.micro_batch_size and train.accumulation_steps",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.accumulation_steps",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer": "the optimizer's settings",
+    "scheduler": "optimizer.warmup_steps and its neighbours",
+    "fp16": "precision",
+    "bf16": "precision",
+    "data_types": "precision",
+    "zero_optimization.stage": "parallel.zero_stage",
+    "zero_optimization.offload_optimizer": "optimizer.offload",
+}
+"""DeepSpeed's settings that would change a step's result, or have a setting of ours."""
+
 OFFLOADS = ("none", "host")
 DATA_ATTENTIONS = ("stream", "documents")
 DATA_DOCUMENTS = ("file", "repository")
@@ -700,6 +715,10 @@ def _parallel_problems(config: Config) -> Iterator[str]:
             "parallel.deepspeed is read with ZeRO alone: set parallel.zero_stage to 1, 2 or 3, or "
             "leave it out"
         )
+    for key, _ in leaves(parallel.deepspeed if parallel.zero_stage else {}):
+        for theirs, ours in DECIDED.items():
+            if f"{key}.".startswith(f"{theirs}."):
+                yield f"parallel.deepspeed.{key} is not DeepSpeed's to decide: set {ours} instead"
     if degree < 1:
         return
     if config.model.num_heads % degree:

@@ -30,7 +30,7 @@ from mst_train.metrics import Metrics, Progress, write_json
 from mst_train.model import Transformer, build_model, select_attention
 from mst_train.model.attention import Attention
 from mst_train.model.flops import training_flops
-from mst_train.model.huggingface import load_weights
+from mst_train.model.huggingface import copy_weights, find_weights
 from mst_train.mst import HostBudgetError, Offload, Policy
 from mst_train.optim import learning_rate
 from mst_train.parallel import (
@@ -45,6 +45,7 @@ from mst_train.parallel import (
     lost_contact,
     partition,
     together,
+    whole_parameters,
 )
 from mst_train.plan.before import before_training, largest_parts
 from mst_train.plan.predict import Prediction
@@ -103,7 +104,8 @@ def _train(config: Config, topology: Topology) -> dict[str, Any]:
     model = _build_model(config, attention, topology)
     if checkpoint is None and config.model.from_pretrained is not None:
         with together(patient):
-            load_weights(model, config.model.from_pretrained)
+            pretrained = find_weights(config.model, config.model.from_pretrained)
+        copy_weights(pretrained, model, whole_parameters(config, topology))
     engine = build_engine(model, config, topology)
     seed_everything(config.train.seed)
     with together(patient):

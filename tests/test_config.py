@@ -12,6 +12,7 @@ def test_defaults_are_valid():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
+        ("parallel.deepspeed", {"comms_logger": {}}, "parallel.deepspeed is read with ZeRO alone"),
         ("precision", "fp64", "precision=fp64 is not one of fp32, bf16, bf16_master"),
         ("run.name", " ", "run.name is empty"),
         ("run.dir", "", "run.dir is empty"),
@@ -71,6 +72,20 @@ def test_what_is_refused(change, key, value, message):
 def test_offload_needs_the_method(change):
     config = change(Config(), **{"memory.policy": "recompute", "memory.offload": "host"})
     assert "memory.offload=host works with memory.policy=mst alone" in validate(config)[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "ours"),
+    [
+        ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage", "parallel.zero_stage"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping", "optimizer.max_grad_norm"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled", "precision"),
+    ],
+)
+def test_what_deepspeed_does_not_decide(change, settings, key, ours):
+    config = change(Config(), **{"parallel.zero_stage": 2, "parallel.deepspeed": settings})
+    (problem,) = validate(config)
+    assert problem == f"parallel.deepspeed.{key} is not DeepSpeed's to decide: set {ours} instead"
 
 
 @pytest.mark.parametrize(

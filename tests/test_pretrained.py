@@ -238,7 +238,7 @@ def test_resuming_takes_the_runs_own_weights(arguments, monkeypatch):
     def never(*_):
         raise AssertionError("the pretrained weights were read again")
 
-    monkeypatch.setattr(training, "load_weights", never)
+    monkeypatch.setattr(training, "find_weights", never)
     train(other)
     for name, tensor in weights(other, 4).items():
         assert torch.equal(tensor, expected[name]), name

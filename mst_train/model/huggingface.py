@@ -15,8 +15,8 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def load_pretrained(
     )
     files = _checked_files(folder, model)
     materialize(model, device)
-    _copy(files, model)
+    copy_weights(files, model)
     return model
 
 
@@ -129,7 +129,33 @@ def load_weights(model: Transformer, name: str | Path) -> None:
 
     Raises UserError as ``load_pretrained`` does, and leaves the decoder as it was then.
     """
-    _copy(_checked_files(_folder(name), model), model)
+    copy_weights(find_weights(model.config, name), model)
+
+
+def find_weights(config: ModelConfig, name: str | Path) -> dict[Path, list[str]]:
+    """A checkpoint's files and the tensors in each, all of which a decoder of ``config`` can take.
+
+    Raises UserError as ``load_pretrained`` does.
+    """
+    return _checked_files(_folder(name), build_model(config, device="meta"))
+
+
+@torch.no_grad()
+def copy_weights(
+    files: Mapping[Path, list[str]],
+    model: Transformer,
+    whole: Callable[[nn.Parameter], AbstractContextManager[object]] = nullcontext,
+) -> None:
+    """Put what ``find_weights`` has found into a decoder.
+
+    whole: gives, for a parameter, a context in which it has its whole shape and takes new values.
+    """
+    places = dict(_parameters(model))
+    for path, names in files.items():
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                with whole(places[name]):
+                    places[name].copy_(file.get_tensor(name))
 
 
 def pretrained_folder(name: str | Path) -> Path:
@@ -316,15 +342,6 @@ def _equal(stored: Mapping[str, tuple[Path, list[int], str]], *names: str) -> bo
         with safe_open(stored[name][0], framework="pt") as file:
             tensors.append(file.get_tensor(name))
     return torch.equal(*tensors)
-
-
-@torch.no_grad()
-def _copy(files: Mapping[Path, list[str]], model: Transformer) -> None:
-    places = dict(_parameters(model))
-    for path, names in files.items():
-        with safe_open(path, framework="pt") as file:
-            for name in names:
-                places[name].copy_(file.get_tensor(name))
 
 
 # --- writing -------------------------------------------------------------------------------------

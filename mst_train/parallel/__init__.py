@@ -9,7 +9,14 @@
    gradients and weights shared out (ZeRO, by DeepSpeed).
 """
 
-from mst_train.parallel.engine import Engine, NativeEngine, build_engine, check_engine, partition
+from mst_train.parallel.engine import (
+    Engine,
+    NativeEngine,
+    build_engine,
+    check_engine,
+    partition,
+    whole_parameters,
+)
 from mst_train.parallel.join import joined, lost_contact
 from mst_train.parallel.share import SharedSequences
 from mst_train.parallel.together import check_same, together
@@ -33,4 +40,5 @@ __all__ = [
     "lost_contact",
     "partition",
     "together",
+    "whole_parameters",
 ]

@@ -18,6 +18,7 @@ All processes make the same calls in the same order.
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -118,6 +119,20 @@ def partition(config: Config, topology: Topology) -> Callable[[nn.Module], objec
     return partition_weights(config, topology)
 
 
+def whole_parameters(
+    config: Config, topology: Topology
+) -> Callable[[nn.Parameter], AbstractContextManager[object]]:
+    """For ``copy_weights``: where a parameter is whole, and the first process's values count.
+
+    All processes come to each parameter together.
+    """
+    if topology.world == 1 or config.parallel.zero_stage < 3:
+        return nullcontext
+    from deepspeed import zero
+
+    return lambda parameter: zero.GatheredParameters([parameter], modifier_rank=0)
+
+
 class NativeEngine:
     """Every process holds the whole model and optimizer; gradients are summed after the backward.
 
@@ -207,21 +222,16 @@ def check_engine(config: Config, world: int) -> None:
             f"optimizer.in_backward=true updates whole weights, and parallel.zero_stage="
             f"{config.parallel.zero_stage} has parts of them: set one of them to false or 0"
         )
-    if config.optimizer.offload != "none":
+    if config.optimizer.offload != "none" and config.parallel.zero_stage == 0:
         problems.append(
-            f"optimizer.offload={config.optimizer.offload} works in one process alone: set "
-            f"optimizer.offload=none, and parallel.zero_stage=1 or higher to share out the states"
+            f"optimizer.offload={config.optimizer.offload} in several processes needs their parts "
+            f"of the states: set parallel.zero_stage=1, 2 or 3, or optimizer.offload=none"
         )
     if config.parallel.zero_stage > 0 and config.precision == "bf16":
         problems.append(
             f"precision=bf16 keeps weights and states in bf16 alone, and parallel.zero_stage="
             f"{config.parallel.zero_stage} keeps fp32 ones: set precision=bf16_master, or "
             f"parallel.zero_stage=0"
-        )
-    if config.parallel.zero_stage == 3 and config.model.from_pretrained is not None:
-        problems.append(
-            f"model.from_pretrained={config.model.from_pretrained} is read into whole weights, "
-            f"and parallel.zero_stage=3 has parts of them: set parallel.zero_stage=2 or lower"
         )
     if config.parallel.zero_stage > 0 and importlib.util.find_spec("deepspeed") is None:
         problems.append(

@@ -33,7 +33,9 @@ class ZeroEngine:
         model: the same on all processes; its ``blocks``, each as a whole, are what stage 3 puts
             together and takes apart.
         config: ``parallel.zero_stage`` 1 shares out optimizer states and fp32 weights, 2 the summed
-            gradients too, 3 the weights too. ``precision`` is fp32 or bf16_master.
+            gradients too, 3 the weights too. ``precision`` is fp32 or bf16_master. With
+            ``optimizer.offload=host`` a process's part of states, fp32 weights and gradients is on
+            the host, and is updated there.
 
     Gradients add up and are summed in fp32.
     """
@@ -49,6 +51,7 @@ class ZeroEngine:
         self._has_masters = config.precision == "bf16_master"
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._shares_weights = config.parallel.zero_stage == 3
+        self._on_host = config.optimizer.offload == "host"
         if self._shares_weights:
             for block in model.blocks:  # type: ignore[union-attr]
                 deepspeed.utils.set_z3_leaf_module(block, True)
@@ -95,6 +98,8 @@ class ZeroEngine:
     def abandon_step(self) -> None:
         optimizer = self._engine.optimizer
         optimizer.zero_grad()
+        if not self._shares_weights:
+            optimizer.micro_step_id = -1  # the next micro-batch replaces gradients on the host
         for name in ("averaged_gradients", "all_grad_tensors"):
             parts: dict[int, Any] = getattr(optimizer, name, {})
             parts.update(dict.fromkeys(parts))
@@ -195,7 +200,9 @@ class ZeroEngine:
     def _gradient_parts(self) -> Iterator[Tensor]:
         """This process's part of the summed gradient, between the last backward and the step."""
         optimizer = self._engine.optimizer
-        if hasattr(optimizer, "averaged_gradients"):
+        if self._on_host:
+            yield from (flat.grad for flat in self._flat_weights() if flat.grad is not None)
+        elif hasattr(optimizer, "averaged_gradients"):
             for parts in optimizer.averaged_gradients.values():
                 yield from parts or ()
         else:  # bf16 weights in stage 1 have another optimizer in DeepSpeed
@@ -238,18 +245,24 @@ def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 
 def _own_settings(config: Config, topology: Topology) -> dict[str, Any]:
+    on_gpu = topology.device.type == "cuda"
+    zero: dict[str, Any] = {
+        "stage": config.parallel.zero_stage,
+        "overlap_comm": on_gpu,
+        "stage3_param_persistence_threshold": 0,  # small ones come with their blocks
+        "memory_efficient_linear": False,  # it would replace torch's for all
+    }
+    if config.optimizer.offload == "host":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.train.accumulation_steps,
-        "zero_optimization": {
-            "stage": config.parallel.zero_stage,
-            "overlap_comm": topology.device.type == "cuda",
-            "stage3_param_persistence_threshold": 0,  # small ones come with their blocks
-            "memory_efficient_linear": False,  # it would replace torch's for all
-        },
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW, there too
         "bf16": {"enabled": config.precision == "bf16_master"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
+        "gradient_clipping": 0.0,  # its default is 1
         "steps_per_print": 10**9,
     }

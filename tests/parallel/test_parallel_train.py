@@ -13,6 +13,9 @@ from commands import SETTINGS, several
 from processes import free_port, run
 
 from mst_train.__main__ import main
+from mst_train.config import ModelConfig
+from mst_train.model import build_model
+from mst_train.model.huggingface import save_pretrained
 
 pytestmark = pytest.mark.distributed
 
@@ -79,6 +82,25 @@ def test_runs_go_on_with_other_processes(alone, place, tmp_path):
     assert {"model.pt", "model-0001.pt", "optimizer-0001.pt"} < files
 
 
+def test_shared_weights_are_those_of_a_checkpoint(place, tmp_path):
+    settings = ModelConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        max_positions=64,
+    )
+    save_pretrained(build_model(settings, seed=5), tmp_path / "weights")
+    start = [f"model.from_pretrained={tmp_path / 'weights'}", "data.tokenizer=null"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    batch = ["train.micro_batch_size=4", "train.accumulation_steps=2"]
+    assert main([*SETTINGS, *place, *TRAINED, *batch, *start, f"run.dir={one}"]) == 0
+    train_in(2, 2, place, two, "parallel.zero_stage=3", *start)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+
+
 def test_misuse_is_told_once(place, corpus, tmp_path):
     """By the first process, before anything is written, and nobody waits."""
     elsewhere = tmp_path / "elsewhere"
@@ -90,7 +112,7 @@ def test_misuse_is_told_once(place, corpus, tmp_path):
     cases = [
         ([], {"second": ["train.seed=9"]}, "train.seed is not the same everywhere: process 1 on"),
         (["parallel.sequence_parallel=4"], {}, "does not divide the number of processes, 2"),
-        (["optimizer.offload=host"], {}, "optimizer.offload=host works in one process alone"),
+        (["optimizer.offload=host"], {}, "optimizer.offload=host in several processes needs"),
         (["parallel.zero_stage=1"], {"missing": ["deepspeed"]}, "pip install 'mst-train"),
         (["run.dir=shared"], {"second_in": str(elsewhere)}, "on storage that all machines share"),
         (["data.source=texts"], {"second_in": str(elsewhere)}, "what data.source holds is not"),

@@ -77,6 +77,8 @@ def make_config(
     policy="mst",
     tied=False,
     in_backward=False,
+    offload="none",
+    max_grad_norm=0.3,
 ):
     """Whatever the processes, a step has the same sequences, in two micro-batches.
 
@@ -100,9 +102,10 @@ def make_config(
         optimizer=OptimizerConfig(
             learning_rate=3e-3,
             warmup_steps=4,
-            max_grad_norm=None if in_backward else 0.3,
+            max_grad_norm=None if in_backward else max_grad_norm,
             weight_decay=0.1,
             in_backward=in_backward,
+            offload=offload,
         ),
     )
 
@@ -188,12 +191,12 @@ def one_of(processes, **settings):
     return train(config, grid(processes, config))
 
 
-def forget_and_refuse(world, stages):
-    """For each stage, norms of gradients with a NaN and forgotten steps between them, and how many
+def forget_and_refuse(world, runs):
+    """For each run, norms of gradients with a NaN and forgotten steps between them, and how many
     of the weights are whole on this process in the end.
     """
     with joined(make_config(world)) as topology:
-        return [forgets(make_config(world, 1, stage), topology) for stage in stages]
+        return [forgets(make_config(world, **settings), topology) for settings in runs]
 
 
 def forgets(config, topology):
