@@ -119,6 +119,7 @@ def _train(config: Config, topology: Topology) -> dict[str, Any]:
     if checkpoint is not None:
         engine.load(before["model"], before["optimizer"])
         restore_random_state(before["random"])
+        del before  # mapped files, which could not go when the checkpoint does
         log.info("continuing from %s", checkpoint)
     step, tokens, position = (progress_made[key] for key in ("step", "tokens", "position"))
     # Of the last finished step; a step that fails changes none of them.
