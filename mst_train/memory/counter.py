@@ -73,6 +73,14 @@ class StepCounter(MemoryTracker):
         self.attention_forward_flops = self.attention_backward_flops = 0.0
         self._sums: dict[str, float] = dict.fromkeys((f.name for f in fields(Work)), 0.0)
 
+    def hold(self, elements: int, dtype: torch.dtype, kind: str) -> Tensor:
+        """Memory that is taken as long as this tensor lives, and nothing done with it."""
+        large_bytes = self._sums["large_bytes"]
+        tensor = torch.empty(elements, dtype=dtype, device="meta")
+        self.watch(tensor, kind=kind)
+        self._sums["large_bytes"] = large_bytes
+        return tensor
+
     @property
     def work(self) -> Numbers:
         """Everything that was done, by ``Work``'s names."""

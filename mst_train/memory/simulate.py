@@ -5,9 +5,10 @@
 that would be done. Nothing is allocated and nothing computed, so a model of any size takes seconds
 on any machine.
 
-What runs is the code of the run itself but for three things that need a real device: attention on
-a GPU is replaced by a kernel that takes the same memory (``SimulatedKernel``), AdamW on the host by
-torch's, and numbers read off the device are 1.
+What runs is the code of the run itself but for what needs a real device or other processes:
+attention on a GPU is replaced by a kernel that takes the same memory (``SimulatedKernel``), AdamW
+on the host by torch's, exchanges of attention heads and DeepSpeed's ZeRO by what takes their memory
+(``SimulatedUlysses``, ``SimulatedZero``), and numbers read off the device are 1.
 
 What tensors do not show is added as constants, named below: the CUDA context, cuBLAS's workspace,
 buffers of communication, and what the caching allocator cannot use.
@@ -26,11 +27,11 @@ from mst_train.config import Config, ModelConfig
 from mst_train.data import Batch
 from mst_train.memory.counter import Moment, Numbers, StepCounter, Work
 from mst_train.memory.devices import Device
+from mst_train.memory.simulated_zero import Buckets, SimulatedZero
 from mst_train.memory.stand_ins import SimulatedHostOptimizer, SimulatedKernel, SimulatedUlysses
 from mst_train.memory.tracker import OPTIMIZER_RANGE
 from mst_train.model import Transformer, build_model, select_attention
 from mst_train.model.attention import Attention, KernelAttention
-from mst_train.model.flops import parameter_count
 from mst_train.mst import Offload, Policy
 from mst_train.mst.attention import KEYS_AT_ONCE
 from mst_train.optim import Optimizer, build_optimizer
@@ -54,10 +55,7 @@ NCCL_BYTES = 1024 * MIB
 
 BUCKET_BYTES = 256 * MIB
 COMMUNICATION_BUFFERS = 2
-"""Gradients or weights on their way between GPUs: one bucket filled while one is sent."""
-
-GATHERED = 2
-"""ZeRO-3: blocks whose weights are there in full, the one that computes and the next."""
+"""Room for gradients on their way between GPUs without ZeRO. Assumed: the sums are in place."""
 
 UNUSABLE_SHARE = 0.02
 """What the caching allocator holds beyond what is in use, as a share of that: gaps between blocks,
@@ -111,7 +109,9 @@ def simulate(
     tokens = config.train.micro_batch_size * _local_length(config)
     policy = Policy.from_config(config.memory)
     policy = policy.resolved(config.model, tokens, dtype, torch.device(device.kind))
-    run = partial(_at_any_depth, policy, dtype, device, gpus, build or build_decoder)
+    shared_out = gpus > 1 and config.parallel.zero_stage > 0
+    buckets = Buckets.of(config, device.kind) if shared_out else None
+    run = partial(_at_any_depth, policy, dtype, device, gpus, buckets, build or build_decoder)
     lengths = _shorter_lengths(config, policy)
     if lengths is None:
         found = run(config)
@@ -139,12 +139,18 @@ _MANY_CHUNKS = 24
 
 
 def _at_any_depth(
-    policy: Policy, dtype: torch.dtype, device: Device, gpus: int, build: "Build", config: Config
+    policy: Policy,
+    dtype: torch.dtype,
+    device: Device,
+    gpus: int,
+    buckets: Buckets | None,
+    build: "Build",
+    config: Config,
 ) -> "_Found":
     period = layer_period(config.model)
     shallow, deep = (_SHALLOW * period, (_SHALLOW + 1) * period)
     layers = config.model.num_layers
-    run = partial(_run, policy, dtype, device, gpus, build)
+    run = partial(_run, policy, dtype, device, gpus, buckets, build)
     if layers <= deep or layers % period:
         return run(config)
     low, high = (run(with_layers(config, depth)) for depth in (shallow, deep))
@@ -228,19 +234,30 @@ class _Found(NamedTuple):
 
 
 def _run(
-    policy: Policy, dtype: torch.dtype, device: Device, gpus: int, build: Build, config: Config
+    policy: Policy,
+    dtype: torch.dtype,
+    device: Device,
+    gpus: int,
+    buckets: Buckets | None,
+    build: Build,
+    config: Config,
 ) -> _Found:
     boundaries = _boundaries(config)
-    counter = StepCounter(
-        ALLOCATION_BYTES if device.kind == "cuda" else 1, _shares(config.parallel.zero_stage, gpus)
-    )
+    shares = {}
+    if buckets is not None and config.parallel.zero_stage == 3:
+        shares["parameters"] = 1 / gpus
+    counter = StepCounter(ALLOCATION_BYTES if device.kind == "cuda" else 1, shares)
     micro_batches = min(config.train.accumulation_steps, 2)
     batches = [_batch(config, boundaries) for _ in range(micro_batches)]
     with counter:
         model = build(config, policy, dtype, device, counter)
         counter.watch_module(model)
         with record_function(OPTIMIZER_RANGE):
-            engine = NativeEngine(model, _optimizer(model, config))
+            engine: NativeEngine
+            if buckets is None:
+                engine = NativeEngine(model, _optimizer(model, config))
+            else:
+                engine = SimulatedZero(model, config, gpus, buckets, counter)
         for block in model.blocks:
             next(block.parameters()).register_post_accumulate_grad_hook(counter.block_done)
         counter.reset()
@@ -288,30 +305,16 @@ def _local_length(config: Config) -> int:
     return config.data.sequence_length // config.parallel.sequence_parallel
 
 
-def _shares(zero_stage: int, gpus: int) -> dict[str, float]:
-    """What part of each kind a device holds under ZeRO (Rajbhandari et al. 2020)."""
-    sharded = ("optimizer", "gradients", "parameters")[:zero_stage]
-    return dict.fromkeys(sharded, 1 / gpus)
-
-
 def _overhead(allocated_bytes: int, config: Config, device: Device, gpus: int) -> int:
     if device.kind != "cuda":
         return 0
     communication = 0
     if gpus > 1:
-        communication = NCCL_BYTES + COMMUNICATION_BUFFERS * BUCKET_BYTES
-    if config.parallel.zero_stage == 3:
-        communication += GATHERED * largest_part_bytes(config)
+        communication = NCCL_BYTES
+        if config.parallel.zero_stage == 0:
+            communication += COMMUNICATION_BUFFERS * BUCKET_BYTES
     unusable = int((allocated_bytes + communication) * UNUSABLE_SHARE)
     return CUDA_CONTEXT_BYTES + CUBLAS_WORKSPACE_BYTES + communication + unusable
-
-
-def largest_part_bytes(config: Config) -> int:
-    """The weights of a block, or of the head where they are more."""
-    layers = config.model.num_layers
-    in_blocks = parameter_count(config.model) - parameter_count(replace(config.model, num_layers=0))
-    head = config.model.vocab_size * config.model.hidden_size
-    return max(in_blocks // layers, head) * (4 if config.precision == "fp32" else 2)
 
 
 def _batch(config: Config, boundaries: Tensor | None) -> Batch:
@@ -323,26 +326,28 @@ def _batch(config: Config, boundaries: Tensor | None) -> Batch:
 
 
 def _boundaries(config: Config) -> Tensor | None:
-    """One document in each row: no other packing takes more memory or time."""
+    """One document in each row: no other packing takes more memory or time.
+
+    Attention sees whole sequences, however many processes share them.
+    """
     if config.data.attention != "documents":
         return None
     rows = torch.arange(config.train.micro_batch_size + 1, dtype=torch.int32)
-    return rows * _local_length(config)
+    return rows * config.data.sequence_length
 
 
 def build_decoder(
     config: Config, policy: Policy, dtype: torch.dtype, device: Device, counter: StepCounter
 ) -> Transformer:
     """This project's decoder, with what stands in for a device's attention."""
-    degree = config.parallel.sequence_parallel
-    kernel = SimulatedKernel(counter, config.kernel.attention)
     attention: Attention
-    if degree > 1:
-        attention = SimulatedUlysses(kernel, degree)
-    elif device.kind == "cuda":
+    if device.kind == "cuda":
+        kernel = SimulatedKernel(counter, config.kernel.attention)
         attention = KernelAttention(kernel, lambda scores: KernelAttention(kernel.of(scores)))
     else:
         attention = select_attention(config.kernel.attention, CPU, dtype)
+    if config.parallel.sequence_parallel > 1:
+        attention = SimulatedUlysses(attention, config.parallel.sequence_parallel)
     model = build_model(
         config.model, policy=policy, attention=attention, dtype=dtype, device="meta"
     )

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from mst_train.memory.counter import StepCounter, attention_flops
-from mst_train.mst import Documents, Scores, attend
+from mst_train.mst import Documents, Scores
 from mst_train.mst.attention import KEYS_AT_ONCE, PLAIN
 from mst_train.optim import HostOptimizer
+from mst_train.parallel.ulysses import Heads, LocalAttention
 
 
 class SimulatedHostOptimizer(HostOptimizer):
@@ -86,46 +87,93 @@ def _log_sum_exp(q_BSHE: Tensor) -> Tensor:
 
 
 class SimulatedUlysses:
-    """Sequence-parallel attention: each process has its rows of all heads, and exchanges them for
-    all rows of its heads (DeepSpeed-Ulysses, Jacobs et al. 2023).
+    """``UlyssesAttention`` of one process among ``degree``, which exchanges nothing.
 
-    Key-value heads fewer than processes are held by several of them. An exchange has a buffer to
-    send from and one to receive in.
+    local: what runs on all rows of this process's heads. The first process's heads stand for all.
     """
 
-    def __init__(self, kernel: SimulatedKernel, degree: int) -> None:
-        self._kernel = kernel
+    def __init__(self, local: LocalAttention, degree: int) -> None:
+        self._local = local
         self._degree = degree
 
     def of(self, scores: Scores) -> "SimulatedUlysses":
-        return SimulatedUlysses(self._kernel.of(scores), self._degree)
+        return SimulatedUlysses(self._local.of(scores), self._degree)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
     ) -> Tensor:
-        q, k, v = (self._exchange(t, self._degree) for t in (q, k, v))
-        out = attend(self._kernel, q, k, v)
-        return self._exchange(out, 1 / self._degree)
+        heads = Heads(q.shape[2], k.shape[2], self._degree)
+        q, k, v = _ToHeads.apply(q, k, v, heads)  # type: ignore[no-untyped-call]
+        readers = heads.readers(0)
+        if readers is not None:
+            k, v = k[:, :, readers], v[:, :, readers]
+        out = self._local(q, k, v, documents)
+        rows: Tensor = _ToRows.apply(out, self._degree)  # type: ignore[no-untyped-call]
+        return rows
 
-    def _exchange(self, x_BSHE: Tensor, degree: float) -> Tensor:
-        batch, sequence, heads, size = x_BSHE.shape
-        shape = (batch, int(sequence * degree), max(int(heads / degree), 1), size)
-        out: Tensor = _Exchange.apply(x_BSHE, shape)  # type: ignore[no-untyped-call]
-        return out
 
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        ctx.shape = x.shape
-        sent = torch.empty_like(x)
-        received = x.new_empty(shape)
-        del sent
-        return received
+class _ToHeads(torch.autograd.Function):
+    """q, k and v [B, T, H or K, E] -> [B, S, H/P or this process's K, E]."""
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        sent = torch.empty_like(dy)
-        received = dy.new_empty(ctx.shape)
-        del sent
-        return received, None
+    def forward(
+        ctx: Any, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, heads: Heads
+    ) -> tuple[Tensor, ...]:
+        ctx.heads, ctx.shapes = heads, (q_BTHE.shape, k_BTKE.shape)
+        batch, rows, _, size = q_BTHE.shape
+        sent, own = _widths(heads)
+        received = _exchange(q_BTHE, batch * rows * size, sent, heads.processes * sum(own))
+        results = tuple(
+            q_BTHE.new_empty(batch, rows * heads.processes, width, size) for width in own
+        )
+        del received
+        return results
+
+    @staticmethod
+    def backward(
+        ctx: Any, dq_BShE: Tensor, dk: Tensor, dv: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        heads: Heads = ctx.heads
+        queries, keys = ctx.shapes
+        batch, rows, _, size = queries
+        sent, own = _widths(heads)
+        received = _exchange(dq_BShE, batch * rows * size, heads.processes * sum(own), sent)
+        dtype = dq_BShE.dtype
+        if heads.some_keys_shared:
+            dtype = torch.promote_types(dtype, torch.float32)
+        totals = [dq_BShE.new_empty(queries), *(dk.new_empty(keys, dtype=dtype) for _ in range(2))]
+        del received
+        return totals[0], totals[1].to(dk.dtype), totals[2].to(dv.dtype), None
+
+
+class _ToRows(torch.autograd.Function):
+    """[B, S, H/P, E] -> [B, T, H, E]."""
+
+    @staticmethod
+    def forward(ctx: Any, out_BShE: Tensor, processes: int) -> Tensor:
+        batch, sequence, width, size = ctx.shape = out_BShE.shape
+        received = _exchange(out_BShE, out_BShE.numel(), 1, 1)
+        rows = out_BShE.new_empty(batch, sequence // processes, width * processes, size)
+        del received
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, dout_BTHE: Tensor) -> tuple[Tensor, None]:
+        received = _exchange(dout_BTHE, dout_BTHE.numel(), 1, 1)
+        heads = dout_BTHE.new_empty(ctx.shape)
+        del received
+        return heads, None
+
+
+def _exchange(like: Tensor, head: int, sent: int, received: int) -> Tensor:
+    """What an all-to-all of so many heads of ``head`` elements leaves."""
+    outgoing = like.new_empty(sent * head)
+    incoming = like.new_empty(received * head)
+    del outgoing
+    return incoming
+
+
+def _widths(heads: Heads) -> tuple[int, tuple[int, int, int]]:
+    """Heads of q, k and v together that a process sends, and those of each that it then has."""
+    keys = [len(range(heads.keys)[heads.key_heads(p)]) for p in range(heads.processes)]
+    return heads.queries + 2 * sum(keys), (heads.own_queries, keys[0], keys[0])

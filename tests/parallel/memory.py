@@ -1,14 +1,16 @@
-"""What a process does in the test of memory: its live bytes in a step, by the degree."""
+"""What a process does in the tests of memory: its live bytes in a step."""
 
 import torch
 import torch.distributed as dist
 
+from mst_train.compose import compose
 from mst_train.config import Config, ModelConfig, ParallelConfig
 from mst_train.data import Batch
 from mst_train.memory.tracker import MemoryTracker
 from mst_train.model import build_model, select_attention
 from mst_train.mst import Policy
-from mst_train.parallel import UlyssesAttention, grid, joined
+from mst_train.parallel import UlyssesAttention, build_engine, grid, joined, partition
+from mst_train.step import train_step
 
 CPU = torch.device("cpu")
 LENGTH = 1024
@@ -55,3 +57,37 @@ def peak(policy, degree, everybody):
             loss_sum.backward()
         peaks.append(tracker.peak_bytes)
     return min(peaks)
+
+
+def step_peaks(settings):
+    """For each of the settings the peak of a whole training step, once the states exist."""
+    with joined(Config()) as everybody:
+        return {name: step_peak(compose(given), everybody) for name, given in settings.items()}
+
+
+def step_peak(config, everybody):
+    topology = grid(everybody, config)
+    shape = config.train.micro_batch_size, config.data.sequence_length
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    places = torch.arange(shape[1]).expand(shape)
+    batch = topology.rows_of(Batch(tokens, tokens.clone(), places.clone()))
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    attention = select_attention(config.kernel.attention, CPU, dtype)
+    if topology.sequence_group is not None:
+        attention = UlyssesAttention(attention, topology.sequence_group)
+    peaks = []
+    with MemoryTracker() as tracker:
+        model = build_model(
+            config.model,
+            policy=Policy.from_config(config.memory),
+            attention=attention,
+            dtype=dtype,
+            partition=partition(config, topology),
+        )
+        engine = build_engine(model, config, topology)
+        batches = [batch] * config.train.accumulation_steps
+        for _ in range(2 if config.parallel.zero_stage else 7):
+            tracker.reset_peak()
+            train_step(engine, batches, 1e-3, config.optimizer.max_grad_norm)
+            peaks.append(tracker.peak_bytes)
+    return min(peaks[1:])  # an all-to-all's buffers may be let go of late, as above
