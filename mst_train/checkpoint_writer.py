@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -23,7 +23,7 @@ class CheckpointWriter:
 
     ``save`` then returns as soon as it has copied the state to host memory, and the copy is
     written while the next steps run. One checkpoint is written at a time: ``save`` waits for the
-    one before. What went wrong in the thread is raised by the next ``check``, ``save`` or ``wait``.
+    one before. What went wrong in the thread is raised by the next ``save`` or ``wait``.
 
     Memory: with ``checkpoint.background`` a copy of the whole state on the host, from ``save``
     until it is written; otherwise none.
@@ -40,6 +40,7 @@ class CheckpointWriter:
     ) -> None:
         self._folder, self._config, self._processes = folder, config, processes
         self._pending: Future[Path] | None = None
+        self._thread: Thread | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write ``state`` as the checkpoint of ``step``, as ``save_checkpoint`` does.
@@ -53,19 +54,21 @@ class CheckpointWriter:
             self._pending = Future()
             arguments = (self._pending, self._folder, step, copied, keep, self._processes)
             # The run may have to end while another process keeps this one waiting for ever.
-            Thread(target=_save, args=arguments, name="checkpoint", daemon=True).start()
+            self._thread = Thread(target=_save, args=arguments, name="checkpoint", daemon=True)
+            self._thread.start()
         else:
             save_checkpoint(self._folder, step, state, keep, self._processes)
 
-    def check(self) -> None:
-        """Raises TrainingError where a checkpoint turned out not to be writable."""
-        if self._pending is not None and self._pending.done():
-            self.wait()
+    @property
+    def failed(self) -> bool:
+        """Whether a checkpoint has turned out not to be writable, which ``wait`` then raises."""
+        pending = self._pending
+        return pending is not None and pending.done() and pending.exception() is not None
 
     def wait(self) -> None:
         """Until the checkpoint is written. Raises TrainingError where it cannot be."""
-        if self._pending is not None:
-            wait([self._pending])
+        if self._pending is not None and self._thread is not None:
+            self._thread.join()  # not the result alone: the thread then still frees the copy
             pending, self._pending = self._pending, None
             pending.result()
 

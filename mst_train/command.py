@@ -40,7 +40,7 @@ def run_command(
         _tell("error", f"{error.filename or 'a file'}: {error.strerror or error}")
         return 1
     except KeyboardInterrupt:
-        _tell("interrupted", interrupted)
+        _tell("interrupted", "" if rank() else interrupted)
         return 130
 
 

@@ -3,7 +3,16 @@
 from collections.abc import Sequence
 
 
-class UserError(Exception):
+class Ending(Exception):
+    """What ends a command.
+
+    shared: of several processes all raise it, and the first one tells it for all.
+    """
+
+    shared = False
+
+
+class UserError(Ending):
     """Something the user gave (a setting, a file, a data set, a checkpoint) cannot be used.
 
     Commands print the message and exit with status 2. Each problem says what is wrong, where
@@ -15,7 +24,7 @@ class UserError(Exception):
         super().__init__("\n".join(self.problems))
 
 
-class TrainingError(Exception):
+class TrainingError(Ending):
     """A run that started well cannot go on (a loss that is not finite, memory that ran out).
 
     Commands print the message and exit with status 1; everything up to the last checkpoint is kept.
@@ -26,7 +35,7 @@ class DataError(TrainingError):
     """Data that a run has begun to read cannot be read any further."""
 
 
-class Stopped(Exception):
+class Stopped(Ending):
     """A signal asked the run to stop, and its work is saved.
 
     Commands print the message and exit with 128 + the signal's number, which is what a shell

@@ -7,6 +7,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from mst_train.launched import rank
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -33,6 +35,8 @@ class StopSignals:
         for name in STOP_SIGNALS:
             # Not a handler of ours, which would wait for an operation of torch to return.
             signal.signal(name, signal.SIG_DFL)
+        if rank():
+            return
         message = f"{self.received.name}: finishing the step and saving (a second one ends at once)"
         with contextlib.suppress(OSError):  # os.write, because stderr's buffer may be in use
             os.write(2, f"{message}\n".encode())

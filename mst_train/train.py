@@ -45,6 +45,7 @@ from mst_train.parallel import (
     lost_contact,
     partition,
     together,
+    told_once,
     whole_parameters,
 )
 from mst_train.plan.before import before_training, largest_parts
@@ -175,9 +176,11 @@ def _train(config: Config, topology: Topology) -> dict[str, Any]:
         while step < config.train.steps:
             started = time.perf_counter()
             with together(topology):
-                writer.check()
                 batches = _read(loader, config.train.accumulation_steps, stop)
-            stopped_by = next(filter(None, topology.gather(stop.received)), None)
+            signals, failed = zip(*topology.gather((stop.received, writer.failed)), strict=True)
+            if any(failed):
+                writer.wait()
+            stopped_by = next(filter(None, signals), None)
             if stopped_by is not None:
                 break
             batches = [topology.rows_of(batch) for batch in batches]
@@ -236,13 +239,12 @@ def _train(config: Config, topology: Topology) -> dict[str, Any]:
             summary = {**summary, "stopped": stopped_by.name}
             metrics.finish(summary)
             _write_summary(folder, summary, topology)
-            raise Stopped(
+            stopped = Stopped(
                 f"{stopped_by.name} came, and everything up to step {step} of "
-                f"{config.train.steps} is saved in {folder.path}: the same command continues"
-                if topology.is_first
-                else "",
+                f"{config.train.steps} is saved in {folder.path}: the same command continues",
                 stopped_by,
             )
+            raise told_once(stopped, topology)
 
         writer.wait()
         metrics.finish(summary)
@@ -256,13 +258,12 @@ def _train(config: Config, topology: Topology) -> dict[str, Any]:
             save()
             writer.wait()
         except TrainingError as failure:
-            raise TrainingError(f"{error}; and {failure}" if topology.is_first else "") from error
-        raise TrainingError(
+            raise told_once(TrainingError(f"{error}; and {failure}"), topology) from error
+        ending = TrainingError(
             f"{error}. Everything up to step {step} is saved: the same command continues when the "
             f"data are there again"
-            if topology.is_first
-            else ""
-        ) from error
+        )
+        raise told_once(ending, topology) from error
     except torch.OutOfMemoryError as error:
         raise TrainingError(_out_of_memory(prediction)) from error
     except HostBudgetError as error:

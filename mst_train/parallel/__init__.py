@@ -19,7 +19,7 @@ from mst_train.parallel.engine import (
 )
 from mst_train.parallel.join import joined, lost_contact
 from mst_train.parallel.share import SharedSequences
-from mst_train.parallel.together import check_same, together
+from mst_train.parallel.together import check_same, together, told_once
 from mst_train.parallel.topology import Topology, check_degree, grid
 from mst_train.parallel.ulysses import UlyssesAttention
 from mst_train.parallel.waiting import WAITING
@@ -40,5 +40,6 @@ __all__ = [
     "lost_contact",
     "partition",
     "together",
+    "told_once",
     "whole_parameters",
 ]

@@ -1,5 +1,6 @@
 """Joining the processes that torchrun has started, and leaving them."""
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -14,10 +15,13 @@ from torch.distributed.rendezvous import rendezvous
 
 from mst_train.config import Config, leaves
 from mst_train.environment import code_fingerprint
-from mst_train.errors import TrainingError, UserError
+from mst_train.errors import Ending, TrainingError, UserError
 from mst_train.launched import local_rank, local_world_size, world_size
 from mst_train.parallel.together import check_same, together
 from mst_train.parallel.topology import Topology, check_degree, exchange_timeout, grid
+
+LEAVING = timedelta(hours=6)
+"""How long they wait for the first to finish the run's records, which W&B may have to upload."""
 
 MEETING = timedelta(minutes=15)
 """How long processes wait for each other to start."""
@@ -60,13 +64,20 @@ def joined(config: Config) -> Iterator[Topology]:
     try:
         objects = dist.new_group(backend="gloo", timeout=timeout)
         processes = Topology(dist.get_rank(), world, device=device, object_group=objects)
+        leaving = processes.patient(LEAVING)
         settings = {key: str(value) for key, value in leaves(asdict(config))}
         code = {"mst_train's code": code_fingerprint(), "torch": torch.__version__}
         check_same(processes, settings | code)
         with together(processes):
             check_degree(config, world)
         yield grid(processes, config)
-        dist.barrier()  # nobody leaves while another still waits for it
+        leaving.gather(None)
+    except Ending as ending:
+        if ending.shared:
+            # torchrun ends all as soon as one has failed, and the first has to finish the records.
+            with contextlib.suppress(RuntimeError):
+                leaving.gather(None)
+        raise
     except RuntimeError as error:
         if not lost_contact(error):
             raise

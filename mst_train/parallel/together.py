@@ -1,17 +1,20 @@
 """What the processes of a run have to agree about before they go on.
 
 together     an error of one is an error of all, told once
+told_once    an error that all have anyway
 check_same   whether they were started with the same things
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
-from mst_train.errors import DataError, TrainingError, UserError
+from mst_train.errors import DataError, Ending, TrainingError, UserError
 from mst_train.launched import process_name
 from mst_train.parallel.topology import Topology
 
 Failure = UserError | TrainingError
+E = TypeVar("E", bound=Ending)
 
 
 @contextmanager
@@ -37,6 +40,16 @@ def together(topology: Topology) -> Iterator[None]:
         raise _common(failures, topology) from failure
 
 
+def told_once(error: E, topology: Topology) -> E:
+    """``error``, which every process is about to raise, without its message but on the first."""
+    error.shared = True
+    if not topology.is_first:
+        error.args = ("",)
+        if isinstance(error, UserError):
+            error.problems = []
+    return error
+
+
 def check_same(topology: Topology, things: Mapping[str, str]) -> None:
     """Compare what the processes have: names of things to their text or fingerprint.
 
@@ -55,7 +68,7 @@ def check_same(topology: Topology, things: Mapping[str, str]) -> None:
                 f"{everyone[0][1]} has {first[name]}. Start all processes with the same"
             )
     if problems:
-        raise UserError(problems if topology.is_first else [])
+        raise told_once(UserError(problems), topology)
 
 
 def _problems(error: Failure) -> list[str]:
@@ -64,13 +77,12 @@ def _problems(error: Failure) -> list[str]:
 
 def _common(failures: list[tuple[type[Failure], list[str], str]], topology: Topology) -> Failure:
     """The error that stands for several processes' ones."""
-    kind = failures[0][0]
-    if not topology.is_first:
-        messages = []
-    elif len(failures) == topology.world and all(f[1] == failures[0][1] for f in failures):
-        messages = failures[0][1]
-    else:
+    kind, messages, _ = failures[0]
+    if len(failures) < topology.world or any(texts != messages for _, texts, _ in failures):
         messages = [f"{process}: {text}" for _, texts, process in failures for text in texts]
+    error: Failure
     if issubclass(kind, UserError):
-        return UserError(messages)
-    return (DataError if issubclass(kind, DataError) else TrainingError)("; ".join(messages))
+        error = UserError(messages)
+    else:
+        error = (DataError if issubclass(kind, DataError) else TrainingError)("; ".join(messages))
+    return told_once(error, topology)

@@ -154,17 +154,20 @@ class ZeroEngine:
             self._model.load_state_dict(weights)
 
     def _weights(self, own: set[str]) -> dict[str, Tensor]:
-        """The whole weights of these names."""
-        if not self._shares_weights:
-            weights = self._model.state_dict()
-            return {name: weights[name] for name in weights if name in own}
+        """The whole weights of these names.
+
+        Copies, because DeepSpeed's are views of larger arrays, which would be saved with them.
+        """
         from deepspeed import zero
 
+        copies: dict[nn.Parameter, Tensor] = {}
         weights = {}
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
-            with zero.GatheredParameters([parameter]):
+            with zero.GatheredParameters([parameter], enabled=self._shares_weights):
                 if name in own:
-                    weights[name] = parameter.detach().cpu().clone()
+                    if parameter not in copies:
+                        copies[parameter] = parameter.detach().cpu().clone()
+                    weights[name] = copies[parameter]
         return weights
 
     def _set(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
@@ -226,6 +229,8 @@ def _deepspeed(topology: Topology) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # A faster exchange for CPUs, which it would compile at the first start, silently for a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -144,7 +145,10 @@ def command(folder, place, *arguments):
     return [*SETTINGS, *place, *batch, *endless, "parallel.sequence_parallel=2", *arguments]
 
 
-def torchrun(arguments):
+def torchrun(arguments, largest_file=None):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
@@ -153,6 +157,7 @@ def torchrun(arguments):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=limit if largest_file else None,
     )
 
 
@@ -235,3 +240,30 @@ def test_a_signal_saves_on_all_processes(place, tmp_path):
     assert told.count("stopped: SIGTERM came, and everything up to step") == 1
     step = json.loads((tmp_path / "summary.json").read_text())["step"]
     assert (tmp_path / f"checkpoints/step_{step:08d}/COMPLETE").exists()
+
+
+def test_weights_are_written_once(place, tmp_path):
+    """By the two processes together, though ZeRO's are views of one large array."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    batch = ["train.steps=1", "train.eval_every=0", "train.micro_batch_size=2"]
+    assert main([*SETTINGS, *place, *batch, f"run.dir={one}"]) == 0
+    settings = ["train.steps=1", "train.eval_every=0", "parallel.zero_stage=2"]
+    train_in(2, 2, place, two, *settings)
+    sizes = [
+        sum(file.stat().st_size for file in folder.glob("checkpoints/step_00000001/model*.pt"))
+        for folder in (one, two)
+    ]
+    assert sizes[1] < 1.1 * sizes[0]
+
+
+def test_a_full_disk_is_told_once_by_the_first(place, tmp_path):
+    """The other one, which tells nothing, does not leave before."""
+    folder = tmp_path / "run"
+    settings = ["train.steps=40", "checkpoint.every=4", f"run.dir={folder}"]
+    job = torchrun([*SETTINGS, *place, *settings, "parallel.timeout_minutes=0.5"], 110_000)
+    _, told = job.communicate(timeout=100)
+    assert job.returncode == 1
+    (line,) = [line for line in told.splitlines() if "error: " in line and "cannot" in line]
+    assert line.startswith("error: cannot write the checkpoint")
+    assert "File too large" in line
+    assert "process 1 on" not in told
