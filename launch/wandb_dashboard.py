@@ -20,9 +20,10 @@ SECTIONS = {
         "speed/tokens_per_second",
         "speed/model_flops_utilization",
         "speed/step_seconds",
+        "speed/communication_share",
         "train/tokens",
     ),
-    "Memory": ("memory/peak_gib",),
+    "Memory": ("memory/peak_gib", "memory/peak_process"),
 }
 """The metrics of each section, a panel each."""
 

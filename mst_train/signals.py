@@ -7,19 +7,19 @@ import threading
 from types import FrameType
 from typing import Any
 
-from mst_train.launched import rank
-
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """Remembers the first of STOP_SIGNALS; a second one ends the process at once.
+    """Remembers the first of STOP_SIGNALS, and ``tells`` of it; a second one ends the process at
+    once.
 
     Installs its handlers when it is made and puts the former ones back in ``restore``. Where it is
     not made in the main thread, Python allows no handlers: signals then do what they did before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, tells: bool = True) -> None:
+        self._tells = tells
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
@@ -35,7 +35,7 @@ class StopSignals:
         for name in STOP_SIGNALS:
             # Not a handler of ours, which would wait for an operation of torch to return.
             signal.signal(name, signal.SIG_DFL)
-        if rank():
+        if not self._tells:
             return
         message = f"{self.received.name}: finishing the step and saving (a second one ends at once)"
         with contextlib.suppress(OSError):  # os.write, because stderr's buffer may be in use

@@ -139,7 +139,7 @@ def _train(config: Config, topology: Topology) -> dict[str, Any]:
     peak_rate = (prediction.target.device.bf16_flops or 0) * topology.world
     summary: dict[str, Any] = progress_made["summary"]
     writer = CheckpointWriter(folder.checkpoints, config.checkpoint, topology.patient(WRITING))
-    stop = StopSignals()
+    stop = StopSignals(tells=topology.is_first)
     stopped_by = None
     exit_code = 1
 

@@ -128,9 +128,9 @@ def whole_parameters(
     """
     if topology.world == 1 or config.parallel.zero_stage < 3:
         return nullcontext
-    from deepspeed import zero
+    from mst_train.parallel.zero import whole_parameter
 
-    return lambda parameter: zero.GatheredParameters([parameter], modifier_rank=0)
+    return whole_parameter
 
 
 class NativeEngine:

@@ -12,6 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -217,6 +218,14 @@ def partition_weights(config: Config, topology: Topology) -> Callable[[nn.Module
     deepspeed = _deepspeed(topology)
     settings = _settings(config, topology)
     return lambda module: deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+
+
+def whole_parameter(parameter: nn.Parameter) -> AbstractContextManager[object]:
+    """Where a parameter is whole on all processes, and takes the first one's values (stage 3)."""
+    from deepspeed import zero
+
+    whole: AbstractContextManager[object] = zero.GatheredParameters([parameter], modifier_rank=0)
+    return whole
 
 
 def _deepspeed(topology: Topology) -> Any:
