@@ -107,8 +107,12 @@ def _device() -> torch.device:
 
 
 def lost_contact(error: RuntimeError) -> bool:
-    """Whether an exchange has failed, which torch tells by the class of the error on GPUs alone."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    """Whether an exchange has failed, which torch tells by the class of the error on GPUs alone.
+
+    gloo's messages name its source file, but for one.
+    """
+    told = ("gloo", "Application timeout caused pair closure")
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in told)
 
 
 def _reason(error: Exception) -> str:
