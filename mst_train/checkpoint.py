@@ -66,7 +66,7 @@ def save_checkpoint(
         everyones = processes.gather(own)
         with together(processes), _writing(final):
             if processes.is_first:
-                files = {name: written for own in everyones for name, written in own.items()}
+                files = {file: written for one in everyones for file, written in one.items()}
                 temporary.rename(final)
                 _replace(
                     final / MARKER, json.dumps({"step": step, "files": files}, indent=1) + "\n"

@@ -136,7 +136,7 @@ def _train(config: Config, topology: Topology) -> dict[str, Any]:
     flops_per_token = training_flops(config.model, config.data.sequence_length) / (
         config.data.sequence_length
     )
-    peak_rate = (prediction.target.device.bf16_flops or 0) * topology.world
+    device_rate = prediction.target.device.bf16_flops
     summary: dict[str, Any] = progress_made["summary"]
     writer = CheckpointWriter(folder.checkpoints, config.checkpoint, topology.patient(WRITING))
     stop = StopSignals(tells=topology.is_first)
@@ -213,9 +213,8 @@ def _train(config: Config, topology: Topology) -> dict[str, Any]:
                 "tokens": tokens,
                 "tokens_per_second": speed,
                 "step_seconds": seconds,
-                "model_flops_utilization": (speed * flops_per_token / peak_rate)
-                if peak_rate
-                else None,
+                "model_flops_utilization": device_rate
+                and speed * flops_per_token / (device_rate * topology.world),
                 **_of_all_processes(topology, config, seconds),
             }
             with together(topology):

@@ -123,15 +123,15 @@ class SimulatedZero(NativeEngine):
         every = sum(p.numel() for p in self._parameters)
         self._own = -(-every // gpus)
         self._largest = max(p.numel() for p in self._parameters)
-        copy = self._hold(self._own if whole else 1, self._type, "optimizer")
+        self._on_host = config.optimizer.offload == "host"
+        states = "host" if self._on_host else "optimizer"
+        self._of_sums = "host" if self._on_host else "gradients"
+        copy = self._hold(self._own if whole else 1, self._type, states)
         self._own_weights = nn.Parameter(copy.expand(self._own))
         self._adamw = build_adamw([self._own_weights], [], config.optimizer)
         self._adamw.state[self._own_weights] = {
             "step": torch.ones((), device="meta"),
-            **{
-                key: self._hold(self._own, self._type, "optimizer")
-                for key in ("exp_avg", "exp_avg_sq")
-            },
+            **{key: self._hold(self._own, self._type, states) for key in ("exp_avg", "exp_avg_sq")},
         }
         separate = self._weight_type != self._type
         self._sums_everything = separate and self._stage == 1
@@ -140,9 +140,10 @@ class SimulatedZero(NativeEngine):
         self._held: list[Tensor] = []
         """Buckets of gradients on their way."""
         if self._sums_everything:
-            self._sums = [self._hold(every, self._type, "gradients")]
+            self._sums = [self._hold(every, self._type, self._of_sums)]
+        elif self._stage == 3 or self._on_host:
+            self._sums = [self._hold(self._own, self._type, self._of_sums)]
         if self._stage == 3:
-            self._sums = [self._hold(self._own, self._type, "gradients")]
             self._held = [self._hold(buckets.bucket, self._type, "working_set")]
         self._sums_stay = bool(self._sums)
         self._adds_up = self._sums_stay or separate
@@ -212,7 +213,9 @@ class SimulatedZero(NativeEngine):
     def step(self) -> None:
         self._forget(self._parameters)
         copied = 0
-        if self._stage == 3:
+        if self._on_host:
+            pass  # where AdamW takes the sums themselves
+        elif self._stage == 3:
             copied = min(self._own, self._buckets.sub_group)
         elif self._weight_type == self._type:
             copied = self._own
@@ -259,7 +262,7 @@ class SimulatedZero(NativeEngine):
     def _sum_up(self) -> None:
         """There is memory for this micro-batch's part of the summed gradient."""
         if not (self._adds_up and self._sums):
-            self._sums = [*self._sums[-1:], self._hold(self._own, self._type, "gradients")]
+            self._sums = [*self._sums[-1:], self._hold(self._own, self._type, self._of_sums)]
 
     def _forget(self, parameters: Iterable[Tensor]) -> None:
         for parameter in parameters:

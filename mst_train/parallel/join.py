@@ -63,7 +63,7 @@ def joined(config: Config) -> Iterator[Topology]:
         ) from error
     try:
         objects = dist.new_group(backend="gloo", timeout=timeout)
-        processes = Topology(dist.get_rank(), world, device=device, object_group=objects)
+        processes = Topology(rank, world, device=device, object_group=objects)
         leaving = processes.patient(LEAVING)
         settings = {key: str(value) for key, value in leaves(asdict(config))}
         code = {"mst_train's code": code_fingerprint(), "torch": torch.__version__}

@@ -25,15 +25,14 @@ def together(topology: Topology) -> Iterator[None]:
     process with the messages of those that failed, on the others without any, so that it is printed
     once. All processes come here together; no exchange belongs inside.
     """
+    if topology.world == 1:
+        yield
+        return
     failure: Failure | None = None
     try:
         yield
     except (UserError, TrainingError) as error:
-        if topology.world == 1:
-            raise
         failure = error
-    if topology.world == 1:
-        return
     told = topology.gather((type(failure), _problems(failure), process_name()) if failure else None)
     failures = [one for one in told if one is not None]
     if failures:

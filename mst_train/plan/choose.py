@@ -102,7 +102,7 @@ def _cost(prediction: Prediction) -> tuple[float, float]:
 def settings(config: Config, gpus: int = 1) -> Iterator[list[Config]]:
     """What to choose from, in groups: a later one where nothing of those before fits.
 
-    gpus: how many processes train; the optimizer can be on the host of one alone.
+    gpus: how many processes train; the optimizers of several go to their hosts with ZeRO alone.
     """
     optimizer = config.optimizer
     yield _policies(config)
@@ -116,7 +116,8 @@ def settings(config: Config, gpus: int = 1) -> Iterator[list[Config]]:
     ):
         in_backward = replace(config, optimizer=replace(optimizer, in_backward=True))
         yield _policies(in_backward)
-    if optimizer.offload == "none" and config.precision != "bf16" and gpus == 1:
+    host_works = gpus == 1 or config.parallel.zero_stage > 0
+    if optimizer.offload == "none" and config.precision != "bf16" and host_works:
         on_host = replace(optimizer, in_backward=False, offload="host")
         yield _policies(replace(config, optimizer=on_host))
     if config.memory.block_chunk_tokens == AUTO:
@@ -185,7 +186,7 @@ def longest(
     With memory.policy=auto, by the leanest settings that it may choose. build: makes the model,
     where it is not the decoder of this project.
     """
-    candidates = leanest(config) if config.memory.policy == AUTO else [config]
+    candidates = leanest(config, target.gpus) if config.memory.policy == AUTO else [config]
     step = math.lcm(step, config.parallel.sequence_parallel)
     found = [_longest(candidate, target, advance, build, step) for candidate in candidates]
     fitting = [prediction for prediction in found if prediction is not None]

@@ -104,3 +104,17 @@ def test_predicted_is_measured_with_zero(measured, name):
     predicted = predict(name)
     print(f"{name}: predicted {predicted}, measured {measured[name]}")
     assert 0.98 * measured[name] < predicted < 1.1 * measured[name]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_planner_knows_what_the_optimizer_takes_to_the_host(stage):
+    def held(*settings):
+        config = compose([*SMALL, *zero(stage, MASTERS), *settings])
+        return simulate(config, find_device("h100_80gb"), gpus=2)
+
+    here, there = held(), held("optimizer.offload=host")
+    states = here.breakdown["optimizer"]
+    assert here.host_bytes == 0
+    assert there.breakdown["optimizer"] <= 512  # a number
+    assert there.host_bytes > states
+    assert there.allocated_bytes <= here.allocated_bytes - states + 512
