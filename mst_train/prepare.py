@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WRITING = ".writing-"
+TRAINED = "trained"
+"""The trained tokenizer's name until the manifest has its checksum."""
 
 HELP = """\
 python -m mst_train.prepare prepare.output=DIR data.source=... [key=value ...]
@@ -191,22 +193,33 @@ def _plan(config: "Config") -> "Plan":
 
 def _vocabulary(config: "Config", source: "Source", folder: Path) -> "Vocabulary":
     """The tokenizer: the one given, the one that the folder has from before, or a new one."""
-    from mst_train.data.manifest import TOKENIZER, WORK
-    from mst_train.data.pieces import ignore
-    from mst_train.data.tokenizer import Tokenizer, Vocabulary, train_tokenizer
+    from mst_train.data.manifest import MANIFEST, TOKENIZER, WORK
+    from mst_train.data.pieces import ignore, refuse
+    from mst_train.data.tokenizer import (
+        Tokenizer,
+        Vocabulary,
+        keep_tokenizer,
+        kept_tokenizer,
+        train_tokenizer,
+    )
     from mst_train.data.tokenizer_file import load_tokenizer
 
     data, prepare = config.data, config.prepare
     if data.tokenizer is not None:
-        tokenizer = load_tokenizer(data.tokenizer)
+        tokenizer: Vocabulary = load_tokenizer(data.tokenizer)
     elif prepare.vocab_size is not None and prepare.end_of_document is not None:
         return Vocabulary(prepare.vocab_size, prepare.end_of_document)
-    elif (folder / TOKENIZER).exists():
-        tokenizer = Tokenizer.load(folder / TOKENIZER)
+    elif (kept := kept_tokenizer(folder / WORK, TRAINED)) is not None:
+        tokenizer = kept
     else:
-        log.info("training a tokenizer of %d ids on %s", data.tokenizer_vocab_size, source.name)
-        documents = source.sampled(ignore) if prepare.malformed == "skip" else source.sampled()
-        tokenizer = train_tokenizer(documents, data.tokenizer_vocab_size, folder / WORK / TOKENIZER)
+        if (folder / MANIFEST).exists() and (folder / TOKENIZER).exists():
+            trained = Tokenizer.load(folder / TOKENIZER)  # compared with the manifest before
+        else:
+            log.info("training a tokenizer of %d ids on %s", data.tokenizer_vocab_size, source.name)
+            documents = source.sampled(ignore if prepare.malformed == "skip" else refuse)
+            trained = train_tokenizer(documents, data.tokenizer_vocab_size)
+        keep_tokenizer(trained, folder / WORK, TRAINED)
+        tokenizer = trained
     tokenizer.threads = 1  # the processes are prepare.workers
     return tokenizer
 

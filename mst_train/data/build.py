@@ -103,8 +103,9 @@ def take(folder: Path, source: Source, plan: Plan) -> Manifest | None:
         except (OSError, ValueError, KeyError, TypeError):
             log.warning("%s is missing or damaged: shards are compared by themselves", settings)
     else:
-        for name in FILE_NAMES:  # it may be one of other settings
-            (folder / name).unlink(missing_ok=True)
+        tokenizers = [*(folder / WORK).glob("*.model"), *(folder / name for name in FILE_NAMES)]
+        for path in tokenizers:  # they may be of other settings
+            path.unlink(missing_ok=True)
     write_json(settings, {"kind": KIND, "settings": plan.settings}, folder / WORK)
     return None
 

@@ -30,7 +30,13 @@ from mst_train.data.manifest import (
     is_prepared,
     read_manifest,
 )
-from mst_train.data.tokenizer import Tokenizer, Vocabulary, train_tokenizer
+from mst_train.data.tokenizer import (
+    Tokenizer,
+    Vocabulary,
+    keep_tokenizer,
+    kept_tokenizer,
+    train_tokenizer,
+)
 from mst_train.data.tokenizer_file import load_tokenizer, open_tokenizer
 from mst_train.errors import UserError
 
@@ -254,15 +260,14 @@ def writing_to(cache: Path) -> Iterator[None]:
 
 def _trained_tokenizer(source: Source, vocab_size: int, cache: Path) -> Tokenizer:
     """The tokenizer of this source and size: the cached one, or else one trained now."""
-    path = cache / "tokenizers" / f"{digest(FORMAT, source.fingerprint, vocab_size)}.model"
-    if path.exists():
-        try:
-            return Tokenizer.load(path)
-        except UserError:
-            log.warning("%s is damaged: training it again", path)
+    folder, key = cache / "tokenizers", digest(FORMAT, source.fingerprint, vocab_size)
+    kept = kept_tokenizer(folder, key)
+    if kept is not None:
+        return kept
     start = time.monotonic()
+    tokenizer = train_tokenizer(source.sampled(), vocab_size)
     with writing_to(cache):
-        tokenizer = train_tokenizer(source.sampled(), vocab_size, path)
+        keep_tokenizer(tokenizer, folder, key)
     log.info(
         "trained a tokenizer of %d tokens on %s in %.1f s",
         tokenizer.vocab_size,

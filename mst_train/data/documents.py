@@ -9,6 +9,7 @@ import glob
 import hashlib
 import json
 import os
+import stat
 import sysconfig
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -214,8 +215,8 @@ class Files:
 
 def state_of(root: Path, names: tuple[str, ...]) -> str:
     """Stands for the sizes and times of modification of files; ``OSError``."""
-    stats = [(root / name).stat() for name in names]
-    return digest([(stat.st_size, stat.st_mtime_ns) for stat in stats])
+    found = [(root / name).stat() for name in names]
+    return digest([(status.st_size, status.st_mtime_ns) for status in found])
 
 
 def _stdlib() -> Source:
@@ -259,6 +260,11 @@ def _source(name: str, files: Files, names: list[str], *settings: object) -> Sou
             status = (files.root / file).stat()
         except OSError as error:
             raise unreadable(files.root / file, error) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(
+                f"{files.root / file} is a pipe, a device or a socket, which cannot be read twice: "
+                f"put a file there, or take it out of data.source"
+            )
         states.append((file, status.st_size, status.st_mtime_ns))
 
     @functools.cache

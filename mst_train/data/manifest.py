@@ -17,7 +17,7 @@ from mst_train.data.documents import digest
 from mst_train.errors import UserError
 
 KIND = "mst_train tokens"
-FORMAT = 2
+FORMAT = 3
 """Raise it when the same source would give other tokens or other files."""
 MANIFEST, TOKENIZER, SHARDS, WORK = "manifest.json", "tokenizer.model", "shards", "work"
 SETTINGS, PROBLEMS = "settings.json", "malformed.jsonl"
@@ -83,6 +83,8 @@ def is_prepared(folder: Path) -> bool:
     """Whether ``folder`` is one that was prepared, whole or not."""
     if (folder / WORK / SETTINGS).is_file():
         return True
+    if not (folder / MANIFEST).is_file():
+        return False
     try:
         text = (folder / MANIFEST).read_text()
     except (OSError, UnicodeDecodeError):
@@ -130,7 +132,7 @@ def read_manifest(folder: Path) -> Manifest:
         if content["format"] != FORMAT:
             raise UserError(
                 f"{path} has format {content['format']!r}, and this version reads {FORMAT}: "
-                f"prepare the data again"
+                f"name another folder, or delete this one, and prepare the data again"
             )
         manifest = Manifest(
             settings=dict(content["settings"]),

@@ -75,6 +75,24 @@ def ignore(problem: UserError) -> None:
     """The report that goes on; for readers whose problems another one reports."""
 
 
+def after_newline(text: str, start: int, end: int) -> int:
+    """The last place in (start, end] that follows a newline; ``end`` where there is none."""
+    return text.rfind("\n", start, end) + 1 or end
+
+
+def before_line(text: str, start: int, end: int) -> int:
+    """The last place in (start, end) where a line begins with more than whitespace.
+
+    There the tokens of two parts are those of the whole: tokenizers keep a run of line ends and
+    what follows it apart. Where there is no such place, as ``after_newline``.
+    """
+    place = end
+    while (place := text.rfind("\n", start, place)) >= 0:
+        if place + 1 < end and not text[place + 1].isspace():
+            return place + 1
+    return after_newline(text, start, end)
+
+
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

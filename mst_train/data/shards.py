@@ -138,9 +138,10 @@ def make_shard(
             suffix: stack.enter_context(CheckedWriter(temporary.with_name(temporary.name + suffix)))
             for suffix in (TOKENS, OFFSETS)
         }
+        continues = False
         for batch in _batches(reader.read(task.piece, report)):
             before = position
-            for document, ids in _tokenised(batch, tokenizer, report):
+            for document, ids in _tokenised(batch, continues, tokenizer, report):
                 writers[TOKENS].write(ids.astype(dtype))
                 position += len(ids)
                 if not document.more:
@@ -149,6 +150,7 @@ def make_shard(
                     offsets.append(position)
                 if isinstance(document.content, str):
                     text_bytes += len(document.content.encode())
+            continues = batch[-1].more
             progress(sum(document.size for document in batch), position - before)
         writers[OFFSETS].write(np.array(offsets, "<i8"))
         files = {suffix: writer.close() for suffix, writer in writers.items()}
@@ -193,11 +195,24 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _tokenised(
-    batch: list[Document], tokenizer: Vocabulary, report: Callable[[UserError], None]
+    batch: list[Document],
+    continues: bool,
+    tokenizer: Vocabulary,
+    report: Callable[[UserError], None],
 ) -> Iterator[tuple[Document, NDArray[Any]]]:
-    """Each document with its token ids, without end-of-document ids at their end."""
-    texts = [document.content for document in batch if isinstance(document.content, str)]
-    encoded = iter(tokenizer.encode_arrays(texts) if texts else ())
+    """Each document with its token ids, without end-of-document ids at their end.
+
+    continues: whether the first one goes on with that of an earlier batch.
+    """
+    texts: list[str] = []
+    continuing: set[int] = set()
+    for document in batch:
+        if isinstance(document.content, str):
+            if continues:
+                continuing.add(len(texts))
+            texts.append(document.content)
+        continues = document.more
+    encoded = iter(tokenizer.encode_arrays(texts, continuing) if texts else ())
     for document in batch:
         content = document.content
         ids = next(encoded) if isinstance(content, str) else content

@@ -5,21 +5,23 @@ UTF-8 form. Spaces, tabs, newlines and NUL are kept as they are, the usual runs 
 tokens, and what is not in the vocabulary is spelt in bytes. A sentencepiece model that the user
 brings keeps its own rules (Llama's, for one, puts a space before the text). Where it has a
 beginning-of-sequence token, as those of Llama, Mistral and Gemma have, each document begins with
-it.
+it. What comes before a text comes once, in however many parts a document is read.
 """
 
 import hashlib
 import io
+import logging
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from mst_train.data.pieces import cores
+from mst_train.data.pieces import after_newline, before_line, cores
 from mst_train.errors import UserError
 
 SAMPLE_CHARACTERS = 8_000_000
@@ -39,6 +41,8 @@ _SPACE_SYMBOL = "\u2581"
 _SPACE_SYMBOLS = re.compile(f"({_SPACE_SYMBOL}+)")
 # sentencepiece trains on no text that has its mark for unknown characters in it.
 _RESERVED = "\u2585"
+
+log = logging.getLogger(__name__)
 
 
 class Vocabulary:
@@ -63,8 +67,14 @@ class Vocabulary:
         self.vocab_size, self.eod = vocab_size, eod
         self.fingerprint = hashlib.sha256(f"{vocab_size} {eod}".encode()).hexdigest()[:32]
 
-    def encode_arrays(self, texts: list[str]) -> Iterator[NDArray[np.int32]]:
-        """The token ids of each text, without an end-of-document id."""
+    def encode_arrays(
+        self, texts: list[str], continuing: Collection[int] = ()
+    ) -> Iterator[NDArray[np.int32]]:
+        """The token ids of each text, without an end-of-document id.
+
+        continuing: the places in ``texts`` of those that go on with a document: nothing is put
+        before them.
+        """
         raise UserError(
             "data.source holds text, and there is no tokenizer: give a sentencepiece .model file "
             "or a tokenizer.json as data.tokenizer, and neither prepare.vocab_size nor "
@@ -109,8 +119,9 @@ class Tokenizer(Vocabulary):
         self.fingerprint = hashlib.sha256(model + b"bos" * len(self._before)).hexdigest()[:32]
         self.threads = cores()
         # A model that puts a space before each text would put one before each part of a text.
-        first_piece = self._processor.encode("a", out_type=str)[0]
-        self._divisible = not first_piece.startswith(_SPACE_SYMBOL)
+        pieces = "".join(self._processor.encode("a", out_type=str))
+        self._divisible = not pieces.startswith(_SPACE_SYMBOL)
+        self._lead = Lead(self._processor.encode, self._processor.piece_to_id("a"))
         self._space_symbol_ids = self._in_bytes(_SPACE_SYMBOL)
 
     @classmethod
@@ -125,17 +136,35 @@ class Tokenizer(Vocabulary):
             ) from error
         return cls(model, f"data.tokenizer={path}")
 
-    def encode_arrays(self, texts: list[str]) -> Iterator[NDArray[np.int32]]:
+    def save(self, path: Path) -> Self:
+        """Write the .model file, so that it is there whole or not at all; ``OSError``."""
+        assert self.model is not None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tokenizer-") as folder:
+            written = Path(folder, path.name)
+            written.write_bytes(self.model)
+            written.replace(path)
+        return self
+
+    def encode_arrays(
+        self, texts: list[str], continuing: Collection[int] = ()
+    ) -> Iterator[NDArray[np.int32]]:
         """As ``encode``, one text after the other, by ``threads`` threads for several at a time."""
+        texts = self._lead.put_before(texts, continuing)
         parts = ((index, part) for index, text in enumerate(texts) for part in self._parts(text))
-        before = np.array(self._before, np.int32)
-        current, tokens = 0, [before]
+
+        def before(index: int) -> NDArray[np.int32]:
+            return np.array([] if index in continuing else self._before, np.int32)
+
+        current, tokens = 0, [before(0)]
         for batch in batches(parts):
             encoded = self._processor.encode([p for _, p in batch], num_threads=self.threads)
             for (index, part), ids in zip(batch, encoded, strict=True):
                 if index != current:
                     yield np.concatenate(tokens)
-                    current, tokens = index, [before]
+                    current, tokens = index, [before(index)]
+                if index in continuing:
+                    ids = self._lead.taken_from(ids, part)
                 tokens.append(np.array(self._substitute(part, ids), np.int32))
         if texts:
             yield np.concatenate(tokens)
@@ -149,7 +178,7 @@ class Tokenizer(Vocabulary):
         if not self._divisible:
             yield text
             return
-        for part in cut(text, ENCODE_PART_CHARACTERS):
+        for part in cut(text, ENCODE_PART_CHARACTERS, before_line):
             if self._space_symbol_ids and _SPACE_SYMBOL in part:
                 yield from _SPACE_SYMBOLS.split(part)
             else:
@@ -167,6 +196,30 @@ class Tokenizer(Vocabulary):
         return tokens if all(self._processor.is_byte(token) for token in tokens) else []
 
 
+class Lead:
+    """Keeps a tokenizer that puts a space before each text from putting one into a document.
+
+    Where a document goes on, it is given a line end before the text, and what it makes of that and
+    of the space is taken away again.
+    """
+
+    def __init__(self, encode: Callable[[str], list[int]], a: int | None) -> None:
+        """encode: without special tokens. a: the id of "a" with nothing before it."""
+        self._encode = encode
+        *ids, last = encode("\na") or [-1]
+        self._ids = ids if last == a and encode("a") != [a] else []
+
+    def put_before(self, texts: list[str], continuing: Collection[int]) -> list[str]:
+        if not self._ids:
+            return texts
+        return ["\n" + text if i in continuing else text for i, text in enumerate(texts)]
+
+    def taken_from(self, ids: list[int], text: str) -> list[int]:
+        """``ids``, those of a ``text`` that ``put_before`` has returned, without its line end."""
+        size = len(self._ids)
+        return ids[size:] if ids[:size] == self._ids else self._encode(text[1:])
+
+
 def batches(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
     """Numbered texts in lists of about ENCODE_BATCH_CHARACTERS."""
     batch, characters = [], 0
@@ -180,8 +233,8 @@ def batches(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]
         yield batch
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, destination: Path) -> Tokenizer:
-    """Train a tokenizer, write it to ``destination`` in one step, and return it.
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a tokenizer.
 
     The model depends on the documents, their order and ``vocab_size`` alone. It learns from at most
     SAMPLE_CHARACTERS of text, spread evenly over the documents, and holds no more than that plus
@@ -189,7 +242,6 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, destination: Path
 
     Raises:
         UserError: the text is too little, or has too many distinct characters, for ``vocab_size``.
-        OSError: ``destination`` cannot be written.
     """
     model = io.BytesIO()
     try:
@@ -214,12 +266,30 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, destination: Path
         )
     except RuntimeError as error:
         raise _training_problem(str(error), vocab_size) from error
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".tokenizer-") as folder:
-        written = Path(folder, destination.name)
-        written.write_bytes(model.getvalue())
-        written.replace(destination)
-    return Tokenizer(model.getvalue(), str(destination))
+    return Tokenizer(model.getvalue(), "the tokenizer that was trained")
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path, key: str) -> None:
+    """Keep a trained tokenizer for later, in a file whose name has its checksum (``OSError``)."""
+    assert tokenizer.model is not None
+    tokenizer.save(folder / _kept_name(key, tokenizer.model))
+
+
+def kept_tokenizer(folder: Path, key: str) -> Tokenizer | None:
+    """What ``keep_tokenizer`` has put there; None where it has not, or the file is damaged."""
+    for path in sorted(folder.glob(f"{key}-*.model")):
+        try:
+            model = path.read_bytes()
+            if path.name == _kept_name(key, model):
+                return Tokenizer(model, str(path))
+        except OSError:
+            pass
+        log.warning("%s is damaged: training it again", path)
+    return None
+
+
+def _kept_name(key: str, model: bytes) -> str:
+    return f"{key}-{hashlib.sha256(model).hexdigest()[:32]}.model"
 
 
 def sample(documents: Iterable[str]) -> list[str]:
@@ -242,11 +312,13 @@ def sample(documents: Iterable[str]) -> list[str]:
     return kept
 
 
-def cut(text: str, limit: int) -> Iterator[str]:
-    """``text`` in parts of at most ``limit`` characters, cut after a newline where there is one."""
+def cut(
+    text: str, limit: int, place: Callable[[str, int, int], int] = after_newline
+) -> Iterator[str]:
+    """``text`` in parts of at most ``limit`` characters; ``place`` finds a good one to cut at."""
     start = 0
     while len(text) - start > limit:
-        end = text.rfind("\n", start, start + limit) + 1 or start + limit
+        end = place(text, start, start + limit)
         yield text[start:end]
         start = end
     yield text[start:] if start else text

@@ -22,6 +22,8 @@ def load_tokenizer(path: str | Path) -> Vocabulary:
         if found is None:
             raise UserError(f"data.tokenizer={path} holds neither {' nor '.join(FILE_NAMES)}")
         path = found
+    elif path.exists() and not path.is_file():
+        raise UserError(f"data.tokenizer={path} is a pipe or a device: give a file")
     return JsonTokenizer.load(path) if path.suffix == ".json" else Tokenizer.load(path)
 
 

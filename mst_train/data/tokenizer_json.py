@@ -7,7 +7,7 @@ that lie beside it.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mst_train.data.pieces import cores
-from mst_train.data.tokenizer import Vocabulary, batches
+from mst_train.data.tokenizer import Lead, Vocabulary, batches
 from mst_train.errors import UserError
 
 NEIGHBOURS = ("tokenizer_config.json", "generation_config.json", "config.json")
@@ -61,6 +61,9 @@ class JsonTokenizer(Vocabulary):
         around = self._library.encode("").ids
         self._before = around[: around.index(number)] if number in around else around
         self._library.encode_special_tokens = True
+        self._lead = Lead(
+            lambda text: self._library.encode(text, add_special_tokens=False).ids, ids.get("a")
+        )
 
     @classmethod
     def load(cls, path: Path) -> "JsonTokenizer":
@@ -82,24 +85,31 @@ class JsonTokenizer(Vocabulary):
             f"eos_token beside it"
         )
 
-    def encode_arrays(self, texts: list[str]) -> Iterator[NDArray[np.int32]]:
+    def encode_arrays(
+        self, texts: list[str], continuing: Collection[int] = ()
+    ) -> Iterator[NDArray[np.int32]]:
         """The token ids of each text, without an end-of-document id."""
-        for batch in batches(enumerate(texts)):
-            yield from self._encoded([text for _, text in batch])
+        for batch in batches(enumerate(self._lead.put_before(texts, continuing))):
+            encoded = self._encoded([text for _, text in batch])
+            for (index, text), ids in zip(batch, encoded, strict=True):
+                if index in continuing:
+                    yield np.array(self._lead.taken_from(ids, text), np.int32)
+                else:
+                    yield np.array([*self._before, *ids], np.int32)
 
     def decode(self, tokens: list[int]) -> str:
         """The text of token ids; special ones have none."""
         text: str = self._library.decode(tokens, skip_special_tokens=True)
         return text
 
-    def _encoded(self, texts: list[str]) -> Iterator[NDArray[np.int32]]:
+    def _encoded(self, texts: list[str]) -> Iterator[list[int]]:
         found: Iterable[Any]
         if self.threads > 1:
             found = self._library.encode_batch_fast(texts, add_special_tokens=False)
         else:
             found = (self._library.encode(text, add_special_tokens=False) for text in texts)
         for encoding in found:
-            yield np.array([*self._before, *encoding.ids], np.int32)
+            yield encoding.ids
 
 
 def _end_of_document(path: Path) -> int | str | None:

@@ -26,9 +26,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     texts: list[str] = []
     encode = Tokenizer.encode_arrays
 
-    def record(self: Tokenizer, batch: list[str]) -> Iterator[np.ndarray]:
+    def record(self: Tokenizer, batch: list[str], *rest: set[int]) -> Iterator[np.ndarray]:
         texts.extend(batch)
-        return encode(self, batch)
+        return encode(self, batch, *rest)
 
     monkeypatch.setattr(Tokenizer, "encode_arrays", record)
     return texts
@@ -119,7 +119,7 @@ def test_manifest(configure: Configure, encoded: list[str]) -> None:
     (shard,) = manifest.pop("shards")
     assert manifest == {
         "kind": "mst_train tokens",
-        "format": 2,
+        "format": 3,
         "settings": {},
         "source": configure().source,
         "source_fingerprint": find_documents(configure()).fingerprint,
@@ -159,7 +159,7 @@ def test_fingerprint_stands_for_the_tokens(configure: Configure, folder: Path) -
 
 def test_given_tokenizer_is_used(configure: Configure, tmp_path: Path) -> None:
     texts = list(find_documents(configure()).documents())
-    given = train_tokenizer(texts, 320, tmp_path / "given.model")
+    given = train_tokenizer(texts, 320).save(tmp_path / "given.model")
     corpus = load_corpus(configure(tokenizer=str(tmp_path / "given.model")))
     assert corpus.tokenizer.fingerprint == given.fingerprint
     assert not (tmp_path / "cache" / "tokenizers").exists()
@@ -168,7 +168,7 @@ def test_given_tokenizer_is_used(configure: Configure, tmp_path: Path) -> None:
 def test_other_text_with_the_same_tokenizer_is_another_corpus(
     configure: Configure, folder: Path, tmp_path: Path
 ) -> None:
-    train_tokenizer(find_documents(configure()).documents(), 320, tmp_path / "given.model")
+    train_tokenizer(find_documents(configure()).documents(), 320).save(tmp_path / "given.model")
     data = configure(tokenizer=str(tmp_path / "given.model"))
     first = load_corpus(data)
     (folder / "00.txt").write_text((folder / "01.txt").read_text())

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from mst_train.config import DataConfig
-from mst_train.data import find_documents
+from mst_train.data import find_documents, load_tokenizer
 from mst_train.errors import UserError
 
 
@@ -158,6 +158,21 @@ def test_no_usable_file(tmp_path: Path) -> None:
             f"it must hold or be .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .idx files "
             f"(data.text_suffixes adds others that are text)"
         )
+
+
+def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    """A pipe would be waited for, and a device be read without end."""
+    write(tmp_path / "texts" / "a.txt", "text")
+    special = tmp_path / "texts" / "b.txt"
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        make(special)
+        for source in (tmp_path / "texts", special, tmp_path / "texts" / "*.txt"):
+            assert refusal(source).startswith(f"{special} is a pipe, a device or a socket, which")
+        with pytest.raises(UserError, match="is a pipe or a device: give a file"):
+            load_tokenizer(special)
+        special.unlink()
+    os.mkfifo(tmp_path / "texts" / "manifest.json")
+    assert documents(tmp_path / "texts") == ["text"]
 
 
 def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

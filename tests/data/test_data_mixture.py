@@ -100,7 +100,7 @@ def two(configure: Configure, prose: Callable[[int, int], str], tmp_path: Path) 
         (tmp_path / "other" / f"{number:02}.txt").write_text(prose(100 + number, words))
     from mst_train.data import find_documents, train_tokenizer
 
-    train_tokenizer(find_documents(configure()).documents(), 300, tmp_path / "t.model")
+    train_tokenizer(find_documents(configure()).documents(), 300).save(tmp_path / "t.model")
     mixture = [MixtureConfig(configure().source, 3.0), MixtureConfig(str(tmp_path / "other"), 1.0)]
     return configure(mixture=mixture, tokenizer=str(tmp_path / "t.model"))
 

@@ -33,7 +33,7 @@ def texts(prose: Callable[[int, int], str]) -> list[str]:
 @pytest.fixture(scope="module")
 def tokenizer(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "t.model"
-    train_tokenizer(texts, 300, path)
+    train_tokenizer(texts, 300).save(path)
     return path
 
 
@@ -165,6 +165,29 @@ def test_trained_tokenizer_is_kept(
     monkeypatch.setattr("mst_train.data.tokenizer.train_tokenizer", None)
     assert main(arguments) == 0
     assert load_corpus(load(tmp_path / "out")).tokenizer.fingerprint == trained.fingerprint
+
+
+def test_a_tokenizer_that_was_damaged_between_two_attempts_is_not_used(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [
+        f"data.source={source}",
+        "data.tokenizer_vocab_size=300",
+        f"prepare.output={tmp_path / 'out'}",
+        "prepare.workers=1",
+    ]
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("mst_train.data.build._join", lambda *_: 1 // 0)
+        main(arguments)
+    for path in (tmp_path / "out").rglob("*.model"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1  # one that sentencepiece does not see
+        path.write_bytes(content)
+    assert main(arguments) == 0
+    untouched = [*arguments[:2], f"prepare.output={tmp_path / 'other'}", arguments[3]]
+    assert main(untouched) == 0
+    found, expected = (load_corpus(load(tmp_path / name)) for name in ("out", "other"))
+    assert found.fingerprint == expected.fingerprint
 
 
 # ---------------------------------------------------------------- interruptions
@@ -518,7 +541,7 @@ def test_training_stops_before_damaged_tokens(
 
 def test_another_tokenizer_is_refused(prepare: Prepare, texts: list[str], tmp_path: Path) -> None:
     assert prepare() == 0
-    train_tokenizer(texts, 320, tmp_path / "other.model")
+    train_tokenizer(texts, 320).save(tmp_path / "other.model")
     with pytest.raises(Exception, match="was prepared with another tokenizer than"):
         load_corpus(load(tmp_path / "out", tokenizer=str(tmp_path / "other.model")))
     shutil.copy(tmp_path / "other.model", tmp_path / "out" / "tokenizer.model")

@@ -20,8 +20,8 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return train_tokenizer(DOCUMENTS, 330, tmp_path_factory.mktemp("tokenizer") / "t.model")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(DOCUMENTS, 330)
 
 
 def foreign_model(**settings: object) -> bytes:
@@ -87,25 +87,49 @@ def test_cut() -> None:
 
 
 def test_training_is_deterministic(tmp_path: Path) -> None:
-    first = train_tokenizer(DOCUMENTS, 330, tmp_path / "first.model")
-    second = train_tokenizer(iter(DOCUMENTS), 330, tmp_path / "second.model")
+    first = train_tokenizer(DOCUMENTS, 330).save(tmp_path / "first.model")
+    second = train_tokenizer(iter(DOCUMENTS), 330).save(tmp_path / "second.model")
     assert (tmp_path / "first.model").read_bytes() == (tmp_path / "second.model").read_bytes()
     assert first.fingerprint == second.fingerprint
-    other = train_tokenizer(DOCUMENTS[:20], 330, tmp_path / "other.model")
+    other = train_tokenizer(DOCUMENTS[:20], 330).save(tmp_path / "other.model")
     assert other.fingerprint != first.fingerprint
 
 
 def test_file_is_the_model_and_nothing_else_is_left(tmp_path: Path) -> None:
     path = tmp_path / "new" / "t.model"
-    trained = train_tokenizer(DOCUMENTS, 330, path)
+    trained = train_tokenizer(DOCUMENTS, 330).save(path)
     loaded = Tokenizer.load(path)
     assert (loaded.fingerprint, loaded.vocab_size, loaded.eod) == (trained.fingerprint, 330, 1)
     assert loaded.encode(DOCUMENTS) == trained.encode(DOCUMENTS)
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_training_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    train_tokenizer(DOCUMENTS, 330, tmp_path / "t.model").encode(DOCUMENTS)
+def test_no_damage_to_a_kept_tokenizer_goes_unseen(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module.keep_tokenizer(tokenizer, tmp_path, "key")
+    module.keep_tokenizer(train_tokenizer(DOCUMENTS, 340), tmp_path, "other")
+    found = module.kept_tokenizer(tmp_path, "key")
+    assert found is not None
+    assert found.fingerprint == tokenizer.fingerprint
+    (path,) = tmp_path.glob("key-*")
+    whole = path.read_bytes()
+    generator = random.Random(0)
+    for _ in range(200):
+        damaged = bytearray(whole)
+        place = generator.randrange(8 * len(whole))
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        assert module.kept_tokenizer(tmp_path, "key") is None
+    assert caplog.text.count(f"{path} is damaged: training it again") == 200
+    path.write_bytes(whole[:-1])
+    assert module.kept_tokenizer(tmp_path, "key") is None
+    path.write_bytes(whole)
+    assert module.kept_tokenizer(tmp_path, "key") is not None
+
+
+def test_training_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    train_tokenizer(DOCUMENTS, 330).encode(DOCUMENTS)
     assert capfd.readouterr() == ("", "")
 
 
@@ -121,45 +145,44 @@ def test_sample_is_bounded_and_evenly_spread(monkeypatch: pytest.MonkeyPatch) ->
     assert 100 <= sum(map(len, module.sample(["x" * 10_000]))) <= 200
 
 
-def test_special_characters_do_not_keep_text_from_training(tmp_path: Path) -> None:
+def test_special_characters_do_not_keep_text_from_training() -> None:
     text = "\u2585\u2047\u2581\0\t" + DOCUMENTS[0]
-    assert train_tokenizer([text] * 3, 300, tmp_path / "t.model").vocab_size == 300
+    assert train_tokenizer([text] * 3, 300).vocab_size == 300
 
 
 # ---------------------------------------------------------------- refusals
 
 
-def refusal(documents: list[str], vocab_size: int, tmp_path: Path) -> str:
+def refusal(documents: list[str], vocab_size: int) -> str:
     with pytest.raises(UserError) as caught:
-        train_tokenizer(documents, vocab_size, tmp_path / "t.model")
-    assert list(tmp_path.iterdir()) == []
+        train_tokenizer(documents, vocab_size)
     return str(caught.value)
 
 
-def test_vocabulary_larger_than_the_text(tmp_path: Path) -> None:
-    message = refusal(DOCUMENTS, 5000, tmp_path)
+def test_vocabulary_larger_than_the_text() -> None:
+    message = refusal(DOCUMENTS, 5000)
     start = (
         "data.tokenizer_vocab_size=5000 is more than the text of data.source can fill: set it to "
     )
     assert message.startswith(start)
     largest = int(message.removeprefix(start).split()[0])
-    assert train_tokenizer(DOCUMENTS, largest, tmp_path / "t.model").vocab_size == largest
+    assert train_tokenizer(DOCUMENTS, largest).vocab_size == largest
 
 
-def test_text_too_short_for_any_vocabulary(tmp_path: Path) -> None:
-    message = refusal(["hi there"], 4096, tmp_path)
+def test_text_too_short_for_any_vocabulary() -> None:
+    message = refusal(["hi there"], 4096)
     assert message.startswith("data.source holds too little text to train a tokenizer (data.token")
 
 
-def test_vocabulary_smaller_than_the_alphabet(tmp_path: Path) -> None:
+def test_vocabulary_smaller_than_the_alphabet() -> None:
     documents = [" ".join(map(chr, range(0x4E00, 0x4E00 + 400)))]
-    message = refusal(documents, 300, tmp_path)
+    message = refusal(documents, 300)
     start = (
         "data.tokenizer_vocab_size=300 is too small for the distinct characters of data.source: "
     )
     assert message.startswith(start + "set it to ")
     smallest = int(message.split("set it to ")[1].split()[0])
-    assert train_tokenizer(documents, smallest, tmp_path / "t.model").vocab_size == smallest
+    assert train_tokenizer(documents, smallest).vocab_size == smallest
 
 
 def test_model_that_cannot_be_used(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
