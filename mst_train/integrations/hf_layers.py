@@ -131,13 +131,17 @@ class RowwiseLayer:
         rotated, k = self._rotate(k[:, :, :0] if q is None else q, k, *row_arguments, 2)
         return (None if q is None else rotated), k, v
 
-    def after_attention(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    def after_attention(
+        self, x: Tensor, out: Tensor, *, values: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """[B, T, D], [B, T, H, E] -> the residual stream and the MLP's branch, [B, T, D] each."""
         _, after_attention, before_mlp, after_mlp = self._norms
         attention_BTD = self._layer.self_attn.o_proj(out.flatten(2))
         stream_BTD = x + (after_attention(attention_BTD) if after_attention else attention_BTD)
-        branch_BTD = self._mlp(before_mlp(stream_BTD) if before_mlp else stream_BTD)
-        return stream_BTD, after_mlp(branch_BTD) if after_mlp else branch_BTD
+        input_BTD = before_mlp(stream_BTD) if before_mlp else stream_BTD
+        if after_mlp:
+            return stream_BTD, after_mlp(self._mlp(input_BTD))
+        return stream_BTD, self._mlp(input_BTD, values)
 
     def _project(self, x_BTD: Tensor, queries: bool) -> tuple[Tensor | None, Tensor, Tensor]:
         attention = self._layer.self_attn
@@ -161,7 +165,7 @@ class RowwiseLayer:
             heads = getattr(attention, norm)(heads)
         return heads
 
-    def _mlp(self, x_BTD: Tensor) -> Tensor:
+    def _mlp(self, x_BTD: Tensor, values: bool = True) -> Tensor:
         mlp = self._layer.mlp
         activation = ACTIVATIONS.get(getattr(mlp.config, self._family.activation_key))
         if activation is not None and not self._family.fused:
@@ -172,6 +176,7 @@ class RowwiseLayer:
                     *(projection.weight for projection in projections),
                     chunk_tokens=self._mlp_chunk_tokens,
                     activation=activation,
+                    values=values,
                 )
         if self._rerun or not torch.is_grad_enabled():
             result: Tensor = mlp(x_BTD)

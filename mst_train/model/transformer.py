@@ -108,7 +108,8 @@ class MLP(nn.Module):
         self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x_BSD: Tensor, policy: Policy) -> Tensor:
+    def forward(self, x_BSD: Tensor, policy: Policy, values: bool = True) -> Tensor:
+        """[B, S, D] -> [B, S, D]. values: as ``mini_sequence_mlp`` takes it."""
         weights = (self.gate.weight, self.up.weight, self.down.weight)
         if policy.mini_sequence:
             return mini_sequence_mlp(
@@ -116,6 +117,7 @@ class MLP(nn.Module):
                 *weights,
                 chunk_tokens=policy.mlp_chunk_tokens,
                 activation=self.activation,
+                values=values,
             )
         return gated_mlp(x_BSD, *weights, activation=self.activation)
 
@@ -206,7 +208,9 @@ class Block(nn.Module):
             x_BSD = self.attention_norm(x_BSD)
         return self.attention.project(x_BSD, cos, sin, queries)
 
-    def after_attention(self, x_BSD: Tensor, out_BSHE: Tensor) -> tuple[Tensor, Tensor]:
+    def after_attention(
+        self, x_BSD: Tensor, out_BSHE: Tensor, *, values: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """[B, S, D], [B, S, H, E] -> the residual stream and the MLP's branch, [B, S, D] each."""
         attention_BSD = self.attention.output(out_BSHE.flatten(2))
         if self.attention_output_norm is not None:
@@ -215,10 +219,10 @@ class Block(nn.Module):
             mlp_input_BSD, stream_BSD = self.mlp_norm.after_adding(attention_BSD, x_BSD)
         else:
             mlp_input_BSD = stream_BSD = attention_BSD + x_BSD
+        if self.mlp_output_norm is None:
+            return stream_BSD, self.mlp(mlp_input_BSD, self.policy, values)
         branch_BSD = self.mlp(mlp_input_BSD, self.policy)
-        if self.mlp_output_norm is not None:
-            branch_BSD = self.mlp_output_norm(branch_BSD)
-        return stream_BSD, branch_BSD
+        return stream_BSD, self.mlp_output_norm(branch_BSD)
 
 
 class Transformer(nn.Module):

@@ -9,6 +9,9 @@ Legend: B batch, S sequence, H query heads, K key-value heads, E head size.
 """
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -19,7 +22,6 @@ from torch import Tensor
 
 from mst_train.mst.autocast import Autocast
 from mst_train.mst.autograd import first_order_only
-from mst_train.mst.rerun import current_run
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,38 @@ class AttentionKernel(Protocol):
         ...
 
 
+class KeptResults:
+    """What ``attend`` computed in a block's forward, handed over when the block runs again."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        """Results and log-sum-exps, in the order of the calls."""
+        self.running_again = False
+
+    def put(self, *tensors: Tensor) -> None:
+        if not self.running_again:
+            self.tensors += [tensor.detach() for tensor in tensors]
+
+    def take(self, count: int) -> list[Tensor]:
+        if not self.running_again:
+            return []
+        taken, self.tensors = self.tensors[:count], self.tensors[count:]
+        return taken
+
+
+_kept: ContextVar[KeptResults | None] = ContextVar("kept_results", default=None)
+
+
+@contextmanager
+def keeping(kept: KeptResults | None) -> Iterator[None]:
+    """Where ``attend`` keeps its results in this context; None: nowhere."""
+    token = _kept.set(kept)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 def attend(
     kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
 ) -> Tensor:
@@ -203,11 +237,9 @@ class _Attend(torch.autograd.Function):
         kernel: AttentionKernel,
         documents: Documents | None,
     ) -> Tensor:
-        run = current_run()
-        kept = run.take(2) if run is not None else []
-        out, lse = kept or kernel.forward(q, k, v, documents)
-        if run is not None:
-            run.keep(out, lse)
+        kept = _kept.get() or KeptResults()
+        out, lse = kept.take(2) or kernel.forward(q, k, v, documents)
+        kept.put(out, lse)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.kernel, ctx.documents = kernel, documents
         return out

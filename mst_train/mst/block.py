@@ -13,7 +13,7 @@ comes to a chunk, everything that reads the chunk's keys and values has been the
 
 It keeps the block's input and, with ``keep_attention``, attention's result and log-sum-exp. It
 computes again what the backward reads and nothing else: an MLP that ends the branch rebuilds its
-own intermediates (mst/mlp.py), and nobody needs its result twice.
+own intermediates (mst/mlp.py), and nobody needs its result twice; the block is told so.
 
 Legend: B batch, S sequence, T rows of a chunk, D hidden, H query heads, K key-value heads, E head
 size.
@@ -32,7 +32,7 @@ from mst_train.mst.autocast import Autocast
 from mst_train.mst.autograd import first_order_only
 from mst_train.mst.chunking import BLOCK_BYTES, chunk_slices, resolve_chunk_tokens
 from mst_train.mst.offload import Offload, Stored
-from mst_train.mst.rerun import BlockRun, is_unread, running
+from mst_train.mst.rerun import owner
 
 
 class RowwiseBlock(Protocol):
@@ -44,8 +44,14 @@ class RowwiseBlock(Protocol):
         """[B, T, D] -> q [B, T, H, E], k and v [B, T, K, E]; q is None without ``queries``."""
         ...
 
-    def after_attention(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T, D], [B, T, H, E] -> two tensors [B, T, D] whose sum is the block's result."""
+    def after_attention(
+        self, x: Tensor, out: Tensor, *, values: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """[B, T, D], [B, T, H, E] -> two tensors [B, T, D] whose sum is the block's result.
+
+        Without ``values`` they are wanted for their graph, and nobody reads them. The block may
+        ignore it, or hand it on to a ``mini_sequence_mlp`` whose result is one of them as it is.
+        """
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -100,7 +106,7 @@ def mini_sequence_block(
     """
     if x.numel() == 0:
         raise ValueError(f"x {tuple(x.shape)} has no tokens")
-    parameters = [p for p in block.parameters() if p.requires_grad]
+    parameters = _Parameters(block)
     settings = _Settings(
         block,
         kernel,
@@ -108,13 +114,13 @@ def mini_sequence_block(
         _chunk_rows(chunk_tokens, x, block),
         keep_attention,
         offload,
-        torch.is_grad_enabled() and (x.requires_grad or bool(parameters)),
-        [(p, p._version) for p in parameters],
+        torch.is_grad_enabled() and (x.requires_grad or bool(parameters.tensors)),
+        parameters,
         Autocast.here(x.device),
     )
     with settings.autocast.restored():
         y: Tensor = _MiniSequenceBlock.apply(  # type: ignore[no-untyped-call]
-            settings, len(row_arguments), x, *row_arguments, *parameters
+            settings, len(row_arguments), x, *row_arguments, *parameters.tensors
         )
     return y
 
@@ -127,8 +133,7 @@ class _Settings(NamedTuple):
     keep_attention: bool
     offload: Offload | None
     needs_backward: bool
-    parameters: list[tuple[nn.Parameter, int]]
-    """Those that want gradients, with their versions."""
+    parameters: "_Parameters"
     autocast: Autocast
 
     def before_attention(
@@ -183,10 +188,9 @@ def _backward(ctx: Any, dy_BSD: Tensor) -> tuple[Tensor | None, ...]:
     arguments = saved[: ctx.row_arguments]
     chunks = list(chunk_slices(dy_BSD.shape[1], chunk_rows))
     kept = _Kept(ctx, list(saved[ctx.row_arguments :]), chunks)
-    after = _After(block)
     dx_BSD = torch.empty_like(dy_BSD, memory_format=torch.contiguous_format)
     dk_BSKE = dv_BSKE = None
-    with _aliases(block, ctx.settings.parameters) as parameters:
+    with ctx.settings.parameters.aliases() as parameters:
         sums = [_Sum(several=len(chunks) > 1) for _ in parameters]
         if len(chunks) > 1:
             k_BSKE, v_BSKE = kept.keys_values(ctx.settings, arguments)
@@ -201,18 +205,20 @@ def _backward(ctx: Any, dy_BSD: Tensor) -> tuple[Tensor | None, ...]:
             q_rows = (q_BTHE.detach(), k_BSKE, v_BSKE)
             out, lse = attention or attend_rows(kernel, *q_rows, rows, documents)
             out = out.detach().requires_grad_()
-            stream_and_branch = after(x_BTD, out)
-            dx_BTD, dout, *gradients = torch.autograd.grad(
-                stream_and_branch,
-                (x_BTD, out, *parameters),
-                (dy_BSD[:, rows],) * 2,
-                allow_unused=True,
+            with torch.enable_grad():
+                stream_and_branch = block.after_attention(x_BTD, out, values=False)
+            if rows is chunks[-1]:
+                results = (q_BTHE, k_BTKE, v_BTKE, *stream_and_branch)
+                _refuse_others(results, (x_BTD, out, *parameters))
+                del results
+            dx_BTD, dout, *gradients = _gradients(
+                stream_and_branch, (x_BTD, out, *parameters), (dy_BSD[:, rows],) * 2
             )
             _add(sums, gradients)
             del gradients
             dq, dk, dv = attend_rows_backward(
                 kernel,
-                dout,
+                _sum_of(out, dout),
                 *q_rows,
                 out.detach(),
                 lse,
@@ -222,11 +228,8 @@ def _backward(ctx: Any, dy_BSD: Tensor) -> tuple[Tensor | None, ...]:
                 dv_BSKE,
             )
             del out, lse, attention, dout, stream_and_branch, q_rows
-            more_dx_BTD, *gradients = torch.autograd.grad(
-                (q_BTHE, k_BTKE, v_BTKE),
-                (x_BTD, *parameters),
-                (dq, dk, dv),
-                allow_unused=True,
+            more_dx_BTD, *gradients = _gradients(
+                (q_BTHE, k_BTKE, v_BTKE), (x_BTD, *parameters), (dq, dk, dv)
             )
             del q_BTHE, k_BTKE, v_BTKE, dq, dk, dv
             _add(sums, gradients)
@@ -271,62 +274,6 @@ class _Kept:
         attention = self._attention[-2:]
         del self._attention[-2:]
         return self._x[:, rows], attention
-
-
-class _After:
-    """A block's ``after_attention``, run for its graph and not for its result.
-
-    An MLP whose result is the branch itself is not computed: nobody reads it. If something else
-    was made of it (Gemma-2 has a norm there), everything is computed, this time and from then on.
-    """
-
-    def __init__(self, block: RowwiseBlock) -> None:
-        self._block = block
-        self._reads_results = False
-
-    def __call__(self, x_BTD: Tensor, out_BTHE: Tensor) -> tuple[Tensor, Tensor]:
-        if self._reads_results:
-            return self._run(BlockRun(), x_BTD, out_BTHE)
-        run = _Unread()
-        stream, branch = self._run(run, x_BTD, out_BTHE)
-        if run.skipped and not (
-            run.skipped == 1 and is_unread(branch) and not _made_of(stream, branch)
-        ):
-            self._reads_results = True
-            return self(x_BTD, out_BTHE)
-        return stream, branch
-
-    def _run(self, run: BlockRun, x_BTD: Tensor, out_BTHE: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad(), running(run):
-            return self._block.after_attention(x_BTD, out_BTHE)
-
-
-class _Unread(BlockRun):
-    """A run in which the MLP's result is read by nobody, as far as is known."""
-
-    skipped = 0
-    """Operations that were told so."""
-
-    def result_unread(self, saved: int) -> bool:
-        self.skipped += 1
-        return True
-
-
-def _made_of(tensor: Tensor, source: Tensor) -> bool:
-    """Whether ``tensor`` was computed from ``source``, or from what that is a view of."""
-    made = source.grad_fn
-    sources = {made, *(node for node, _ in (made.next_functions[:1] if made else ()))}
-    seen: set[Any] = set()
-    nodes = [tensor.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        if node in sources:
-            return True
-        seen.add(node)
-        nodes += [earlier for earlier, _ in node.next_functions]
-    return False
 
 
 class _Rows:
@@ -377,32 +324,94 @@ def _add(sums: list[_Sum], gradients: Sequence[Tensor | None]) -> None:
             total.add(gradient)
 
 
-@contextmanager
-def _aliases(block: RowwiseBlock, wanted: list[tuple[nn.Parameter, int]]) -> Iterator[list[Tensor]]:
-    """The block with other tensors on its parameters' memory; yields those of ``wanted``.
+class _Parameters:
+    """What a block's modules hold that wants gradients: parameters, and views that FSDP puts in
+    their places. Others (frozen ones) are nobody's business and stay the objects that they are."""
 
-    Gradients of one chunk are asked of these, so that hooks on the parameters see the sum alone.
-    """
-    if any(parameter._version != version for parameter, version in wanted):
-        raise RuntimeError(
-            "a parameter of the block was changed in place between the forward and the backward of "
-            "mini_sequence_block: update parameters after the backward"
-        )
-    wants = {parameter for parameter, _ in wanted}
-    places = [
-        (module._parameters, name, parameter)
-        for module in block.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-    aliases = {p: p.detach().requires_grad_(p in wants) for _, _, p in places}
-    try:
-        for parameters, name, parameter in places:
-            parameters[name] = aliases[parameter]  # type: ignore[assignment]
-        yield [aliases[parameter] for parameter, _ in wanted]
-    finally:
-        for parameters, name, parameter in places:
-            parameters[name] = parameter
+    def __init__(self, block: RowwiseBlock) -> None:
+        places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+        for module in block.modules():
+            for name, value in {**module._parameters, **vars(module)}.items():
+                wanted = isinstance(value, Tensor) and value.requires_grad
+                if wanted and (value.is_leaf or value._is_view()):
+                    places.setdefault(value, []).append((module, name))
+        self.tensors = list(places)
+        self._places = list(places.values())
+
+    @contextmanager
+    def aliases(self) -> Iterator[list[Tensor]]:
+        """The modules with other tensors on the same memory; yields these.
+
+        Gradients of one chunk are asked of them, so that hooks on the parameters see the sum alone.
+        """
+        aliases, places = [], []
+        for tensor, where in zip(self.tensors, self._places, strict=True):
+            now = [_Place.of(module, name) for module, name in where]
+            if any(owner(place.tensor) is not owner(tensor) for place in now):
+                raise RuntimeError(
+                    f"{where[0][1]} {tuple(tensor.shape)} of a {type(where[0][0]).__name__} was "
+                    f"replaced between the forward and the backward of mini_sequence_block"
+                )
+            aliases.append(now[0].tensor.detach().requires_grad_())
+            places += [(place, aliases[-1]) for place in now]
+        try:
+            for place, alias in places:
+                place.holder[place.name] = alias
+            yield aliases
+        finally:
+            for place, _ in places:
+                place.holder[place.name] = place.tensor
+
+
+class _Place(NamedTuple):
+    """Where a module has a tensor."""
+
+    holder: dict[str, Any]
+    name: str
+    tensor: Tensor
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> "_Place":
+        holder = vars(module) if name in vars(module) else module._parameters
+        tensor: Any = holder[name]
+        return cls(holder, name, tensor)
+
+
+def _gradients(
+    results: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """The gradients of the inputs; None where no result depends on one."""
+    wanted = [(y, dy) for y, dy in zip(results, gradients, strict=True) if y.requires_grad]
+    if not wanted:
+        return [None] * len(inputs)
+    results, gradients = zip(*wanted, strict=True)
+    return torch.autograd.grad(results, inputs, gradients, allow_unused=True)
+
+
+def _refuse_others(results: Sequence[Tensor], known: Sequence[Tensor]) -> None:
+    """Refuse tensors that want gradients and are not among ``known``: they would get none."""
+    ours = {id(tensor) for tensor in known}
+    for leaf in _leaves(results):
+        if id(leaf) not in ours:
+            raise RuntimeError(
+                f"the block under mini_sequence_block reads a tensor {tuple(leaf.shape)} that "
+                f"wants a gradient and is no parameter of its modules: register it with one of "
+                f"them, or detach it"
+            )
+
+
+def _leaves(results: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The tensors that a graph begins with."""
+    yield from (result for result in results if result.requires_grad and result.is_leaf)
+    nodes: list[Any] = [result.grad_fn for result in results]
+    seen = {None}
+    while nodes:
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+            if not node.next_functions and hasattr(node, "variable"):
+                yield node.variable
 
 
 def _sum_of(like: Tensor, *parts: Tensor | None) -> Tensor:

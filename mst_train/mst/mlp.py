@@ -7,20 +7,24 @@ state in Llama3-8B, and every token's are independent of every other token's. So
 through the tokens in chunks: the forward keeps nothing but its input, and the backward rebuilds one
 chunk's intermediates at a time (Mini-Sequence Transformer, section 3.1).
 
+The backward reads the input and the weights, never the result. So autograd gets two nodes: the
+first saves what the backward reads and has no result yet, the second computes it. Whoever runs the
+MLP again for what autograd had saved has everything after the first.
+
 Legend: N tokens, C tokens of a chunk, D hidden, F intermediate.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from mst_kernels import glu_backward_, glu_forward
 from mst_train.mst.accumulate import WeightGradient
 from mst_train.mst.autocast import Autocast
 from mst_train.mst.autograd import first_order_only
 from mst_train.mst.chunking import chunk_slices, resolve_chunk_tokens
-from mst_train.mst.rerun import current_run, unread
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -58,6 +62,7 @@ def mini_sequence_mlp(
     *,
     chunk_tokens: int | str = "auto",
     activation: str = "silu",
+    values: bool = True,
 ) -> Tensor:
     """The gated MLP, computed in chunks of tokens in the forward and in the backward.
 
@@ -70,6 +75,8 @@ def mini_sequence_mlp(
         down_weight: [D, F], of x's type.
         chunk_tokens: tokens computed at a time; "auto" bounds the intermediates by bytes.
         activation: "silu" (SwiGLU) or "gelu_tanh" (GeGLU).
+        values: without, the result is there for its graph alone: it is not computed, and whatever
+            reads it fails.
 
     Returns:
         [..., D], of x's type.
@@ -109,17 +116,44 @@ def mini_sequence_mlp(
     x_ND = x.reshape(-1, hidden)
     bytes_per_token = BACKWARD_INTERMEDIATES * intermediate * x.element_size()
     chunk = resolve_chunk_tokens(chunk_tokens, x_ND.shape[0], bytes_per_token, x.device)
+    tensors = (x_ND, gate_weight, up_weight, down_weight)
     with autocast.off():
-        y_ND: Tensor = _MiniSequenceMLP.apply(  # type: ignore[no-untyped-call]
-            x_ND, gate_weight, up_weight, down_weight, chunk, activation
+        y: Tensor = _Backward.apply(  # type: ignore[no-untyped-call]
+            *tensors, x.shape, chunk, activation
         )
-    return y_ND.view(x.shape)
+        if values:
+            read = (tensor.detach() for tensor in tensors)
+            y = _Result.apply(y, *read, chunk, activation)  # type: ignore[no-untyped-call]
+    return y
 
 
-class _MiniSequenceMLP(torch.autograd.Function):
+class _Unread(Tensor):
+    """A result that is not computed: it has a graph and no memory, and using its values fails."""
+
+    @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def of(x_ND: Tensor, shape: torch.Size) -> "_Unread":
+        """In the place of a result of this shape, of x's type and device."""
+        unread: _Unread = Tensor._make_wrapper_subclass(
+            _Unread, shape, dtype=x_ND.dtype, device=x_ND.device
+        )
+        return unread
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"{function} reads the result of mini_sequence_mlp(values=False), which has none. A "
+            f"block hands values on to an MLP whose result it returns as it is, and to no other"
+        )
+
+
+class _Result(torch.autograd.Function):
+    """The MLP's result. Saves nothing: its gradient is handed on to ``_Backward``."""
+
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
+        unread: _Unread,
         x_ND: Tensor,
         gate_weight: Tensor,
         up_weight: Tensor,
@@ -127,12 +161,6 @@ class _MiniSequenceMLP(torch.autograd.Function):
         chunk_tokens: int,
         activation: str,
     ) -> Tensor:
-        ctx.save_for_backward(x_ND, gate_weight, up_weight, down_weight)
-        ctx.chunk_tokens = chunk_tokens  # type: ignore[attr-defined]
-        ctx.activation = activation  # type: ignore[attr-defined]
-        run = current_run()
-        if run is not None and run.result_unread(saved=4):
-            return unread(x_ND)
         y_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
         buffers = x_ND.new_empty(2, chunk_tokens, gate_weight.shape[0])
         for chunk in chunk_slices(x_ND.shape[0], chunk_tokens):
@@ -142,12 +170,37 @@ class _MiniSequenceMLP(torch.autograd.Function):
             torch.mm(x_CD, up_weight.t(), out=up_CF)
             product_CF = glu_forward(gate_CF, up_CF, activation, out=gate_CF)
             torch.mm(product_CF, down_weight.t(), out=y_ND[chunk])
-        return y_ND
+        return y_ND.view(unread.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy, None, None, None, None, None, None
+
+
+class _Backward(torch.autograd.Function):
+    """The MLP's backward, and everything that it reads."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        gate_weight: Tensor,
+        up_weight: Tensor,
+        down_weight: Tensor,
+        shape: torch.Size,
+        chunk_tokens: int,
+        activation: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x_ND, gate_weight, up_weight, down_weight)
+        ctx.chunk_tokens, ctx.activation = chunk_tokens, activation
+        unread: _Unread = _Unread.of(x_ND, shape)
+        return unread
 
     @staticmethod
     @first_order_only
-    def backward(ctx, dy_ND):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, gate_weight, up_weight, down_weight = ctx.saved_tensors
+        dy_ND = dy.reshape(x_ND.shape)
         tokens, chunk_tokens = x_ND.shape[0], ctx.chunk_tokens
         x_needed, *weights_needed = ctx.needs_input_grad[:4]
         chunks = -(-tokens // chunk_tokens)
@@ -181,6 +234,5 @@ class _MiniSequenceMLP(torch.autograd.Function):
             gate_gradient.result(),
             up_gradient.result(),
             down_gradient.result(),
-            None,
-            None,
+            *(None,) * 3,
         )

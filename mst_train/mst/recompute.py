@@ -6,7 +6,8 @@ to rebuild what autograd had saved (Chen et al. 2016). Plain recomputation runs 
 - attention may keep its result and log-sum-exp, and hand them over instead of computing them again
   (``keep_attention``; mst/attention.py);
 - the re-run ends as soon as the last tensor that autograd had saved is there again;
-- so an MLP that comes last has only its input to rebuild, and skips its products (mst/mlp.py).
+- so an MLP that comes last has only its input to rebuild, and its products are not computed again
+  (mst/mlp.py: autograd saves what the backward reads before the result is computed).
 
 A Llama block then costs 11 MLP products and 3.5 attention forwards a step (the backward counting
 2.5), where plain recomputation costs 12 and 4.5.
@@ -25,9 +26,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from mst_train.mst.attention import KeptResults, keeping
 from mst_train.mst.autocast import Autocast
 from mst_train.mst.offload import Offload, Stored
-from mst_train.mst.rerun import BlockRun, running
 
 
 # A compiled graph would trace the hooks away. The block itself may be compiled.
@@ -61,7 +62,7 @@ def recompute_block(
     if not torch.is_grad_enabled():
         return block(x, *arguments)
     frame = Frame(block, x, arguments, keep_attention)
-    with running(frame), saved_tensors_hooks(frame.record, frame.open):
+    with keeping(frame.results), saved_tensors_hooks(frame.record, frame.open):
         y = block(x, *arguments)
     frame.forward_done(offload)
     return y
@@ -77,7 +78,7 @@ class _Rebuilt(BaseException):
     """Everything that autograd had saved is there again: not an error for a block to handle."""
 
 
-class Frame(BlockRun):
+class Frame:
     """One block between its forward and the end of its backward."""
 
     def __init__(
@@ -89,36 +90,18 @@ class Frame(BlockRun):
     ) -> None:
         self._block = block
         self._arguments = arguments
-        self._keep_attention = keep_attention
         self._x = x.detach()
         self._x_requires_grad = x.requires_grad
         self._x_version = x._version
         self._autocast = Autocast.here(x.device)
-        self._kept: list[Tensor] = []
+        self._kept = KeptResults()
+        self.results = self._kept if keep_attention else None
         self._stored: Stored | None = None
         self._handles: list[weakref.ref[_Handle]] = []
         self._forms: list[tuple[torch.Size, torch.dtype]] = []
         self._tensors: weakref.WeakKeyDictionary[_Handle, Tensor] = weakref.WeakKeyDictionary()
         self._replaying = False
         self._replayed = 0
-
-    # --- what operations in the block ask -----------------------------------------------------
-
-    def keep(self, *tensors: Tensor) -> None:
-        if self._keep_attention and not self._replaying:
-            self._kept += [tensor.detach() for tensor in tensors]
-
-    def take(self, count: int) -> list[Tensor]:
-        if not (self._keep_attention and self._replaying):
-            return []
-        taken, self._kept = self._kept[:count], self._kept[count:]
-        return taken
-
-    def result_unread(self, saved: int) -> bool:
-        # The re-run ends with the operation that saves the last of the tensors.
-        return self._replaying and self._replayed + saved == len(self._handles)
-
-    # --- the forward and the re-run -----------------------------------------------------------
 
     def record(self, tensor: Tensor) -> _Handle:
         """In the forward: a handle in place of a tensor that autograd saves."""
@@ -130,8 +113,8 @@ class Frame(BlockRun):
     def forward_done(self, offload: Offload | None) -> None:
         """Send what is kept to where it waits."""
         if offload is not None:
-            self._stored = offload.store([self._x, *self._kept])
-            del self._x, self._kept
+            self._stored = offload.store([self._x, *self._kept.tensors])
+            del self._x, self._kept.tensors
 
     def open(self, handle: _Handle) -> Tensor:
         """In the backward: the tensor that a handle stands for."""
@@ -140,9 +123,9 @@ class Frame(BlockRun):
         return self._tensors[handle]
 
     def _rerun(self) -> None:
-        self._replaying = True
+        self._replaying = self._kept.running_again = True
         if self._stored is not None:
-            (self._x, *self._kept), self._stored = self._stored.load(), None
+            (self._x, *self._kept.tensors), self._stored = self._stored.load(), None
         elif self._x._version != self._x_version:
             raise RuntimeError(
                 "the input of recompute_block was changed in place between its forward and its "
@@ -152,7 +135,7 @@ class Frame(BlockRun):
         del self._x
         try:
             hooks = saved_tensors_hooks(self._collect, self.open)
-            with torch.enable_grad(), self._autocast.restored(), running(self), hooks:
+            with torch.enable_grad(), self._autocast.restored(), keeping(self.results), hooks:
                 self._block(x, *self._arguments)
         except _Rebuilt:
             return

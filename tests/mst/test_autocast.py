@@ -34,10 +34,10 @@ class Block(nn.Module):
         self.seen.append((q.dtype, torch.is_autocast_enabled("cpu")))
         return (q if queries else None), k.float() * 0.5, v
 
-    def after_attention(self, x, out):
+    def after_attention(self, x, out, *, values=True):
         stream = x + out.flatten(2)
         weights = (self.gate.weight, self.up.weight, self.down.weight)
-        return stream, mini_sequence_mlp(stream, *weights, chunk_tokens=5)
+        return stream, mini_sequence_mlp(stream, *weights, chunk_tokens=5, values=values)
 
     def forward(self, x):
         q, k, v = self.before_attention(x)

@@ -20,7 +20,6 @@ from mst_train.mst import (
     mini_sequence_mlp,
 )
 from mst_train.mst.chunking import BLOCK_BYTES
-from mst_train.mst.rerun import current_run
 
 CPU = torch.device("cpu")
 HIDDEN, HEADS, KV_HEADS, INTERMEDIATE = 16, 4, 2, 40
@@ -39,7 +38,7 @@ class Block(nn.Module):
         super().__init__()
         self.head_size = hidden // HEADS
         self.attention_norm, self.mlp_norm = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
-        self.post_norm = nn.LayerNorm(hidden) if post_norm else nn.Identity()
+        self.post_norm = nn.LayerNorm(hidden) if post_norm else None
         self.query = nn.Linear(hidden, hidden, bias=False)
         self.key_value = nn.Linear(hidden, 2 * kv_heads * self.head_size)
         self.output = nn.Linear(hidden, hidden, bias=False)
@@ -55,9 +54,14 @@ class Block(nn.Module):
         q = self.query(normed).unflatten(-1, (-1, self.head_size)) if queries else None
         return q, k, v
 
-    def after_attention(self, x, out):
+    def after_attention(self, x, out, *, values=True):
         x = x + self.output(out.flatten(2))
-        return x, self.post_norm(self.mlp(self.mlp_norm(x), *self.gate_up, self.down))
+        if self.post_norm is None:
+            return x, self.run_mlp(x, values=values)
+        return x, self.post_norm(self.run_mlp(x))
+
+    def run_mlp(self, x, **options):
+        return self.mlp(self.mlp_norm(x), *self.gate_up, self.down, **options)
 
 
 def plain(block, x, arguments=(), documents=None):
@@ -70,7 +74,7 @@ def plain(block, x, arguments=(), documents=None):
     owners = owners.view(batch, 1, sequence)
     seen = (owners[..., None] == owners[..., None, :]).tril()
     out = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
-    block.mlp, mini_sequence = gated_mlp, block.mlp
+    block.mlp, mini_sequence = lambda *tensors, values=True: gated_mlp(*tensors), block.mlp
     stream, branch = block.after_attention(x, out.transpose(1, 2))
     block.mlp = mini_sequence
     return stream + branch
@@ -231,10 +235,9 @@ def test_a_parameter_in_two_places():
 class TwoMLPs(Block):
     """The first one's result is read by the second."""
 
-    def after_attention(self, x, out):
-        stream, branch = super().after_attention(x, out)
-        stream = stream + branch
-        return stream, self.mlp(self.mlp_norm(stream), *self.gate_up, self.down)
+    def after_attention(self, x, out, *, values=True):
+        stream = torch.add(*super().after_attention(x, out))
+        return stream, self.run_mlp(stream, values=values)
 
 
 @pytest.mark.parametrize("chunk_tokens", [7, SEQUENCE])
@@ -242,6 +245,132 @@ def test_two_mlps(chunk_tokens):
     _, x = make_stack()
     stack = nn.ModuleList(TwoMLPs() for _ in range(2)).double()
     assert_equal(gradients(stack, x, mini(chunk_tokens)), gradients(stack, x, plain))
+
+
+class Parameter4bit(nn.Parameter):
+    """As a quantized weight: it knows more than its numbers."""
+
+
+def test_frozen_parameters_stay_the_objects_that_they_are():
+    stack, x = make_stack(layers=1)
+    frozen = Parameter4bit(stack[0].output.weight.detach(), requires_grad=False)
+    frozen.state, seen = "quantized", []
+    stack[0].output.weight = frozen
+    stack[0].output.register_forward_hook(lambda module, *_: seen.append(module.weight))
+    gradients(stack, x, mini(7))
+    assert len(seen) == 2 * 3
+    assert all(weight is frozen for weight in seen)
+
+
+def test_views_in_the_places_of_parameters():
+    """As FSDP puts them there: of one flat tensor, and other views of it in the backward."""
+    stack, x = make_stack(layers=1)
+    of_x, *others = gradients(stack, x, plain)[1:]
+    names = [name.removesuffix(".weight") for name, _ in stack[0].named_parameters()]
+    expected = dict(zip(names, others, strict=True))
+    weights = [stack[0].query, stack[0].output]
+    flat = torch.cat([module.weight.detach().flatten() for module in weights]).requires_grad_()
+
+    def put_views():
+        for module, view in zip(weights, flat.view(2, HIDDEN, HIDDEN).unbind(), strict=True):
+            vars(module)["weight"] = view
+
+    for module in weights:
+        del module.weight
+    put_views()
+    y = mini(7)(stack[0], x.requires_grad_())
+    put_views()
+    y.square().sum().backward()
+    assert_equal(x.grad, of_x)
+    assert_equal(flat.grad, torch.stack([expected["query"], expected["output"]]).flatten())
+
+
+class Adapted(Block):
+    """Reads tensors that are no parameters of its modules."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where = where
+        self.others = [torch.randn(HIDDEN, dtype=torch.float64, requires_grad=True)]
+
+    def before_attention(self, x, *factor, queries=True):
+        scale = self.others[0] if self.where == "before" else 1
+        return super().before_attention(x * scale, *factor, queries=queries)
+
+    def after_attention(self, x, out, *, values=True):
+        stream, branch = super().after_attention(x, out, values=values)
+        return {
+            "before": lambda: stream,
+            "after": lambda: stream * self.others[0],
+            "made from it": lambda: stream * self.others[0].exp(),
+            "the stream itself": lambda: self.others[0].expand_as(stream),
+        }[self.where](), branch
+
+
+@pytest.mark.parametrize("where", ["before", "after", "made from it", "the stream itself"])
+def test_a_tensor_that_could_get_no_gradient_is_refused(where):
+    block = Adapted(where).double()
+    x = torch.randn(1, SEQUENCE, HIDDEN, dtype=torch.float64)
+    y = mini(7)(block, x)
+    with pytest.raises(
+        RuntimeError, match=r"a tensor \(16,\) that wants a gradient and is no param"
+    ):
+        y.sum().backward()
+    block.others[0].requires_grad_(False)
+    stack = nn.ModuleList([block])
+    assert_equal(gradients(stack, x, mini(7)), gradients(stack, x, plain))
+
+
+class Gated(Block):
+    """A stream that is made from the MLP's result, of which autograd knows nothing."""
+
+    def after_attention(self, x, out, *, values=True):
+        stream, branch = super().after_attention(x, out, values=values or not self.careless)
+        return stream * torch.sigmoid(branch.detach().mean(-1, keepdim=True)), branch
+
+
+@pytest.mark.parametrize("chunk_tokens", [7, SEQUENCE])
+def test_a_result_that_is_read(chunk_tokens):
+    _, x = make_stack()
+    stack = nn.ModuleList([Gated()]).double()
+    stack[0].careless = False
+    assert_equal(gradients(stack, x, mini(chunk_tokens)), gradients(stack, x, plain))
+    stack[0].careless = True
+    with pytest.raises(RuntimeError, match=r"reads the result of mini_sequence_mlp\(values=False"):
+        gradients(stack, x, mini(chunk_tokens))
+
+
+class WithoutGraph(Block):
+    """Parts of it depend on nothing that wants a gradient."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def before_attention(self, x, *factor, queries=True):
+        q, k, v = super().before_attention(x, *factor, queries=queries)
+        return (q, k.detach(), v.detach()) if self.part == "keys" else (q, k, v)
+
+    def after_attention(self, x, out, *, values=True):
+        out = out.detach() if self.part == "attention" else out
+        stream, branch = super().after_attention(x, out)
+        return {"stream": (stream.detach(), branch), "branch": (stream, branch.detach())}.get(
+            self.part, (stream, branch)
+        )
+
+
+@pytest.mark.parametrize("part", ["keys", "attention", "stream", "branch"])
+@pytest.mark.parametrize("chunk_tokens", [7, SEQUENCE])
+def test_detached_parts(chunk_tokens, part):
+    _, x = make_stack()
+    stack = nn.ModuleList([WithoutGraph(part)]).double()
+    for actual, expected in zip(
+        gradients(stack, x, mini(chunk_tokens)), gradients(stack, x, plain), strict=True
+    ):
+        if expected is None:
+            assert actual is None or not actual.any()
+        else:
+            assert_equal(actual, expected)
 
 
 @pytest.mark.parametrize("chunk_tokens", [4, SEQUENCE])
@@ -351,7 +480,6 @@ def test_an_exception_in_the_re_run_leaves_the_block_as_it_was(monkeypatch, part
         loss = mini(chunk_tokens)(stack[0], x.clone().requires_grad_()).sum()
         with pytest.raises(KeyError, match="user's own"):
             loss.backward()
-    assert current_run() is None
     now = list(stack.named_parameters())
     assert [name for name, _ in now] == [name for name, _ in parameters]
     assert all(a is b for (_, a), (_, b) in zip(now, parameters, strict=True))
@@ -457,11 +585,9 @@ def test_products(chunk_tokens):
 
 @pytest.mark.parametrize("chunk_tokens", [7, 23])
 def test_products_where_a_norm_reads_the_mlp(chunk_tokens):
-    """3 more for the MLP's result; and the last chunk finds out that it needs it by running
-    ``after_attention`` without, once."""
-    last = (23 % chunk_tokens or 23) / 23
+    """3 more for the MLP's result."""
     square, _, mlp = count_products(chunk_tokens, post_norm=True)
-    assert (square, mlp) == pytest.approx((4 + 4 + last, 14))
+    assert (square, mlp) == pytest.approx((4 + 4, 14))
 
 
 def test_automatic_chunks_are_bounded_by_bytes(monkeypatch):
