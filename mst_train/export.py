@@ -4,12 +4,15 @@ import json
 import logging
 import sys
 import tempfile
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mst_train.command import run_command
 from mst_train.errors import UserError
+
+if TYPE_CHECKING:
+    from mst_train.config import Config, DataConfig
 
 HELP = """\
 python -m mst_train.export checkpoint=DIR output=DIR [key=value ...]
@@ -75,43 +78,54 @@ def export(
         UserError: no whole checkpoint, an output that is there, a model that no family has. Nothing
             is left behind then.
     """
-    from mst_train.checkpoint import first_undamaged, load_part
-    from mst_train.model import build_model
-    from mst_train.model.huggingface import save_pretrained
+    from mst_train.checkpoint import held
 
     output = Path(output).expanduser()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"output={output} is there already: name a new folder, or empty it")
-    found = first_undamaged(_candidates(Path(checkpoint).expanduser()))
-    assert found is not None
-    trainer, state = load_part(found, "trainer"), load_part(found, "model")
-    settings = trainer["config"]
-    config = _model_config(settings["model"], found)
-    model = build_model(config, device="meta", dtype=state["embedding.weight"].dtype)
-    model.load_state_dict(state, assign=True)
-    if config.tie_embeddings:
+    with held(lambda: _candidates(Path(checkpoint).expanduser())) as found:
+        assert found is not None
+        return found, _export(found, output, model_type, tokenizer)
+
+
+def _export(
+    checkpoint: Path, output: Path, model_type: str | None, tokenizer: str | Path | None
+) -> int:
+    """As ``export``, of an undamaged checkpoint; returns its step."""
+    import torch
+
+    from mst_train.checkpoint_form import load_progress, load_weights
+    from mst_train.model import build_model
+    from mst_train.model.huggingface import save_pretrained
+
+    trainer = load_progress(checkpoint)
+    config = _config(trainer["config"], checkpoint)
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    model = build_model(config.model, device="meta", dtype=dtype)
+    model.load_state_dict(load_weights(checkpoint, model), assign=True)
+    if config.model.tie_embeddings:
         model.head.weight = model.embedding.weight
     with tempfile.TemporaryDirectory() as temporary:
-        file, token_ids = _tokenizer(tokenizer, settings, Path(temporary))
+        file, token_ids = _tokenizer(tokenizer, config.data, Path(temporary))
         save_pretrained(
             model,
             output,
             model_type=model_type,
-            sequence_length=settings["data"]["sequence_length"],
+            sequence_length=config.data.sequence_length,
             tokenizer=file,
             token_ids=token_ids,
         )
-    return found, trainer["step"]
+    step: int = trainer["step"]
+    return step
 
 
 def _candidates(path: Path) -> list[Path]:
     """The whole checkpoints that a path names, the best first."""
-    from mst_train.checkpoint import MARKER, complete_checkpoints
+    from mst_train.checkpoint import MARKER, complete_checkpoints, find_checkpoint
 
     if (path / MARKER).exists():
-        complete = [other for other in complete_checkpoints(path.parent) if other == path]
-    else:
-        complete = complete_checkpoints(path) or complete_checkpoints(path / "checkpoints")
+        return [find_checkpoint(path)]
+    complete = complete_checkpoints(path) or complete_checkpoints(path / "checkpoints")
     if not complete:
         raise UserError(
             f"checkpoint={path} holds no whole checkpoint: give a run's folder, or a folder "
@@ -120,23 +134,23 @@ def _candidates(path: Path) -> list[Path]:
     return complete[::-1]
 
 
-def _model_config(settings: dict[str, Any], checkpoint: Path) -> Any:
-    """A model's settings, as a checkpoint has them."""
-    from mst_train.config import ModelConfig, RopeScalingConfig
+def _config(settings: dict[str, Any], checkpoint: Path) -> "Config":
+    """A run's settings, as a checkpoint has them; what this version lacks in a model is refused."""
+    from mst_train.compose import known_keys, recompose
+    from mst_train.config import leaves
 
-    known = {field.name for field in fields(ModelConfig)}
-    unknown = sorted(settings.keys() - known)
+    model = {"model": settings.get("model", {})}
+    unknown = sorted({key for key, _ in leaves(model)} - set(known_keys()))
     if unknown:
         raise UserError(
-            f"{checkpoint} has model.{unknown[0]}, which this version does not know: export it "
-            f"with the version that made it"
+            f"{checkpoint} has {unknown[0]}, which this version does not know: export it with the "
+            f"version that made it"
         )
-    scaling = RopeScalingConfig(**settings.get("rope_scaling", {}))
-    return ModelConfig(**{**settings, "rope_scaling": scaling})
+    return recompose(settings, [])
 
 
 def _tokenizer(
-    tokenizer: str | Path | None, settings: dict[str, Any], temporary: Path
+    tokenizer: str | Path | None, data: "DataConfig", temporary: Path
 ) -> tuple[Path | None, dict[str, int]]:
     """The tokenizer's file, or the folder of its files, and the id that ends a document."""
     from mst_train.data import load_tokenizer
@@ -144,7 +158,7 @@ def _tokenizer(
     if str(tokenizer) == "null":
         return None, {}
     if tokenizer is None:
-        tokenizer = _run_tokenizer(settings["data"], temporary)
+        tokenizer = _run_tokenizer(data, temporary)
     if tokenizer is None:
         return None, {}
     path = Path(tokenizer).expanduser()
@@ -153,20 +167,16 @@ def _tokenizer(
     return files, {"eos_token_id": load_tokenizer(path).eod}
 
 
-def _run_tokenizer(settings: dict[str, Any], temporary: Path) -> Path | None:
+def _run_tokenizer(data: "DataConfig", temporary: Path) -> Path | None:
     """The tokenizer that a run's tokens were made with, as a file; None where it is gone."""
-    from mst_train.config import DataConfig, MixtureConfig
     from mst_train.data import load_corpus
 
-    if settings.get("tokenizer") is not None:
-        return Path(settings["tokenizer"])
-    known = {field.name for field in fields(DataConfig)}
-    values = {key: value for key, value in settings.items() if key in known}
-    mixture = [MixtureConfig(**part) for part in values.pop("mixture", [])]
-    if mixture:
-        values["source"] = mixture[0].source
+    if data.tokenizer is not None:
+        return Path(data.tokenizer)
+    if data.mixture:
+        data = replace(data, source=data.mixture[0].source, mixture=[])
     try:
-        tokenizer = load_corpus(DataConfig(**values)).tokenizer
+        tokenizer = load_corpus(data).tokenizer
     except UserError as error:
         log.warning("the run's tokenizer is left out: %s", error.problems[0])
         return None

@@ -4,14 +4,14 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from mst_train.config import Config
-from mst_train.errors import TrainingError
+from mst_train.files import replace_text, writing
 from mst_train.wandb_run import WandbRun, start_wandb
 
 GIB = 2**30
@@ -128,22 +128,8 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
     Raises TrainingError where it cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
     with writing(path):
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        temporary.replace(path)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Have errors of the file system name the file and say what to do (TrainingError)."""
-    try:
-        yield
-    except OSError as error:
-        raise TrainingError(
-            f"{path} cannot be written ({error.strerror or error}): make room or give permission "
-            f"there, and the same command continues from the last checkpoint"
-        ) from error
+        replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _set_aside(path: Path) -> None:

@@ -18,10 +18,10 @@ from typing import Any, TextIO
 
 import yaml
 
-from mst_train.checkpoint import complete_checkpoints, find_checkpoint
+from mst_train.checkpoint import find_checkpoint, own_checkpoints
 from mst_train.config import AUTO, Config, leaves
 from mst_train.errors import UserError
-from mst_train.metrics import writing
+from mst_train.files import writing
 
 FIXED = (
     "precision",
@@ -124,7 +124,7 @@ class RunFolder:
                 f"run.dir={self.path} holds a run already, and run.resume=never forbids to "
                 f"continue it: choose another run.dir or run.name, or set run.resume=auto"
             )
-        own = complete_checkpoints(self.checkpoints)[::-1]
+        own = own_checkpoints(self.checkpoints)
         if own or resume in (AUTO, "never"):
             return own
         return [find_checkpoint(Path(resume).expanduser())]

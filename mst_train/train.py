@@ -18,6 +18,7 @@ from mst_kernels import set_backend, use_triton
 from mst_train import environment
 from mst_train.bad_steps import BadSteps
 from mst_train.checkpoint import first_undamaged, load_part
+from mst_train.checkpoint_form import load_progress, load_states, load_weights
 from mst_train.checkpoint_writer import CheckpointWriter
 from mst_train.config import Config
 from mst_train.data import Batch, Data, Loader, fixed_batches, load_data
@@ -116,11 +117,12 @@ def _train(config: Config, topology: Topology) -> dict[str, Any]:
     with together(patient):
         folder.require_shared(lock)
         if checkpoint is not None:
-            before = {key: load_part(checkpoint, key) for key in ("model", "optimizer", "random")}
+            weights, states = load_weights(checkpoint, model), load_states(checkpoint, model)
     if checkpoint is not None:
-        engine.load(before["model"], before["optimizer"])
-        restore_random_state(before["random"])
-        del before  # mapped files, which could not go when the checkpoint does
+        engine.load(weights, states)
+        with together(patient):
+            restore_random_state(load_part(checkpoint, "random"))
+        del weights, states  # mapped files, which could not go when the checkpoint does
         log.info("continuing from %s", checkpoint)
     step, tokens, position = (progress_made[key] for key in ("step", "tokens", "position"))
     # Of the last finished step; a step that fails changes none of them.
@@ -367,9 +369,9 @@ def _progress_at(checkpoint: Path | None, config: Config) -> dict[str, Any]:
     """How far the run had come; its settings at the time must allow it to go on."""
     if checkpoint is None:
         return {"step": 0, "tokens": 0, "position": 0, "summary": {"val_loss": None}}
-    trainer: dict[str, Any] = load_part(checkpoint, "trainer")
-    check_continuation(trainer["config"], config, checkpoint)
-    return trainer
+    progress_made = load_progress(checkpoint)
+    check_continuation(progress_made["config"], config, checkpoint)
+    return progress_made
 
 
 def _write_summary(

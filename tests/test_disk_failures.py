@@ -73,7 +73,7 @@ def test_a_checkpoint_that_does_not_fit(
         # The parts fit and the marker does not: the limit comes after them.
         import mst_train.checkpoint as checkpoint
 
-        replace = checkpoint._replace
+        replace = checkpoint.replace_text
 
         def without_room(path, text):
             if "step_00000004" in str(path):
@@ -83,7 +83,7 @@ def test_a_checkpoint_that_does_not_fit(
             finally:
                 lift_limit()
 
-        monkeypatch.setattr(checkpoint, "_replace", without_room)
+        monkeypatch.setattr(checkpoint, "replace_text", without_room)
         with pytest.raises(TrainingError) as caught:
             train(config)
         monkeypatch.undo()

@@ -80,8 +80,8 @@ def test_a_marker_that_names_files_elsewhere_is_refused(tmp_path, caplog, name):
     marker["files"][name] = {"bytes": 1, "crc32": 0}
     (path / MARKER).write_text(json.dumps(marker))
     assert complete_checkpoints(folder) == []
-    assert f"names {name!r}, which is not in its folder" in caplog.text
-    with pytest.raises(UserError, match=r"is not whole: .* which is not in its folder"):
+    assert f"names {name!r}, which is no file of one" in caplog.text
+    with pytest.raises(UserError, match=r"is not whole: .* which is no file of one"):
         find_checkpoint(path)
 
 

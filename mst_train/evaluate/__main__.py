@@ -56,16 +56,16 @@ def _evaluate(run: Path, arguments: list[str]) -> dict[str, Any]:
         )
     import torch
 
-    from mst_train.checkpoint import load_part
+    from mst_train.checkpoint_form import load_progress
     from mst_train.compose import recompose
     from mst_train.environment import describe
     from mst_train.evaluate.checkpoint import evaluate_checkpoint, newest_checkpoint
 
-    checkpoint = newest_checkpoint(run)
-    config = recompose(load_part(checkpoint, "trainer")["config"], arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = describe(device, "mst_train.evaluate")
-    return {**evaluate_checkpoint(config, checkpoint), "environment": about}
+    with newest_checkpoint(run) as checkpoint:
+        config = recompose(load_progress(checkpoint)["config"], arguments)
+        return {**evaluate_checkpoint(config, checkpoint), "environment": about}
 
 
 if __name__ == "__main__":

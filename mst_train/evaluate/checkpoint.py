@@ -1,6 +1,8 @@
 """Evaluation of a run's newest checkpoint, without its training."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,8 @@ from typing import Any
 import torch
 
 from mst_kernels import set_backend, use_triton
-from mst_train.checkpoint import complete_checkpoints, first_undamaged, load_part
+from mst_train.checkpoint import complete_checkpoints, held
+from mst_train.checkpoint_form import load_progress, load_weights
 from mst_train.config import Config
 from mst_train.data import Vocabulary, fixed_batches, load_data
 from mst_train.errors import UserError
@@ -22,12 +25,13 @@ PASSKEY = ("passkey_accuracy", "passkey_loss", "passkey")
 log = logging.getLogger(__name__)
 
 
-def newest_checkpoint(run: Path) -> Path:
-    """A run's newest checkpoint that is whole; UserError where it has none."""
-    found = first_undamaged(complete_checkpoints(run / "checkpoints")[::-1])
-    if found is None:
-        raise UserError(f"run.dir={run} holds no whole checkpoint: give the folder of a run")
-    return found
+@contextmanager
+def newest_checkpoint(run: Path) -> Iterator[Path]:
+    """A run's newest checkpoint that is whole, and stays meanwhile; UserError where it has none."""
+    with held(lambda: complete_checkpoints(run / "checkpoints")[::-1]) as found:
+        if found is None:
+            raise UserError(f"run.dir={run} holds no whole checkpoint: give the folder of a run")
+        yield found
 
 
 def evaluate_checkpoint(config: Config, checkpoint: Path) -> dict[str, Any]:
@@ -41,7 +45,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Path) -> dict[str, Any]:
     Raises UserError where the data or the checkpoint cannot be used.
     """
     data = load_data(config.data)
-    trainer = load_part(checkpoint, "trainer")
+    trainer = load_progress(checkpoint)
     if trainer["corpus"] != data.corpus_fingerprint:
         log.warning("data.source is not what %s was trained on", checkpoint)
     probes = _probes(config, data.tokenizer)
@@ -84,5 +88,5 @@ def _load(config: Config, checkpoint: Path) -> Transformer:
         device=device,
         dtype=dtype,
     )
-    model.load_state_dict(load_part(checkpoint, "model"))
+    model.load_state_dict(load_weights(checkpoint, model))
     return model

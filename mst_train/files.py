@@ -1,0 +1,79 @@
+"""Files and folders that are whole or not there, and errors that name them."""
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from mst_train.errors import TrainingError, UserError
+
+UNFINISHED = ".writing-"
+"""How the names of folders begin that are being written or deleted."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Have errors of the file system name the file and say what to do (TrainingError)."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{path} cannot be written ({error.strerror or error}): make room or give permission "
+            f"there, and the same command continues from the last checkpoint"
+        ) from error
+
+
+def unwritable(message: str, error: Exception) -> UserError | TrainingError:
+    """What becomes of an error in writing: a full disk may have room for the same command later
+    (TrainingError), whatever else is wrong is the user's to change (UserError)."""
+    if isinstance(error, OSError) and error.errno not in FULL:
+        return UserError(message)
+    return TrainingError(message)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all, and is on disk on return."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    to_disk(path.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder so that it is there whole or not at all, whoever writes to it or is killed.
+
+    Where this is cut off, ``remove_unfinished`` does the rest.
+    """
+    removed = folder.with_name(
+        f"{UNFINISHED}{folder.name.removeprefix(UNFINISHED)}-{secrets.token_hex(4)}"
+    )
+    folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path, name: str = "") -> None:
+    """Delete what a killed process was writing or deleting in ``folder`` as ``name``."""
+    for leftover in folder.glob(f"{UNFINISHED}{name}*"):
+        with contextlib.suppress(OSError):  # gone, or not ours to delete
+            remove_folder(leftover)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
