@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mst_train.command import run_command
 from mst_train.errors import UserError
+from mst_train.paths import expanded
 
 if TYPE_CHECKING:
     from mst_train.config import Config, DataConfig
@@ -80,10 +81,10 @@ def export(
     """
     from mst_train.checkpoint import held
 
-    output = Path(output).expanduser()
+    output = expanded(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"output={output} is there already: name a new folder, or empty it")
-    with held(lambda: _candidates(Path(checkpoint).expanduser())) as found:
+    with held(lambda: _candidates(expanded(checkpoint))) as found:
         assert found is not None
         return found, _export(found, output, model_type, tokenizer)
 
@@ -161,7 +162,7 @@ def _tokenizer(
         tokenizer = _run_tokenizer(data, temporary)
     if tokenizer is None:
         return None, {}
-    path = Path(tokenizer).expanduser()
+    path = expanded(tokenizer)
     # What a tokenizer.json leaves unsaid is in the files beside it.
     files = path.parent if path.suffix == ".json" else path
     return files, {"eos_token_id": load_tokenizer(path).eod}
