@@ -190,9 +190,7 @@ def _compose_tree(folder: Path, overrides: list[str]) -> Any:
 
 
 def _misread(value: object) -> str | None:
-    """What is wrong with the form of a value's interpolations, if anything."""
-    if "${" not in str(value):
-        return None
+    """What is wrong with a value's interpolations, or with what it is at all, if anything."""
     try:
         OmegaConf.create([value])
     except OmegaConfBaseException as error:
@@ -206,6 +204,10 @@ def _resolved(tree: Any, problems: list[str]) -> tuple[dict[str, Any], dict[str,
     What cannot be resolved is left out, and told in ``problems`` where it is the tree's.
     """
     given = dict(flat(tree))
+    for key in list(given):
+        problem = _misread(given[key])
+        if problem:
+            problems.append(f"{key}={shown(given.pop(key))}: {problem}")
     derived = {key: value for key, value in flat(asdict(Config())) if key not in given}
     config = OmegaConf.create(
         nested((key, value) for key, value in (derived | given).items() if is_known(key))

@@ -137,7 +137,8 @@ def _candidates(path: Path) -> list[Path]:
 
 def _config(settings: dict[str, Any], checkpoint: Path) -> "Config":
     """A run's settings, as a checkpoint has them; what this version lacks in a model is refused."""
-    from mst_train.compose import known_keys, recompose
+    from mst_train.compose import recompose
+    from mst_train.settings import known_keys
     from mst_train.config import leaves
 
     model = {"model": settings.get("model", {})}

@@ -1,5 +1,6 @@
 """From the command line to a configuration."""
 
+import datetime
 import itertools
 import shutil
 import tomllib
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import mst_train.compose
-from mst_train.compose import choices, compose, config_folder, describe
+from mst_train.compose import choices, compose, config_folder, describe, recompose
 from mst_train.config import Config, validate
 from mst_train.errors import UserError
 from mst_train.settings import build, is_text, known_keys
@@ -206,6 +207,17 @@ def test_every_setting_takes_or_refuses_every_kind_of_value(key):
             for name in key.split("."):
                 config = getattr(config, name)
             assert str(config) == str(value)
+
+
+def test_a_runs_settings_that_no_run_has_written():
+    damaged = {"run": {"name": datetime.date(2020, 1, 1), "dir": "${"}, "model": 3, "train": None}
+    with pytest.raises(UserError) as caught:
+        recompose({**damaged, "gone": {1: 2}}, ["train.steps=x"])
+    assert [line.partition("=")[0] for line in caught.value.problems] == [
+        "run.name",
+        "run.dir",
+        "train.steps",
+    ]
 
 
 def test_texts_stay_as_they_are_typed():
