@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from mst_train.command import run_command
 from mst_train.errors import UserError
-from mst_train.paths import expanded
 
 if TYPE_CHECKING:
     from mst_train.config import Config
@@ -56,7 +55,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     if config.prepare.output is None:
         raise UserError("prepare.output is not set: name the folder to write to")
-    folder = expanded(config.prepare.output)
+    folder = Path(config.prepare.output).expanduser()
     if config.prepare.verify:
         return _verify(folder)
     return _prepare(config, folder)
@@ -83,7 +82,7 @@ def _prepare(config: "Config", folder: Path) -> int:
         raise UserError(
             f"data.source={config.data.source} is prepared already: training reads it as it is"
         )
-    root = expanded(config.data.source)
+    root = Path(config.data.source).expanduser()
     if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
         raise UserError(
             f"prepare.output={folder} is in data.source={config.data.source}, so that what is "

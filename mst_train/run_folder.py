@@ -22,7 +22,6 @@ from mst_train.checkpoint import find_checkpoint, own_checkpoints
 from mst_train.config import AUTO, Config, leaves
 from mst_train.errors import UserError
 from mst_train.files import writing
-from mst_train.paths import expanded
 
 FIXED = (
     "precision",
@@ -55,7 +54,7 @@ class RunFolder:
     """
 
     def __init__(self, config: Config) -> None:
-        self.path = expanded(config.run.dir)
+        self.path = Path(config.run.dir)
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
@@ -128,7 +127,7 @@ class RunFolder:
         own = own_checkpoints(self.checkpoints)
         if own or resume in (AUTO, "never"):
             return own
-        return [find_checkpoint(expanded(resume))]
+        return [find_checkpoint(Path(resume).expanduser())]
 
 
 def check_continuation(before: dict[str, Any], config: Config, checkpoint: Path) -> None:

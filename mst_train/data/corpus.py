@@ -39,7 +39,6 @@ from mst_train.data.tokenizer import (
 )
 from mst_train.data.tokenizer_file import load_tokenizer, open_tokenizer
 from mst_train.errors import UserError
-from mst_train.paths import expanded
 
 log = logging.getLogger(__name__)
 
@@ -185,9 +184,9 @@ def _prepared(folder: Path, data: DataConfig) -> Corpus:
 def prepared_folder(source: str) -> Path | None:
     """The prepared folder that ``data.source`` names, if it does."""
     try:
-        path = expanded(source)
+        path = Path(source).expanduser()
         return path if source != STDLIB and is_prepared(path) else None
-    except (OSError, UserError):
+    except (OSError, RuntimeError):
         return None
 
 
@@ -243,7 +242,7 @@ def verify(folder: Path) -> Iterator[str]:
 
 def cache_folder(data: DataConfig) -> Path:
     if data.cache_dir is not None:
-        return expanded(data.cache_dir)
+        return Path(data.cache_dir).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mst_train")
 
 

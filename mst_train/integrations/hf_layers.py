@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from mst_train.integrations.hf_calls import altered, origin
 from mst_train.model.hf_families import ACTIVATIONS
 from mst_train.mst import Scores, mini_sequence_mlp
-from mst_train.mst.chunking import chunk_slices, resolve_chunk_tokens
+from mst_train.mst.chunking import BLOCK_BYTES, chunk_slices, resolve_chunk_tokens
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,32 @@ class Family:
         softcap = getattr(config, "attn_logit_softcapping", None)
         return Scores(window, softcap, attention.scaling)
 
+    def problem(self, layer: Any) -> str | None:
+        """Why a layer's attention and MLP cannot be computed in their place, if they cannot."""
+        for name, suffix in (("self_attn", "Attention"), ("mlp", "MLP")):
+            part, own = getattr(layer, name), self.get(self.prefix + suffix)
+            if type(part) is not own:
+                kind = f"{type(part).__module__}.{type(part).__qualname__}"
+                return f"{name} is a {kind} and not transformers' own {self.prefix}{suffix}"
+        attention = layer.self_attn
+        reason = altered(attention)
+        if reason is not None:
+            return f"self_attn {reason}, and mini-sequences do not call it"
+        if attention.attention_dropout:
+            dropout = attention.attention_dropout
+            return f"self_attn.attention_dropout={dropout} is not supported: it must be 0"
+        if not attention.is_causal:
+            return "self_attn.is_causal=False is not supported: attention is causal"
+        implementation = attention.config._attn_implementation
+        for mapping in (self.get("ALL_ATTENTION_FUNCTIONS"), ALL_MASK_ATTENTION_FUNCTIONS):
+            function = mapping.get(implementation)
+            if function is not None and origin(function).partition(".")[0] != "transformers":
+                return (
+                    f"attention {implementation!r} is {origin(function)} and not transformers' "
+                    f"own, and mini-sequences compute theirs: model.set_attn_implementation('sdpa')"
+                )
+        return None
+
 
 FAMILIES = (
     Family("llama", "Llama"),
@@ -113,6 +141,13 @@ class RowwiseLayer:
         self._mlp_chunk_tokens, self._rerun = mlp_chunk_tokens, rerun
         self._rotate: Callable[..., tuple[Tensor, Tensor]] = family.get("apply_rotary_pos_emb")
         self._norms = [name and getattr(layer, name) for name in NORMS[family.norms]]
+        self._activation: str | None = None
+        if (
+            not family.fused
+            and altered(layer.mlp) is None
+            and all(map(is_plain, self._projections()))
+        ):
+            self._activation = ACTIVATIONS.get(getattr(layer.mlp.config, family.activation_key))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         parameters: Iterator[nn.Parameter] = self._layer.parameters()
@@ -165,19 +200,33 @@ class RowwiseLayer:
             heads = getattr(attention, norm)(heads)
         return heads
 
+    def chunk_tokens(self, asked: int | str, x_BSD: Tensor) -> int:
+        """Tokens of a block's chunk, with "auto" so that its products' results are bounded.
+
+        By the configuration: weights may be packed, or in parts on several processes.
+        """
+        config, head_dim = self._layer.self_attn.config, self._layer.self_attn.head_dim
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        features = heads * head_dim + 2 * config.hidden_size + 2 * config.intermediate_size
+        bytes_per_token = 2 * features * x_BSD.element_size()
+        tokens = x_BSD[..., 0].numel()
+        return resolve_chunk_tokens(asked, tokens, bytes_per_token, x_BSD.device, BLOCK_BYTES)
+
+    def _projections(self) -> tuple[Any, Any, Any]:
+        mlp = self._layer.mlp
+        return mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
     def _mlp(self, x_BTD: Tensor, values: bool = True) -> Tensor:
         mlp = self._layer.mlp
-        activation = ACTIVATIONS.get(getattr(mlp.config, self._family.activation_key))
-        if activation is not None and not self._family.fused:
-            projections = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-            if not has_hooks(mlp) and all(map(is_plain, projections)):
-                return mini_sequence_mlp(
-                    x_BTD,
-                    *(projection.weight for projection in projections),
-                    chunk_tokens=self._mlp_chunk_tokens,
-                    activation=activation,
-                    values=values,
-                )
+        if self._activation is not None:
+            weights = [projection.weight for projection in self._projections()]
+            return mini_sequence_mlp(
+                x_BTD,
+                *weights,
+                chunk_tokens=self._mlp_chunk_tokens,
+                activation=self._activation,
+                values=values,
+            )
         if self._rerun or not torch.is_grad_enabled():
             result: Tensor = mlp(x_BTD)
             return result
@@ -195,24 +244,31 @@ class RowwiseLayer:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is its weight and nothing else: no bias, adapter, quantization or hook."""
-    return type(module) is nn.Linear and module.bias is None and not has_hooks(module)
+    """Whether a linear layer is its weight alone: no bias, adapter, quantization or hook."""
+    return type(module) is nn.Linear and module.bias is None and altered(module) is None
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to see a module being called."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def random_parts(layer: nn.Module) -> list[str]:
-    """The names of a layer's modules that draw random numbers as it is now."""
-    return [
+def once_only(layer: nn.Module) -> str | None:
+    """Why a layer as it is now cannot run again in the backward, if it cannot."""
+    random = [
         name
         for name, module in layer.named_modules()
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
     ]
+    if random:
+        return (
+            f"{random[0]} is dropout inside a decoder layer, which would be drawn anew when the "
+            f"layer runs again: set it to 0 (lora_dropout=0), or "
+            f"apply_mini_sequence(recompute=False)"
+        )
+    if getattr(getattr(layer, "_hf_hook", None), "offload", False):
+        return (
+            "Accelerate takes the layer's weights away after its call, and it runs again in the "
+            "backward: offload smaller modules, or apply_mini_sequence(recompute=False)"
+        )
+    if any(parameter.is_meta and parameter.requires_grad for parameter in layer.parameters()):
+        return (
+            "weights that want gradients are offloaded by Accelerate, which loses their "
+            "gradients: freeze them, or train them where they are"
+        )
+    return None
