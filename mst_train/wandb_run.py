@@ -1,10 +1,15 @@
 """A run in Weights & Biases: its metrics in groups, its settings, and its checkpoints by choice.
 
 Offline, everything is written below the run's folder, and nothing is sent before ``wandb sync``.
+Nothing that W&B meets ends a run: where it cannot start online it starts offline, and where it
+cannot do that either, the run goes on without it.
 """
 
+import contextlib
 import importlib.util
 import logging
+import os
+import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,9 +18,12 @@ from typing import Any
 
 from mst_train.checkpoint import complete_checkpoints
 from mst_train.config import Config
-from mst_train.errors import UserError
 
 GIB = 2**30
+
+START_SECONDS = 30.0
+"""How long W&B may take to reach its server, or to be given a key at a terminal, before the run
+begins; for the former, W&B's own WANDB_INIT_TIMEOUT goes before."""
 
 NAMES = {
     "loss": "train/loss",
@@ -56,28 +64,40 @@ def grouped(record: Mapping[str, Any]) -> dict[str, float]:
 class WandbRun:
     """One process's part of a run; a run that continues is the same run in W&B."""
 
-    def __init__(self, folder: Path, config: Config) -> None:
-        """``folder``: the run's. Imports wandb, which has to be there."""
+    def __init__(self, folder: Path, config: Config, mode: str) -> None:
+        """Start it; raises whatever W&B, its process, the network and the disk raise.
+
+        Args:
+            folder: the run's.
+            mode: online or offline.
+        """
         import wandb
 
         self._wandb, self._settings = wandb, config.logging.wandb
         self._checkpoints = folder / "checkpoints"
         self._sent = set(self._complete()) if self._settings.artifacts == "all" else set()
-        identity = folder / "wandb_run_id"
-        if not identity.exists():
-            identity.write_text(uuid.uuid4().hex[:8])
+        settings = wandb.Settings(silent=mode == "offline", login_timeout=START_SECONDS)
+        if "WANDB_INIT_TIMEOUT" not in os.environ:
+            settings.init_timeout = START_SECONDS
         self._run = wandb.init(
-            id=identity.read_text().strip(),
+            id=_identity(folder / "wandb_run_id"),
             resume="allow",
-            mode=self._settings.mode,  # type: ignore[arg-type]
+            mode=mode,  # type: ignore[arg-type]
             project=self._settings.project,
             name=config.run.name,
             dir=folder,
             config=asdict(config),
-            settings=wandb.Settings(silent=self._settings.mode == "offline"),
+            settings=settings,
         )
+        if self._run.disabled:
+            raise RuntimeError("nobody has given it a key, or it is disabled by its own settings")
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
+
+    @property
+    def folder(self) -> Path:
+        """What ``wandb sync`` takes."""
+        return Path(self._run.dir).parent
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Send a record; it has a ``step``."""
@@ -105,9 +125,9 @@ class WandbRun:
         if self._settings.artifacts == "last":
             for path in self._complete()[-1:]:
                 self._send(path)
-        folder = Path(self._run.dir).parent
+        folder, offline = self.folder, self._run.offline
         self._run.finish(exit_code=exit_code)
-        if self._settings.mode == "offline":
+        if offline:
             log.info("W&B is offline; to send the run: wandb sync %s", folder)
 
     def _complete(self) -> list[Path]:
@@ -121,19 +141,74 @@ class WandbRun:
 
 
 def start_wandb(folder: Path, config: Config) -> WandbRun | None:
-    """The run's part in W&B; None where it is disabled or not installed.
+    """The run's part in W&B; None where it is disabled, not installed or cannot start.
 
-    Raises UserError where it is not installed and logging.wandb.mode is online.
+    One that cannot start online is offline. A warning says why, and what to do.
     """
     mode = config.logging.wandb.mode
     if mode == "disabled":
         return None
-    if importlib.util.find_spec("wandb") is not None:
-        return WandbRun(folder, config)
-    if mode == "online":
-        raise UserError(
-            "logging.wandb.mode=online, but wandb is not installed: pip install wandb, or set "
-            "logging.wandb.mode=disabled"
-        )
-    log.info("wandb is not installed: metrics go to %s alone", folder / "metrics.jsonl")
+    records = folder / "metrics.jsonl"
+    reasons: list[str] = []
+    for attempt in dict.fromkeys((mode, "offline")):
+        try:
+            if importlib.util.find_spec("wandb") is None:
+                _not_installed(mode, records)
+                return None
+            run = WandbRun(folder, config, attempt)
+        except Exception as error:  # whatever W&B, its process, the network and the disk raise
+            reasons.append(" ".join(str(error).split()) or type(error).__name__)
+            _end_process()
+            continue
+        if reasons:
+            log.warning(
+                "W&B cannot start online (%s): the run goes on with W&B offline. To send this "
+                "part of it later: wandb sync %s. For the next start, see to what is named there "
+                "(a key: wandb login or WANDB_API_KEY), or set logging.wandb.mode=offline",
+                reasons[0],
+                run.folder,
+            )
+        return run
+    log.warning(
+        "W&B cannot start (%s): the run goes on without it, with its records in %s. For the next "
+        "start, see to what is named there, or set logging.wandb.mode=disabled",
+        "; ".join(dict.fromkeys(reasons)),
+        records,
+    )
     return None
+
+
+def _not_installed(mode: str, records: Path) -> None:
+    log.log(
+        logging.WARNING if mode == "online" else logging.INFO,
+        "wandb is not installed: metrics go to %s alone (pip install wandb to have W&B, or set "
+        "logging.wandb.mode=disabled)",
+        records,
+    )
+
+
+def _end_process() -> None:
+    """End W&B's own process, where there is one: it would refuse the same run a second time."""
+    with contextlib.suppress(Exception):  # as what it is called for
+        import wandb
+
+        wandb.teardown()
+
+
+def _identity(path: Path) -> str:
+    """The run's name in W&B's own records: the one that ``path`` keeps, or a new one."""
+    kept = path.read_text(errors="replace").strip() if path.exists() else None
+    if kept is not None and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", kept):
+        return kept
+    if kept is not None:
+        log.warning("%s is damaged: from here on W&B has this as another run", path)
+    identity = uuid.uuid4().hex[:8]
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(identity)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return identity

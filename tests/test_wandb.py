@@ -1,6 +1,7 @@
 """A run's part in W&B, read back from the files that are written offline."""
 
 import importlib.util
+import io
 import json
 import logging
 import runpy
@@ -9,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mst_train.errors import UserError
 from mst_train.metrics import Metrics
-from mst_train.wandb_run import GIB, NAMES, WandbRun, grouped
+from mst_train.wandb_run import GIB, NAMES, START_SECONDS, WandbRun, grouped
 
 RECORD = {
     "step": 1,
@@ -216,10 +216,125 @@ def test_without_wandb_the_records_are_written_all_the_same(path, config, withou
     assert not (path.parent / "wandb").exists()
 
 
-def test_online_without_wandb_is_refused(path, config, change, without_wandb):
+def test_online_without_wandb_is_told(path, config, change, without_wandb, caplog):
     config = change(config, **{"logging.wandb.mode": "online"})
-    with pytest.raises(UserError, match=r"logging\.wandb\.mode=online, but wandb is not installed"):
-        Metrics(path, config, 0)
+    goes_on_without(path, config)
+    assert "wandb is not installed" in only_warning(caplog)
+
+
+def only_warning(caplog):
+    ours = [record for record in caplog.records if record.name.startswith("mst_train")]
+    (warning,) = [record.message for record in ours if record.levelname == "WARNING"]
+    return warning
+
+
+def goes_on_without(path, config):
+    metrics = Metrics(path, config, None)
+    metrics.log(RECORD)
+    metrics.finish(RECORD)
+    metrics.close(0)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [RECORD]
+    path.unlink()
+
+
+def test_what_keeps_it_from_starting_never_ends_a_run(path, config, change, monkeypatch, caplog):
+    wandb = pytest.importorskip("wandb")
+    errors = wandb.errors
+    failures = [
+        errors.UsageError("No API key configured"),
+        errors.AuthenticationError("the key is not 40 characters long"),
+        errors.CommError("Run initialization has timed out after 30.0 sec"),
+        errors.Error("Assertion failed"),
+        TimeoutError(),
+        ConnectionRefusedError(111, "Connection refused"),
+        OSError(28, "No space left on device"),
+        PermissionError(13, "Permission denied", "wandb"),
+        ImportError("cannot import name 'init'"),
+        AttributeError("module 'wandb' has no attribute 'init'"),
+    ]
+    for failure in failures:
+        for mode in ("online", "offline"):
+
+            def fail(*, failure=failure, **settings):
+                raise failure
+
+            caplog.clear()
+            monkeypatch.setattr(wandb, "init", fail)
+            goes_on_without(path, change(config, **{"logging.wandb.mode": mode}))
+            warning = only_warning(caplog)
+            assert "the run goes on without it, with its records in" in warning
+            assert (str(failure) or "TimeoutError") in warning
+
+
+def test_where_it_cannot_start_online_it_is_offline(path, config, change, monkeypatch, caplog):
+    """Without a key: W&B itself, to its end."""
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(path.parent))
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    config = change(config, **{"logging.wandb.mode": "online"})
+    metrics = Metrics(path, config, 0)
+    metrics.log(RECORD)
+    metrics.close(0)
+    file = only_file(path.parent)
+    warning = only_warning(caplog)
+    assert "No API key configured" in warning
+    assert f"wandb sync {file.parent}." in warning
+    assert read(file)["history"][0]["train/loss"] == RECORD["loss"]
+
+
+def test_a_server_out_of_reach_is_not_waited_for_long(path, config, change, monkeypatch, caplog):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_INIT_TIMEOUT", raising=False)
+    waits = []
+
+    def fail(*, settings, mode, **others):
+        given = settings.model_dump(include=settings.model_fields_set)
+        waits.append((mode, given.get("init_timeout"), given["login_timeout"]))
+        raise wandb.errors.CommError("no route to host")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    config = change(config, **{"logging.wandb.mode": "online"})
+    goes_on_without(path, config)
+    assert waits == [(mode, START_SECONDS, START_SECONDS) for mode in ("online", "offline")]
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "200")
+    goes_on_without(path, config)
+    assert waits[-1] == ("offline", None, START_SECONDS)  # W&B reads its own
+
+
+@pytest.mark.parametrize("kept", ["", "\n", "a/b", "\udcff\0"])
+def test_a_damaged_name_is_replaced(kept, path, config, caplog):
+    pytest.importorskip("wandb")
+    identity = path.parent / "wandb_run_id"
+    identity.write_text(kept, errors="surrogateescape")
+    metrics = Metrics(path, config, 0)
+    metrics.log(RECORD)
+    metrics.close(0)
+    assert f"{identity} is damaged" in caplog.text
+    assert only_file(path.parent).name == f"run-{identity.read_text()}.wandb"
+
+
+def test_a_name_that_cannot_be_written_leaves_nothing(path, config, monkeypatch, caplog):
+    """As on a full disk: after room was made, the next start finds no empty file."""
+    pytest.importorskip("wandb")
+    write_text = Path.write_text
+
+    def full(self, text, *rest, **settings):
+        if "wandb_run_id" not in self.name:
+            return write_text(self, text, *rest, **settings)
+        write_text(self, "")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        goes_on_without(path, config)
+    identity = path.parent / "wandb_run_id"
+    assert f"No space left on device: '{identity}'" in caplog.text
+    assert not list(path.parent.glob("wandb_run_id*"))
+    metrics = Metrics(path, config, 0)
+    metrics.log(RECORD)
+    metrics.close(0)
+    assert only_file(path.parent).name == f"run-{identity.read_text()}.wandb"
 
 
 def test_the_dashboard_shows_metrics_that_runs_have():
