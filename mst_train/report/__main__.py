@@ -1,9 +1,11 @@
 """python -m mst_train.report run.dir=DIR [report.compare=[DIR,...]]: a run as an HTML page."""
 
+import contextlib
 import sys
 from pathlib import Path
 
 from mst_train.command import run_command
+from mst_train.errors import TrainingError
 
 HELP = """\
 python -m mst_train.report run.dir=DIR [report.compare=[DIR,...]]
@@ -36,8 +38,17 @@ def _run(arguments: list[str]) -> int:
 
     file = folder / "report.html"
     temporary = folder / ".report.html.tmp"
-    temporary.write_text(page(runs, over_lengths(runs[0])))
-    temporary.replace(file)
+    text = page(runs, over_lengths(runs[0]))
+    try:
+        temporary.write_text(text, "utf-8", "replace")
+        temporary.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise TrainingError(
+            f"{file} cannot be written ({error.strerror or error}): make room or give permission "
+            f"there"
+        ) from error
     print(f"The page: {file}")
     return 0
 

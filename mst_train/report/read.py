@@ -1,7 +1,9 @@
-"""A run's folder, as its report needs it."""
+"""A run's folder, as its report needs it. What is damaged is left out, and a warning says so."""
 
 import json
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -10,8 +12,16 @@ from typing import Any
 import yaml
 
 from mst_train.errors import UserError
+from mst_train.memory.tracker import KINDS
 
 Record = dict[str, Any]
+
+LARGEST = 1e100
+"""Larger numbers cannot be drawn; nothing that a run measures comes near."""
+PLACES = 100_000
+"""The most values in a file of settings; a YAML of a few lines can stand for billions."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,12 +41,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        name: str = self.settings.get("run", {}).get("name", self.folder.name)
+        name: str = group(self.settings, "run").get("name", self.folder.name)
         return name
 
     @property
     def sequence_length(self) -> int | None:
-        length: int | None = self.settings.get("data", {}).get("sequence_length")
+        length: int | None = group(self.settings, "data").get("sequence_length")
         return length
 
     def curve(self, key: str, scale: float = 1) -> tuple[list[int], list[float]]:
@@ -68,9 +78,18 @@ def curve(records: list[Record], key: str, scale: float = 1) -> tuple[list[int],
     return [step for step, _ in known], [value for _, value in known]
 
 
+def group(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """A group of settings; an empty one where there is none. ValueError for a single value."""
+    found = settings.get(name)
+    if found is None:
+        return {}
+    _require(isinstance(found, dict), f"{name} is no group")
+    return found  # type: ignore[no-any-return]
+
+
 def read_run(folder: Path) -> Run:
     """The run in ``folder``; UserError where it holds none, or none that has done a step."""
-    records = _records(folder)
+    records = _records(folder / "metrics.jsonl")
     training = [r for r in records if "tokens" in r]
     if not training:
         raise UserError(f"{folder}/metrics.jsonl holds no training step yet: let the run do one")
@@ -79,48 +98,166 @@ def read_run(folder: Path) -> Run:
         training,
         [r for r in records if "val_loss" in r],
         [r for r in records if "passkey" in r],
-        _read_yaml(folder / "config.yaml"),
-        _read_json(folder / "environment.json"),
-        _read_json(folder / "prediction.json"),
+        _read(folder / "config.yaml", yaml.safe_load, _check_settings),
+        _read(folder / "environment.json", json.loads, _check_environment),
+        _read(folder / "prediction.json", json.loads, _check_prediction),
     )
 
 
-def _records(folder: Path) -> list[Record]:
-    path = folder / "metrics.jsonl"
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError as error:
+def _records(path: Path) -> list[Record]:
+    if not path.exists():
         raise UserError(
-            f"{folder} holds no metrics.jsonl: give the folder of a run (run.dir=DIR, "
+            f"{path.parent} holds no metrics.jsonl: give the folder of a run (run.dir=DIR, "
             f"report.compare=[DIR,...])"
-        ) from error
-    records = []
-    for line in lines:
+        )
+    try:
+        text = _text_of(path, "replace")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({_reason(error)}): make it readable") from error
+    records, damaged = [], []
+    lines = text.split("\n")
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except ValueError:  # a last line that is being written
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            _check_record(record)
+        except (ValueError, RecursionError) as error:
+            if number < len(lines):  # the last one is empty, or being written
+                damaged.append((number, error))
+        else:
             records.append(record)
+    if damaged:
+        number, error = damaged[0]
+        log.warning(
+            "%s is damaged in %d lines (line %d: %s): the page is without them",
+            *(path, len(damaged), number, _reason(error)),
+        )
     return records
 
 
-def _is_number(value: object) -> bool:
+def _read(
+    path: Path, parse: Callable[[str], Any], check: Callable[[Record], None]
+) -> dict[str, Any]:
+    """What a file says; nothing where it is not there or, with a warning, damaged."""
+    if not path.exists():
+        return {}
+    try:
+        content = parse(_text_of(path))
+        _require(isinstance(content, dict), "it is no group of settings")
+        _count(content, 0)
+        check(content)
+    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
+        log.warning("%s is damaged (%s): the page is without it", path, _reason(error))
+        return {}
+    return content  # type: ignore[no-any-return]
+
+
+def _text_of(path: Path, errors: str = "strict") -> str:
+    _require(path.is_file(), "it is no file")
+    return path.read_text("utf-8", errors)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{' '.join(str(error).split()) or type(error).__name__:.120}"
+
+
+# --- what the page relies on; ValueError where a file does not have it ---------------------------
+
+
+def _check_record(record: Any) -> None:
+    _require(isinstance(record, dict), "it is no record")
+    _require(_is_whole(record.get("step")), "step is no whole number")
+    for key, value in record.items():
+        if key == "val_loss_by_position":
+            _require(isinstance(value, dict), f"{key} is no group of losses")
+            places = all(at.isascii() and at.isdigit() and len(at) < 16 for at in value)
+            _require(places and all(map(_is_number, value.values())), f"{key} is not by position")
+        elif key == "passkey":
+            _require(isinstance(value, list) and bool(value), f"{key} is no list of probes")
+            _require(all(map(_is_probe, value)), f"{key} has a probe of another form")
+            _require(_is_share(record.get("passkey_accuracy")), "passkey_accuracy is no share")
+        elif key not in ("skipped", "stopped"):
+            unknown = value is None or (isinstance(value, float) and not math.isfinite(value))
+            _require(unknown or _is_number(value), f"{key} is no number that can be")
+
+
+def _is_probe(probe: Any) -> bool:
+    return (
+        isinstance(probe, dict)
+        and _is_whole(probe.get("length"))
+        and _is_share(probe.get("depth"))
+        and _is_share(probe.get("accuracy"))
+    )
+
+
+def _check_settings(content: Record) -> None:
+    _check_text(content, "precision")
+    _check_text(group(content, "run"), "name")
+    for part, names in (("data", ["sequence_length"]), ("model", ["num_layers", "hidden_size"])):
+        found = group(content, part)
+        for name in names if found else ():
+            _require(_is_size(found.get(name)), f"{part}.{name} is no whole number above 0")
+
+
+def _check_environment(content: Record) -> None:
+    _check_text(content, "date")
+    group(content, "hardware")
+
+
+def _check_prediction(content: Record) -> None:
+    for name in ("sequence_length", "tokens_per_step", "gpus"):
+        _require(_is_size(content.get(name)), f"{name} is no whole number")
+    for name in ("device", "policy", "offload"):
+        _require(isinstance(content.get(name), str), f"{name} is no text")
+    for name in ("keep_attention", "in_backward"):
+        _require(isinstance(content.get(name), bool), f"{name} is neither true nor false")
+    sizes = {name: content.get(name) for name in ("peak_bytes", "budget_bytes")}
+    breakdown = group(content, "breakdown")
+    sizes |= {kind: breakdown.get(kind) for kind in (*KINDS, "overhead")}
+    for name, size in sizes.items():
+        _require(_is_number(size) and size >= 0, f"{name} is no size in bytes")
+
+
+def _count(value: Any, seen: int) -> int:
+    """``seen`` and the values in a tree of text, numbers and groups of them, which it has to be."""
+    _require(seen < PLACES, f"it has more than {PLACES:,} values")
+    if isinstance(value, dict):
+        for name, inside in value.items():
+            _require(isinstance(name, str), f"{name!r} is not the name of a setting")
+            name.encode()
+            seen = _count(inside, seen + 1)
+    elif isinstance(value, list):
+        for inside in value:
+            seen = _count(inside, seen + 1)
+    elif isinstance(value, str):
+        value.encode()
+    else:
+        _require(value is None or isinstance(value, int | float), f"{value!r} is no setting")
+    return seen
+
+
+def _check_text(content: Record, name: str) -> None:
+    _require(isinstance(content.get(name, ""), str), f"{name} is no text")
+
+
+def _require(holds: bool, problem: str) -> None:
+    if not holds:
+        raise ValueError(problem)
+
+
+def _is_number(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)  # type: ignore[arg-type]
+    return number and abs(value) < LARGEST and math.isfinite(value)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _is_size(value: Any) -> bool:
+    return _is_whole(value) and value > 0
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1

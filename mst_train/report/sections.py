@@ -17,7 +17,7 @@ from mst_train.report.charts import (
     short_power,
     smooth,
 )
-from mst_train.report.read import Run, curve
+from mst_train.report.read import Run, curve, group
 
 GIB = 2**30
 
@@ -44,7 +44,7 @@ OF_OTHER_COMMANDS = ("run", "plan", "bench", "prepare", "report")
 
 def heading(run: Run) -> str:
     """The run's name and, in a line, what it is."""
-    model = run.settings.get("model", {})
+    model = group(run.settings, "model")
     parts = []
     if model:
         parts.append(f"{model['num_layers']} layers of {model['hidden_size']:,}")
@@ -53,7 +53,7 @@ def heading(run: Run) -> str:
     parts += [str(run.settings[key]) for key in ("precision",) if key in run.settings]
     if run.prediction:
         parts.append(f"memory.policy={run.prediction['policy']}")
-    hardware = run.environment.get("hardware", {})
+    hardware = group(run.environment, "hardware")
     parts += [str(hardware[key]) for key in ("gpu", "cpu") if key in hardware][:1]
     parts += [run.environment["date"][:10]] if "date" in run.environment else []
     return f"<h1>{escape(run.name)}</h1>\n<p class=faint>{escape(' · '.join(parts))}</p>"

@@ -1,15 +1,23 @@
 """The page of a run: what is on it, that it loads nothing, and what it is made from."""
 
+import itertools
 import json
+import math
+import os
 import re
+import shutil
 from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
+from mst_train.errors import UserError
 from mst_train.memory.tracker import KINDS
 from mst_train.report import charts
 from mst_train.report.__main__ import main
-from mst_train.report.page import DARK, LIGHT
+from mst_train.report.memory import over_lengths
+from mst_train.report.page import DARK, LIGHT, page
 from mst_train.report.read import read_run
 from mst_train.train import train
 
@@ -236,3 +244,147 @@ def test_smooth_is_the_mean_around():
 )
 def test_short_numbers(value, expected):
     assert charts.short(value) == expected
+
+
+# ---------------------------------------------------------------- damaged files
+
+
+JUNK = [None, True, -1, 0, 10**400, 1e308, math.nan, "text", [], [[1]], {}, {"a": 1}, "\ud800"]
+"""What a file could hold in the place of anything."""
+
+PLACES = {
+    "metrics.jsonl": [
+        ["step"],
+        ["loss"],
+        ["tokens"],
+        ["val_loss_by_position", "0"],
+        ["passkey"],
+        ["passkey", 0, "length"],
+        ["passkey", 0, "depth"],
+    ],
+    "config.yaml": [["run"], ["run", "name"], ["model"], ["model", "num_layers"], ["data"]],
+    "environment.json": [["date"], ["hardware"]],
+    "prediction.json": [["breakdown"], ["breakdown", "head"], ["peak_bytes"], ["device"], ["gpus"]],
+}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The page without its drawings, which take most of its time; their data are still read."""
+    from mst_train.report import sections
+
+    def draw(name, curves, label, **settings):
+        values = [value for curve in curves for value in (*curve.x, *curve.y)]
+        assert all(abs(float(value)) < 1e101 for value in values)
+        return f"<svg {charts.smooth(values)[:1]}></svg>"
+
+    def draw_memory(name, reports, measured):
+        kinds = charts.AREAS
+        assert all(report["breakdown"][kind] >= 0 for report in reports for kind in kinds)
+        return "<svg></svg>"
+
+    monkeypatch.setattr(sections, "line_chart", draw)
+    monkeypatch.setattr(sections, "memory_chart", draw_memory)
+
+
+def whole_run(folder):
+    """A run's files, each with everything that the page reads."""
+    make_run(folder, steps=3, run={"name": "a run"}, model={"num_layers": 2, "hidden_size": 8})
+    probes = [{"length": 64, "depth": 0.5, "accuracy": 0.5, "loss": 1.0}]
+    record = {"step": 3, "passkey_accuracy": 0.5, "passkey_loss": 1.0, "passkey": probes}
+    everything = {
+        **json.loads((folder / "metrics.jsonl").read_text().splitlines()[0]),
+        **{"val_loss": 2.0, "val_loss_by_position": {"0": 2.5, "256": 2.0}, **record},
+    }
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(everything) + "\n")
+    environment = {"date": "2026-01-01", "hardware": {"cpu": "one"}, "git_commit": "abc"}
+    (folder / "environment.json").write_text(json.dumps(environment))
+    prediction = {
+        "breakdown": dict.fromkeys((*KINDS, "overhead"), 10),
+        **{"peak_bytes": 80, "budget_bytes": 100, "sequence_length": 64, "tokens_per_step": 64},
+        **{"gpus": 1, "device": "cpu", "policy": "mst", "offload": "none"},
+        **{"keep_attention": True, "in_backward": False},
+    }
+    (folder / "prediction.json").write_text(json.dumps(prediction))
+    return folder
+
+
+def told(path, caplog):
+    """Make the page of a run; whether a message names its damaged file."""
+    caplog.clear()
+    try:
+        run = read_run(path.parent)
+    except UserError as error:
+        return str(path) in str(error)
+    page([run], [run.prediction] if run.prediction else []).encode()
+    return str(path) in caplog.text
+
+
+@pytest.mark.parametrize("file", PLACES)
+def test_wrong_values_are_left_out_and_told(file, tmp_path, quick, caplog):
+    """Whatever stands in the place of what the page reads."""
+    for number, (place, value) in enumerate(itertools.product(PLACES[file], JUNK)):
+        folder = whole_run(tmp_path / str(number))
+        lines = (folder / file).read_text().splitlines(keepends=True)
+        content = json.loads(lines[-1])
+        inside = content
+        for key in place[:-1]:
+            inside = inside[key]
+        right = {"step": [0], "loss": [None, -1, 0, math.nan], "tokens": [None, -1, 0, math.nan]}
+        right |= {"0": [-1, 0], "depth": [0], "length": [0], "head": [0], "peak_bytes": [0]}
+        right |= {name: [None, {}] for name in ("model", "data")}
+        right |= {name: [None, {}, {"a": 1}] for name in ("run", "hardware")}
+        right |= {"name": ["text", 1e308, math.nan], "date": ["text"], "device": ["text"]}
+        inside[place[-1]] = value
+        (folder / file).write_text("".join([*lines[:-1], json.dumps(content) + "\n"]))
+        usable = any(repr(value) == repr(one) for one in right.get(str(place[-1]), []))
+        assert told(folder / file, caplog) or usable, (place, value)
+
+
+@pytest.mark.parametrize("file", PLACES)
+def test_damaged_files_are_left_out_and_told(file, tmp_path, quick, caplog):
+    laughs = "\n".join(f"{b}: &{b} [{','.join(9 * [f'*{a}'])}]" for a, b in pairwise("abcdefghij"))
+    contents = [b"\xff\xfe\0", b"[" * 10**5 + b"\n", b'{"a":' * 10**5 + b"\n", b"[1]\n"]
+    contents += [b'{"step": %s}\n' % (b"9" * 5000), b"3\n", b'{"date": {1: 2}}\n', b"a: [\n"]
+    if file == "config.yaml":
+        contents += [f"a: &a [1]\n{laughs}\n".encode(), b"a: &a {b: *a}\n", b"a: 2020-99-99\n"]
+        contents += [b"a: !!python/object/apply:os.getcwd []\n", b"1: 2\n", b"a: !!binary aGk=\n"]
+    folder = whole_run(tmp_path / "run")
+    path = folder / file
+    for content in contents:
+        path.write_bytes(content + b"\n")
+        assert told(path, caplog), content[:80]
+    path.unlink()
+    for make in (Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        make(path)
+        assert told(path, caplog), make
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_a_prediction_of_other_settings_is_not_drawn_over_lengths(run, tmp_path, caplog):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    config = folder / "config.yaml"
+    for now in ("num_layers: 200000", "sequence_length: 100", "micro_batch_size: 1000000"):
+        whole = (run / "config.yaml").read_text()
+        name = now.partition(":")[0]
+        config.write_text(re.sub(rf"\b{name}: \d+", now, whole, count=1))
+        caplog.clear()
+        (report,) = over_lengths(read_run(folder))
+        assert report["sequence_length"] == 400
+        assert f"{config} cannot be planned with" in caplog.text
+
+
+def test_a_page_that_cannot_be_written_is_named(tmp_path, quick, capsys, monkeypatch):
+    folder = whole_run(tmp_path / "run")
+    write_text = Path.write_text
+
+    def full(self, text, *rest, **settings):
+        write_text(self, "")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main([f"run.dir={folder}"]) == 1
+    assert f"{folder}/report.html cannot be written (No space left" in capsys.readouterr().err
+    assert not list(folder.glob("*report.html*"))
+    assert not list(folder.glob(".report*"))
