@@ -13,6 +13,11 @@ from mst_train.errors import UserError
 from mst_train.model.hf_families import ACTIVATIONS, FAMILIES, NEVER, SIZES, SPANS, Family
 from mst_train.model.rope import ntk_theta
 
+LARGEST = 1 << 30
+MOST_LAYERS = 10_000
+"""Larger numbers are damage: they would overflow, or take for ever, before the weights are looked
+at."""
+
 # --- from config.json ----------------------------------------------------------------------------
 
 
@@ -32,6 +37,8 @@ def read_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     settings: dict[str, Any] = dict(family.fixed)
     for key, setting in SIZES.items():
         settings[setting] = reader.whole(key)
+    if settings["num_layers"] > MOST_LAYERS:
+        reader.refuse("num_hidden_layers", f"it must be at most {MOST_LAYERS:,}")
     settings["num_kv_heads"] = reader.whole("num_key_value_heads", settings["num_heads"])
     settings["head_size"] = reader.whole("head_dim", 0) or None
     settings["norm_epsilon"] = reader.number("rms_norm_eps")
@@ -74,8 +81,8 @@ class _Reader:
         value = self.values.get(key)
         if value is None and if_null is not None:
             return if_null
-        if not isinstance(value, int) or isinstance(value, bool):
-            self.refuse(key, "it must be a whole number")
+        if not isinstance(value, int) or isinstance(value, bool) or abs(value) > LARGEST:
+            self.refuse(key, f"it must be a whole number of at most {LARGEST:,}")
             return 1
         return value
 
@@ -96,7 +103,7 @@ def _refuse_unsupported(family: Family, reader: _Reader) -> None:
         if key not in family.ignored and value is not None and value != only:
             reader.refuse(key, f"it must be {str(only).lower()} or left out")
     architectures = reader.values.get("architectures")
-    if architectures is not None and family.architecture not in architectures:
+    if architectures is not None and family.architecture not in _listed(architectures):
         reader.refuse("architectures", f"it must name {family.architecture}")
 
 
@@ -109,8 +116,8 @@ def _read_windows(family: Family, reader: _Reader, layers: int) -> dict[str, Any
     if family.windows == "all":
         spans = ["sliding"] * layers
     elif kinds is not None:
-        unknown = set(map(str, kinds)) - set(SPANS)
-        if unknown or len(kinds) != layers:
+        unknown = set(map(str, _listed(kinds))) - set(SPANS)
+        if unknown or len(_listed(kinds)) != layers:
             reader.refuse(
                 "layer_types", f"it must name {' or '.join(SPANS)} for each of {layers} layers"
             )
@@ -131,6 +138,11 @@ def _read_windows(family: Family, reader: _Reader, layers: int) -> dict[str, Any
     }
 
 
+def _listed(value: Any) -> list[Any]:
+    """A list; an empty one in the place of anything else."""
+    return value if isinstance(value, list) else []
+
+
 def _shortest_pattern(spans: list[str]) -> list[str]:
     """What, repeated, gives these."""
     lengths = range(1, len(spans) + 1)
@@ -144,6 +156,9 @@ def _shortest_pattern(spans: list[str]) -> list[str]:
 def _read_rope(reader: _Reader) -> dict[str, Any]:
     """The settings of rotary embeddings, from transformers 4's keys or 5's ``rope_parameters``."""
     given = reader.values.get("rope_scaling") or reader.values.get("rope_parameters") or {}
+    if not isinstance(given, dict):
+        reader.problems.append(f"rope_scaling={given} is not supported: it must be an object")
+        return {}
     if any(isinstance(value, dict) for value in given.values()):
         reader.problems.append("rope_parameters that differ between layers are not supported")
         return {}

@@ -53,12 +53,9 @@ def _belong(config: Config, prediction: dict[str, Any]) -> bool:
     train, length = config.train, config.data.sequence_length
     sequences = prediction["gpus"] // config.parallel.sequence_parallel
     sequences *= train.micro_batch_size * train.accumulation_steps
-    return (
-        prediction["sequence_length"] == length
-        and prediction["tokens_per_step"] == sequences * length
-        and prediction["gpus"] * prediction["breakdown"]["parameters"]
-        >= 2 * parameter_count(config.model)
-    )
+    lengths = (prediction["sequence_length"], prediction["tokens_per_step"])
+    held: int = prediction["gpus"] * prediction["breakdown"]["parameters"]
+    return lengths == (length, sequences * length) and held >= 2 * parameter_count(config.model)
 
 
 def _as_planned(config: Config, prediction: dict[str, Any]) -> Config:

@@ -122,14 +122,14 @@ def _records(path: Path) -> list[Record]:
             _check_record(record)
         except (ValueError, RecursionError) as error:
             if number < len(lines):  # the last one is empty, or being written
-                damaged.append((number, error))
+                damaged.append((number, _reason(error)))
         else:
             records.append(record)
     if damaged:
-        number, error = damaged[0]
+        number, reason = damaged[0]
         log.warning(
             "%s is damaged in %d lines (line %d: %s): the page is without them",
-            *(path, len(damaged), number, _reason(error)),
+            *(path, len(damaged), number, reason),
         )
     return records
 
@@ -216,7 +216,7 @@ def _check_prediction(content: Record) -> None:
     breakdown = group(content, "breakdown")
     sizes |= {kind: breakdown.get(kind) for kind in (*KINDS, "overhead")}
     for name, size in sizes.items():
-        _require(_is_number(size) and size >= 0, f"{name} is no size in bytes")
+        _require(size is not None and _is_number(size) and size >= 0, f"{name} is no size")
 
 
 def _count(value: Any, seen: int) -> int:
