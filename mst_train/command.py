@@ -1,6 +1,7 @@
 """What all commands share: how an error becomes a message and an exit status."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -13,9 +14,9 @@ def run_command(
 ) -> int:
     """Run ``command`` with ``arguments`` (None: the process's own); returns its exit status.
 
-    2 and one line per problem for what the user gave; 1 and one line for what failed later; 143 and
-    138 and one line for SIGTERM and SIGUSR1, which asked a run to stop; 130 and ``interrupted`` for
-    Ctrl-C. Anything else is a bug and keeps its traceback.
+    2 and one line per problem for what the user gave, 75 where another process is using it; 1 and
+    one line for what failed later; 143 and 138 and one line for SIGTERM and SIGUSR1, which asked a
+    run to stop; 130 and ``interrupted`` for Ctrl-C. Anything else is a bug and keeps its traceback.
 
     Of several processes the first one logs; the others only say what ends them, with their names.
     An error without a message is one that another process tells.
@@ -23,11 +24,13 @@ def run_command(
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mst_train").setLevel(logging.ERROR if rank() else logging.INFO)
     try:
-        return command(sys.argv[1:] if arguments is None else arguments)
+        status = command(sys.argv[1:] if arguments is None else arguments)
+        print(end="", flush=True)
+        return status
     except UserError as error:
         for problem in error.problems:
             _tell("error", problem)
-        return 2
+        return error.status
     except Stopped as stopped:
         _tell("stopped", str(stopped))
         return stopped.status
@@ -35,13 +38,28 @@ def run_command(
         _tell("error", str(error))
         return 1
     except BrokenPipeError:
+        _is_output_lost()
         return 1
     except OSError as error:
-        _tell("error", f"{error.filename or 'a file'}: {error.strerror or error}")
+        unnamed = "standard output" if _is_output_lost() else "a file"
+        _tell("error", f"{error.filename or unnamed}: {error.strerror or error}")
         return 1
     except KeyboardInterrupt:
         _tell("interrupted", "" if rank() else interrupted)
         return 130
+
+
+def _is_output_lost() -> bool:
+    """Whether what was printed cannot be written; it is then forgotten, or Python itself would try
+    again at its end, and fail."""
+    try:
+        print(flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return True
+    return False
 
 
 def _tell(what: str, message: str) -> None:

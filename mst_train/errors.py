@@ -10,6 +10,8 @@ class Ending(Exception):
     """
 
     shared = False
+    status = 1
+    """The command's exit status."""
 
 
 class UserError(Ending):
@@ -19,9 +21,20 @@ class UserError(Ending):
     (the configuration key or the file), and what to do about it.
     """
 
+    status = 2
+
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+class InUse(UserError):
+    """What the user gave is another process's at the moment: the same command may succeed later.
+
+    Commands print the message and exit with status 75, which is sysexits.h's for that.
+    """
+
+    status = 75
 
 
 class TrainingError(Ending):

@@ -77,6 +77,7 @@ def export(
     Raises:
         UserError: no whole checkpoint, an output that is there, a model that no family has. Nothing
             is left behind then.
+        TrainingError: no room.
     """
     from mst_train.checkpoint import held
 

@@ -3,10 +3,12 @@
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from mst_train.errors import TrainingError, UserError
 
@@ -36,6 +38,11 @@ def unwritable(message: str, error: Exception) -> UserError | TrainingError:
     return TrainingError(message)
 
 
+def is_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file is still the one at ``path``, and has not been removed or replaced."""
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all, and is on disk on return."""
     temporary = path.with_name(path.name + ".tmp")
@@ -63,11 +70,15 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(removed, ignore_errors=True)
 
 
-def remove_unfinished(folder: Path, name: str = "") -> None:
-    """Delete what a killed process was writing or deleting in ``folder`` as ``name``."""
-    for leftover in folder.glob(f"{UNFINISHED}{name}*"):
-        with contextlib.suppress(OSError):  # gone, or not ours to delete
-            remove_folder(leftover)
+def remove_unfinished(folder: Path, names: str = ".*") -> None:
+    """Delete what a killed process was writing or deleting in ``folder``.
+
+    names: a regular expression for what follows ``UNFINISHED``.
+    """
+    for leftover in folder.glob(f"{UNFINISHED}*"):
+        if re.fullmatch(names, leftover.name.removeprefix(UNFINISHED)):
+            with contextlib.suppress(OSError):  # gone, or not ours to delete
+                remove_folder(leftover)
 
 
 def to_disk(path: Path) -> None:

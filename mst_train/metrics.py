@@ -11,7 +11,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from mst_train.config import Config
-from mst_train.files import replace_text, writing
+from mst_train.errors import TrainingError
+from mst_train.files import is_at, replace_text, writing
 from mst_train.wandb_run import WandbRun, start_wandb
 
 GIB = 2**30
@@ -52,6 +53,7 @@ class Metrics:
         with writing(self._path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+        self._require_there()
         self._tell_wandb(lambda run: run.log(record))
 
     def predicted(self, breakdown: dict[str, int]) -> None:
@@ -63,7 +65,8 @@ class Metrics:
         self._tell_wandb(lambda run: run.checkpoints())
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Send the summary to W&B."""
+        """Send the summary to W&B. Raises TrainingError where the records are gone by now."""
+        self._require_there()
         self._tell_wandb(lambda run: run.finish(summary))
 
     def close(self, exit_code: int) -> None:
@@ -72,6 +75,14 @@ class Metrics:
             with contextlib.suppress(OSError):  # of a record that could not be written
                 self._file.close()
         self._tell_wandb(lambda run: run.close(exit_code))
+
+    def _require_there(self) -> None:
+        """An open file takes records although nobody will find it where it was."""
+        if self._file is not None and not is_at(self._file, self._path):
+            raise TrainingError(
+                f"{self._path} was removed, moved or replaced during the run: put it back where it "
+                f"was, and the same command continues from the last checkpoint"
+            )
 
     def _tell_wandb(self, tell: Callable[[WandbRun], None]) -> None:
         """Nothing that goes wrong in W&B, a process of its own, ends a run: it goes on without."""

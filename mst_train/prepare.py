@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mst_train.command import run_command
 from mst_train.errors import UserError
+from mst_train.files import unwritable
 
 if TYPE_CHECKING:
     from mst_train.config import Config
@@ -101,10 +102,11 @@ def _prepare(config: "Config", folder: Path) -> int:
         if manifest is not None and (made or plan.jobs == 1):
             packing = _packing(config, folder)
     except OSError as error:
-        raise UserError(
+        message = (
             f"prepare.output={folder} cannot be written ({error.strerror or error}): make room or "
             f"give permission there; then the same command continues"
-        ) from error
+        )
+        raise unwritable(message, error) from error
     if manifest is None:
         print(f"{folder}: job {config.prepare.shard} is done; the last of the jobs joins them")
         return 0

@@ -20,8 +20,8 @@ import yaml
 
 from mst_train.checkpoint import find_checkpoint, own_checkpoints
 from mst_train.config import AUTO, Config, leaves
-from mst_train.errors import UserError
-from mst_train.files import writing
+from mst_train.errors import InUse, UserError
+from mst_train.files import is_at, unwritable, writing
 
 FIXED = (
     "precision",
@@ -72,25 +72,37 @@ class RunFolder:
         self.candidates = self._find_checkpoints()
 
     def open(self) -> None:
-        """Create the folder, take it for this process alone, and write config.yaml."""
+        """Create the folder, take it for this process alone, and write config.yaml.
+
+        Raises InUse where it is another's; UserError or TrainingError where it cannot be written.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
+            self._lock = (self.path / ".lock").open("a")  # what another has written stays
         except OSError as error:
-            raise UserError(f"run.dir={self.path} cannot be written: {error.strerror}") from error
+            message = f"run.dir={self.path} cannot be written: {error.strerror}"
+            raise unwritable(message, error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self.close()
-            raise UserError(
+            raise InUse(
                 f"run.dir={self.path} is in use by another process: wait for it, or choose "
                 f"another run.dir"
             ) from error
-        if self._find_checkpoints() != self.candidates:
+        except OSError as error:
+            raise UserError(
+                f"run.dir={self.path} cannot be locked ({error.strerror}), so two runs could write "
+                f"to it at once: choose another file system for it"
+            ) from error
+        if not is_at(self._lock, self.path / ".lock") or (
+            self._find_checkpoints() != self.candidates
+        ):
             self.close()
-            raise UserError(f"another process has just worked in run.dir={self.path}: start again")
+            raise InUse(f"another process has just worked in run.dir={self.path}: start again")
         self.lock = uuid.uuid4().hex
         with writing(self.path / ".lock"):
+            self._lock.truncate(0)
             self._lock.write(self.lock)
             self._lock.flush()
         settings = yaml.safe_dump(asdict(self._config), sort_keys=False)

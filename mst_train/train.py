@@ -92,7 +92,7 @@ def _train(config: Config, topology: Topology) -> dict[str, Any]:
         progress_made = _progress_at(checkpoint, config)
     if progress_made["step"] >= config.train.steps:
         log.info("the run in %s is finished: set train.steps higher to go on", folder.path)
-        return _write_summary(folder, progress_made["summary"], topology)
+        return _finished(folder, progress_made["summary"], topology)
     prediction = _predict(config, patient)
     config = prediction.config  # with what memory.policy=auto stands for
     data = _load_data(config, patient)
@@ -238,7 +238,8 @@ def _train(config: Config, topology: Topology) -> dict[str, Any]:
             with together(topology):
                 metrics.log({"step": step, "stopped": stopped_by.name})
             summary = {**summary, "stopped": stopped_by.name}
-            metrics.finish(summary)
+            with together(topology):
+                metrics.finish(summary)
             _write_summary(folder, summary, topology)
             stopped = Stopped(
                 f"{stopped_by.name} came, and everything up to step {step} of "
@@ -248,7 +249,8 @@ def _train(config: Config, topology: Topology) -> dict[str, Any]:
             raise told_once(stopped, topology)
 
         writer.wait()
-        metrics.finish(summary)
+        with together(topology):
+            metrics.finish(summary)
         exit_code = 0
         return _write_summary(folder, summary, topology)
     except Stopped as stopped:
@@ -372,6 +374,16 @@ def _progress_at(checkpoint: Path | None, config: Config) -> dict[str, Any]:
     progress_made = load_progress(checkpoint)
     check_continuation(progress_made["config"], config, checkpoint)
     return progress_made
+
+
+def _finished(folder: RunFolder, summary: dict[str, Any], topology: Topology) -> dict[str, Any]:
+    """The summary of a run that was finished before; storage may have become read-only since."""
+    try:
+        return _write_summary(folder, summary, topology)
+    except TrainingError as error:
+        if topology.is_first:
+            log.warning("%s", error)
+        return {**summary, "run_dir": str(folder.path)}
 
 
 def _write_summary(

@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 
 import mst_train.train as training
+from mst_train import checkpoint_writer
 from mst_train.__main__ import main
-from mst_train.checkpoint import complete_checkpoints
+from mst_train.checkpoint import complete_checkpoints, save_checkpoint
 from mst_train.data import load_data
 from mst_train.errors import TrainingError, UserError
+from mst_train.export import main as export
+from mst_train.prepare import main as prepare
 from mst_train.train import train
 
 
@@ -143,6 +146,86 @@ def test_a_folder_that_is_gone(small_config, change):
     folder.unlink()
     train(config)
     assert losses(config) == losses(small_config)
+
+
+def remove(run):
+    shutil.rmtree(run)
+
+
+def move(run):
+    run.rename(run.with_name("moved"))
+
+
+def remove_records(run):
+    (run / "metrics.jsonl").unlink()
+
+
+def replace_records(run):
+    (run / "metrics.jsonl").rename(run / "metrics.old")
+    shutil.copyfile(run / "metrics.old", run / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("happens", [remove, move, remove_records, replace_records])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_run_whose_records_are_gone_has_not_succeeded(small_config, change, happens, last):
+    config = change(small_config, **{"train.steps": 4, "checkpoint.every": 8})
+    run = Path(config.run.dir)
+    if last:  # after the last record
+        config = change(config, **{"checkpoint.every": 4})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                checkpoint_writer,
+                "save_checkpoint",
+                lambda *arguments: happens(run) or save_checkpoint(*arguments),
+            )
+            with pytest.raises(TrainingError, match=r"metrics\.jsonl was removed|No such file"):
+                train(config)
+    else:
+        with (
+            at_step(3, config, lambda: happens(run)),
+            pytest.raises(TrainingError, match=r"metrics\.jsonl was removed, moved or replaced"),
+        ):
+            train(config)
+    assert not (run / "summary.json").exists()
+    assert run.exists() == (happens not in (remove, move))
+
+
+def test_a_finished_run_on_storage_that_is_read_alone(small_config, change, caplog):
+    config = change(small_config, **{"train.steps": 2})
+    summary = train(config)
+    run = Path(config.run.dir)
+    run.chmod(0o500)
+    with permissions_count(), caplog.at_level("INFO", "mst_train"):
+        assert train(config) == summary
+    run.chmod(0o700)
+    assert "is finished" in caplog.text and "summary.json cannot be written" in caplog.text
+
+
+def test_a_full_disk_is_the_same_for_all_commands(small_config, change, tmp_path, limit_files):
+    """Something that may go by itself: 1, not what a scheduler takes for a wrong setting."""
+    train(change(small_config, **{"train.steps": 2}))
+    data = small_config.data
+    limit_files(1000)
+    with pytest.raises(TrainingError, match=r"data\.cache_dir=.* cannot be written"):
+        load_data(change(data, cache_dir=str(tmp_path / "cache")))
+    assert export([f"checkpoint={small_config.run.dir}", f"output={tmp_path / 'model'}"]) == 1
+    arguments = [f"data.source={data.source}", "data.tokenizer_vocab_size=512"]
+    assert prepare([*arguments, f"prepare.output={tmp_path / 'out'}", "prepare.workers=1"]) == 1
+    lift_limit()
+    assert export([f"checkpoint={small_config.run.dir}", f"output={tmp_path / 'model'}"]) == 0
+
+
+@pytest.mark.slow
+def test_output_that_cannot_be_written_is_named():
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "mst_train", "--help"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert result.returncode == 1
+    assert result.stderr == "error: standard output: No space left on device\n"
 
 
 @contextmanager

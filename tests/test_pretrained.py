@@ -111,6 +111,14 @@ def test_a_checkpoint_by_its_name_and_damage(exported, tmp_path, caplog):
     assert {p.name for p in tmp_path.iterdir()} == {"run", "a", "b"}
 
 
+def test_what_a_killed_export_has_left_goes(exported, tmp_path):
+    config, _ = exported
+    for name in (".writing-model-123", ".writing-model-123-0a1b2c3d", ".writing-model-2-123"):
+        (tmp_path / name / "part").mkdir(parents=True)
+    export(config.run.dir, tmp_path / "model", tokenizer="null")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", ".writing-model-2-123"}
+
+
 def test_what_export_refuses(exported, tmp_path, capsys):
     config, folder = exported
     before = sorted(p.name for p in folder.parent.iterdir())

@@ -2,6 +2,9 @@
 
 import json
 import logging
+import runpy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,12 +12,13 @@ import torch
 import yaml
 
 import mst_train.train as training
+from mst_train.command import run_command
 from mst_train.data import Batch
-from mst_train.errors import TrainingError, UserError
+from mst_train.errors import InUse, TrainingError, UserError
 from mst_train.model import build_model
 from mst_train.mst import Policy
 from mst_train.optim import InBackwardOptimizer, Optimizer
-from mst_train.parallel import NativeEngine
+from mst_train.parallel import NativeEngine, Topology, together
 from mst_train.step import evaluate, train_step
 from mst_train.train import train
 
@@ -255,11 +259,55 @@ def test_two_processes_do_not_share_a_folder(small_config):
 
     first, second = RunFolder(small_config), RunFolder(small_config)
     first.open()
-    with pytest.raises(UserError, match="in use by another process"):
+    with pytest.raises(InUse, match="in use by another process"):
         second.open()
+    first.require_shared(first.lock)  # which the second one has not touched
     first.close()
     second.open()
     second.close()
+
+
+@pytest.mark.parametrize("_", range(10))
+def test_of_two_that_start_at_once_one_runs(small_config, _):
+    from mst_train.run_folder import RunFolder
+
+    barrier = threading.Barrier(2)
+
+    def start(folder):
+        barrier.wait()
+        try:
+            folder.open()
+            return folder
+        except InUse:
+            return None
+
+    folders = [RunFolder(small_config) for _ in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        (winner,) = filter(None, threads.map(start, folders))
+    winner.require_shared(winner.lock)
+    winner.close()
+
+
+def test_one_that_another_has_just_been_in_is_in_use(small_config, change):
+    from mst_train.run_folder import RunFolder
+
+    late = RunFolder(small_config)
+    train(change(small_config, **{"train.steps": 2}))
+    with pytest.raises(InUse, match="another process has just worked in"):
+        late.open()
+
+
+def test_in_use_is_a_status_that_is_tried_again(monkeypatch):
+    """Of several processes too: the first finds the folder in use, and all end with that."""
+
+    def in_use(_):
+        with together(Topology(world=2)):
+            raise InUse("run.dir=x is in use")
+
+    monkeypatch.setattr(Topology, "gather", lambda self, value: [value, None])
+    assert run_command(in_use, [], "") == 75
+    launcher = runpy.run_path(str(Path(__file__).parent.parent / "launch/torchrun.py"))
+    assert 75 not in launcher["FINAL"]
 
 
 AUTO_CHUNKS = {"memory.mlp_chunk_tokens": "auto", "memory.head_chunk_tokens": "auto"}

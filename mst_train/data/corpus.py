@@ -39,6 +39,7 @@ from mst_train.data.tokenizer import (
 )
 from mst_train.data.tokenizer_file import load_tokenizer, open_tokenizer
 from mst_train.errors import UserError
+from mst_train.files import unwritable
 
 log = logging.getLogger(__name__)
 
@@ -252,10 +253,11 @@ def writing_to(cache: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
+        message = (
             f"data.cache_dir={cache} cannot be written ({error.strerror or error}): make room or "
             f"give permission there, or set data.cache_dir to another folder"
-        ) from error
+        )
+        raise unwritable(message, error) from error
 
 
 def _trained_tokenizer(source: Source, vocab_size: int, cache: Path) -> Tokenizer:

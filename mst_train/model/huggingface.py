@@ -13,6 +13,7 @@ but for a change of type that was asked for. Files are safetensors alone, which 
 
 import json
 import os
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from mst_train.config import ModelConfig
 from mst_train.errors import UserError
+from mst_train.files import UNFINISHED, remove_unfinished, to_disk, unwritable
 from mst_train.model.attention import Attention, select_attention
 from mst_train.model.hf_config import read_config, write_config
 from mst_train.model.transformer import Transformer, build_model, materialize
@@ -194,6 +196,7 @@ def save_pretrained(
 
     Raises:
         UserError: no family has such models, the folder is not empty or cannot be written.
+        TrainingError: there is no room for it.
     """
     folder = Path(folder)
     values = write_config(model.config, model_type, sequence_length)
@@ -390,24 +393,17 @@ def _written_whole(folder: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``folder``, once everything in it is on the disk."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} is there already: name a new folder, or empty it")
-    temporary = folder.parent / f".writing-{folder.name}-{os.getpid()}"
+    temporary = folder.parent / f"{UNFINISHED}{folder.name}-{os.getpid()}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder.parent, rf"{re.escape(folder.name)}-\d+(-[0-9a-f]{{8}})?")
         temporary.mkdir()
         yield temporary
         for path in (*temporary.iterdir(), temporary):
-            _to_disk(path)
+            to_disk(path)
         temporary.rename(folder)
-        _to_disk(folder.parent)
+        to_disk(folder.parent)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {folder}: {error}") from error
+        raise unwritable(f"cannot write {folder}: {error}", error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _to_disk(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
-from mst_train.errors import DataError, Ending, TrainingError, UserError
+from mst_train.errors import DataError, Ending, InUse, TrainingError, UserError
 from mst_train.launched import process_name
 from mst_train.parallel.topology import Topology
 
@@ -81,7 +81,7 @@ def _common(failures: list[tuple[type[Failure], list[str], str]], topology: Topo
         messages = [f"{process}: {text}" for _, texts, process in failures for text in texts]
     error: Failure
     if issubclass(kind, UserError):
-        error = UserError(messages)
+        error = (InUse if issubclass(kind, InUse) else UserError)(messages)
     else:
         error = (DataError if issubclass(kind, DataError) else TrainingError)("; ".join(messages))
     return told_once(error, topology)

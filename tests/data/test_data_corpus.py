@@ -15,7 +15,7 @@ from mst_train.data import Tokenizer, find_documents, load_corpus, shards, train
 from mst_train.data import corpus as module
 from mst_train.data.corpus import Corpus
 from mst_train.data.pieces import Document
-from mst_train.errors import UserError
+from mst_train.errors import TrainingError, UserError
 
 Configure = Callable[..., DataConfig]
 
@@ -311,7 +311,7 @@ def test_full_disk(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(shards, "write_json", fail)
     with pytest.raises(
-        UserError, match=r"data.cache_dir=.* \(No space left on device\): make room"
+        TrainingError, match=r"data.cache_dir=.* \(No space left on device\): make room"
     ):
         load_corpus(configure())
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mst_train.config import ModelConfig, RopeScalingConfig
-from mst_train.errors import UserError
+from mst_train.errors import TrainingError, UserError
 from mst_train.model import build_model, huggingface, select_attention
 from mst_train.model.hf_config import read_config, write_config
 from mst_train.model.hf_families import FAMILIES
@@ -551,10 +551,10 @@ def test_nothing_is_written_over_or_left_half(folders, tmp_path, monkeypatch):
 
     def full(tensors, path, metadata):
         path.write_bytes(b"half")
-        raise OSError("No space left on device")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(huggingface, "save_file", full)
-    with pytest.raises(UserError, match=r"cannot write .*new: No space left on device"):
+    with pytest.raises(TrainingError, match=r"cannot write .*new: .*No space left on device"):
         save_pretrained(model, tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "used"]
 
