@@ -102,7 +102,8 @@ class Tokenizer(Vocabulary):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             vocab_size: int = self._processor.vocab_size()
-        except RuntimeError as error:
+            pieces = "".join(self._processor.encode("a", out_type=str)) if vocab_size else ""
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise UserError(f"{name} is not a sentencepiece model: give a .model file") from error
         if vocab_size == 0:
             raise UserError(f"{name} is not a sentencepiece model: give a .model file")
@@ -119,7 +120,6 @@ class Tokenizer(Vocabulary):
         self.fingerprint = hashlib.sha256(model + b"bos" * len(self._before)).hexdigest()[:32]
         self.threads = cores()
         # A model that puts a space before each text would put one before each part of a text.
-        pieces = "".join(self._processor.encode("a", out_type=str))
         self._divisible = not pieces.startswith(_SPACE_SYMBOL)
         self._lead = Lead(self._processor.encode, self._processor.piece_to_id("a"))
         self._space_symbol_ids = self._in_bytes(_SPACE_SYMBOL)

@@ -122,7 +122,7 @@ def _end_of_document(path: Path) -> int | str | None:
         found = content.get("eos_token_id") if token is None else token
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     first = found[0] if isinstance(found, list) and found else found
     return first if isinstance(first, (int, str)) and not isinstance(first, bool) else None

@@ -328,7 +328,7 @@ def _stored_tensors(folder: Path) -> tuple[dict[str, tuple[Path, list[int], str]
                 for name in opened.keys():  # noqa: SIM118
                     part = opened.get_slice(name)
                     stored[name] = (folder / file, part.get_shape(), part.get_dtype())
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, UnicodeEncodeError) as error:
             problems.append(f"cannot read {folder / file}: {error}")
     for name, file in (places or {}).items():
         if not problems and (name not in stored or stored[name][0].name != file):

@@ -125,6 +125,10 @@ def test_files_that_are_none(tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="cannot be read"):
         load_tokenizer(tmp_path / "tokenizer.json")
+    for content in ("[" * 10**5, '{"eos_token": "\\ud800"}'):
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        with pytest.raises(UserError, match=r"tokenizer(_config)?\.json"):
+            load_tokenizer(write(tmp_path, library(bos=True), tokenizer_config=None))
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(UserError, match=r"is not a tokenizer\.json"):
         load_tokenizer(tmp_path)

@@ -481,6 +481,12 @@ def test_a_tied_head_must_be_the_embedding(broken, folders, tmp_path):
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} is not"),
         ("llama", {"architectures": ["LlamaForTokenClassification"]}, "architectures=['Llama"),
         ("llama", {"hidden_size": "24"}, "hidden_size=24 is not supported: it must be a whole"),
+        ("llama", {"vocab_size": 2**62}, "vocab_size=4611686018427387904 is not supported"),
+        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is not supported"),
+        ("llama", {"architectures": True}, "architectures=True is not supported"),
+        ("llama", {"rope_scaling": [1]}, "rope_scaling=[1] is not supported: it must be an object"),
+        ("qwen2", {"layer_types": 3, "use_sliding_window": True, "sliding_window": 4},
+         "layer_types=3 is not supported"),
         ("llama", {"rms_norm_eps": 0}, "rms_norm_eps=0 is not supported: it must be a number"),
         ("llama", {"num_key_value_heads": 3}, "describes an impossible model: model.num_heads=4"),
         ("qwen2", {"layer_types": ["chunked"] * 3, "use_sliding_window": True,
@@ -512,9 +518,11 @@ def test_every_problem_of_a_configuration_is_listed(broken):
     [
         ("config.json", "{", "cannot read .*config.json"),
         ("config.json", "[]", "config.json is not a JSON object"),
+        ("config.json", "[" * 100_000, "cannot read .*config.json"),
         ("model.safetensors", "nonsense", "cannot read .*model.safetensors"),
         ("model.safetensors.index.json", '{"weight_map": {"a": "../b"}}', "does not name files"),
         ("model.safetensors.index.json", '{"weight_map": {"a": "b"}}', "cannot read .*b"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "\\ud800"}}', "cannot read "),
     ],
 )
 def test_files_that_cannot_be_read(broken, file, contents, message):
