@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mst_train.mst.autocast import Autocast
 from mst_train.mst.autograd import first_order_only
+from mst_train.mst.rerun import Unchanged
 
 
 @dataclass(frozen=True)
@@ -177,14 +178,16 @@ class AttentionKernel(Protocol):
 class KeptResults:
     """What ``attend`` computed in a block's forward, handed over when the block runs again."""
 
-    def __init__(self) -> None:
+    def __init__(self, unchanged: Unchanged) -> None:
         self.tensors: list[Tensor] = []
         """Results and log-sum-exps, in the order of the calls."""
         self.running_again = False
+        self._unchanged = unchanged
 
     def put(self, *tensors: Tensor) -> None:
-        if not self.running_again:
-            self.tensors += [tensor.detach() for tensor in tensors]
+        for tensor in tensors if not self.running_again else ():
+            self.tensors.append(tensor.detach())
+            self._unchanged.add("attention's result", self.tensors[-1])
 
     def take(self, count: int) -> list[Tensor]:
         if not self.running_again:
@@ -237,9 +240,10 @@ class _Attend(torch.autograd.Function):
         kernel: AttentionKernel,
         documents: Documents | None,
     ) -> Tensor:
-        kept = _kept.get() or KeptResults()
-        out, lse = kept.take(2) or kernel.forward(q, k, v, documents)
-        kept.put(out, lse)
+        kept = _kept.get()
+        out, lse = (kept and kept.take(2)) or kernel.forward(q, k, v, documents)
+        if kept:
+            kept.put(out, lse)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.kernel, ctx.documents = kernel, documents
         return out

@@ -32,7 +32,14 @@ from mst_train.mst.autocast import Autocast
 from mst_train.mst.autograd import first_order_only
 from mst_train.mst.chunking import BLOCK_BYTES, chunk_slices, resolve_chunk_tokens
 from mst_train.mst.offload import Offload, Stored
-from mst_train.mst.rerun import owner
+from mst_train.mst.rerun import (
+    RandomState,
+    Unchanged,
+    leaves,
+    owner,
+    tensors_of,
+    uncached_parametrizations,
+)
 
 
 class RowwiseBlock(Protocol):
@@ -76,7 +83,9 @@ def mini_sequence_block(
 
     Exact: the result and all gradients are those of the block computed as one piece, up to
     rounding, whatever the chunk size; each parameter's gradient reaches autograd once, summed over
-    chunks in fp32 at least. The block must do the same when it runs again: no random numbers.
+    chunks in fp32 at least. The block must do the same when it runs again: no random numbers, no
+    state that changes. Changes in place are seen of x, the row arguments, and the parameters and
+    buffers of its modules.
 
     Args:
         block: the row-wise parts, and all parameters that they read.
@@ -102,11 +111,21 @@ def mini_sequence_block(
 
     Raises:
         ValueError: an unusable chunk size.
-        RuntimeError: a second backward where the kept tensors were offloaded.
+        RuntimeError: random numbers were drawn, from torch's default generators; a tensor was
+            changed in place, by the block or before the backward; a tensor that is no parameter
+            would get no gradient; a second backward where the kept tensors were offloaded.
     """
     if x.numel() == 0:
         raise ValueError(f"x {tuple(x.shape)} has no tokens")
     parameters = _Parameters(block)
+    needs_backward = torch.is_grad_enabled() and (x.requires_grad or bool(parameters.tensors))
+    unchanged = Unchanged("mini_sequence_block")
+    random = RandomState(x.device)
+    if needs_backward:  # and the block will run again
+        for argument in row_arguments:
+            unchanged.add("a row argument", argument)
+        for name, tensor in tensors_of(block.modules()):
+            unchanged.add(name, tensor)
     settings = _Settings(
         block,
         kernel,
@@ -114,13 +133,21 @@ def mini_sequence_block(
         _chunk_rows(chunk_tokens, x, block),
         keep_attention,
         offload,
-        torch.is_grad_enabled() and (x.requires_grad or bool(parameters.tensors)),
+        needs_backward,
         parameters,
+        unchanged,
         Autocast.here(x.device),
     )
-    with settings.autocast.restored():
+    with settings.run():
         y: Tensor = _MiniSequenceBlock.apply(  # type: ignore[no-untyped-call]
             settings, len(row_arguments), x, *row_arguments, *parameters.tensors
+        )
+    unchanged.check_forward()
+    if needs_backward and random.moved():
+        raise RuntimeError(
+            "the block under mini_sequence_block drew random numbers, and would draw others when "
+            "it runs again in the backward: set dropout to 0, or take recompute_block, which "
+            "draws the same again"
         )
     return y
 
@@ -134,7 +161,14 @@ class _Settings(NamedTuple):
     offload: Offload | None
     needs_backward: bool
     parameters: "_Parameters"
+    unchanged: Unchanged
     autocast: Autocast
+
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """The context that the block runs in, in both passes."""
+        with self.autocast.restored(), uncached_parametrizations():
+            yield
 
     def before_attention(
         self, x_BTD: Tensor, arguments: Sequence[Tensor], *, queries: bool = True
@@ -178,7 +212,8 @@ class _MiniSequenceBlock(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, dy_BSD: Tensor) -> tuple[Tensor | None, ...]:
-        with ctx.settings.autocast.restored():
+        ctx.settings.unchanged.check_backward()
+        with ctx.settings.run():
             return _backward(ctx, dy_BSD)
 
 
@@ -391,27 +426,13 @@ def _gradients(
 def _refuse_others(results: Sequence[Tensor], known: Sequence[Tensor]) -> None:
     """Refuse tensors that want gradients and are not among ``known``: they would get none."""
     ours = {id(tensor) for tensor in known}
-    for leaf in _leaves(results):
+    for leaf in leaves(results):
         if id(leaf) not in ours:
             raise RuntimeError(
                 f"the block under mini_sequence_block reads a tensor {tuple(leaf.shape)} that "
                 f"wants a gradient and is no parameter of its modules: register it with one of "
                 f"them, or detach it"
             )
-
-
-def _leaves(results: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The tensors that a graph begins with."""
-    yield from (result for result in results if result.requires_grad and result.is_leaf)
-    nodes: list[Any] = [result.grad_fn for result in results]
-    seen = {None}
-    while nodes:
-        node = nodes.pop()
-        if node not in seen:
-            seen.add(node)
-            nodes += [before for before, _ in node.next_functions]
-            if not node.next_functions and hasattr(node, "variable"):
-                yield node.variable
 
 
 def _sum_of(like: Tensor, *parts: Tensor | None) -> Tensor:

@@ -19,16 +19,27 @@ operation that saved it.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
 from mst_train.mst.attention import KeptResults, keeping
 from mst_train.mst.autocast import Autocast
 from mst_train.mst.offload import Offload, Stored
+from mst_train.mst.rerun import (
+    RandomState,
+    Unchanged,
+    leaves,
+    owner,
+    tensors_of,
+    uncached_parametrizations,
+    version,
+)
 
 
 # A compiled graph would trace the hooks away. The block itself may be compiled.
@@ -42,8 +53,11 @@ def recompute_block(
 ) -> Tensor:
     """``block(x, *arguments)``, keeping for the backward only what is named below.
 
-    Exact: the result is that of calling the block, and so are all gradients. The block must save
-    the same tensors in the same order when it runs again: no random numbers, no state that changes.
+    Exact: the result is that of calling the block, and so are all gradients. The block must do the
+    same when it runs again: no state that changes. Random numbers of torch's default generators, as
+    dropout's, are drawn again. Changes in place are seen of x, the arguments, the tensors that get
+    gradients, those that autograd saves, and where the block is a module or a method of one, its
+    buffers and frozen parameters.
 
     Args:
         block: the block, as a function of x and the other arguments.
@@ -56,15 +70,15 @@ def recompute_block(
     block's forward without its last MLP, and with ``keep_attention`` without attention.
 
     Raises:
-        RuntimeError: in the backward, where the block saved other tensors when it ran again, or
-            where x was changed in place in between.
+        RuntimeError: where the block changes a tensor in place that it reads. In the backward,
+            where one was changed in between, or the block saved other tensors when it ran again.
     """
     if not torch.is_grad_enabled():
         return block(x, *arguments)
     frame = Frame(block, x, arguments, keep_attention)
-    with keeping(frame.results), saved_tensors_hooks(frame.record, frame.open):
+    with frame.run(frame.record):
         y = block(x, *arguments)
-    frame.forward_done(offload)
+    frame.forward_done(y, offload)
     return y
 
 
@@ -90,28 +104,59 @@ class Frame:
     ) -> None:
         self._block = block
         self._arguments = arguments
+        self._keep_attention = keep_attention
         self._x = x.detach()
         self._x_requires_grad = x.requires_grad
-        self._x_version = x._version
         self._autocast = Autocast.here(x.device)
-        self._kept = KeptResults()
-        self.results = self._kept if keep_attention else None
+        self._unchanged = Unchanged("recompute_block")
+        self._unchanged.add("x", self._x)
+        self._inputs = _tensors_in((x, arguments))
+        for tensor in self._inputs[1:]:
+            self._unchanged.add("an argument", tensor)
+        module = getattr(block, "__self__", block)
+        for name, tensor in tensors_of(module.modules() if isinstance(module, nn.Module) else ()):
+            # Others' gradients may come, and they be updated, before this block runs again.
+            if not tensor.requires_grad:
+                self._unchanged.add(name, tensor)
+        self._random: RandomState | None = RandomState(x.device)
+        self._kept = KeptResults(self._unchanged)
         self._stored: Stored | None = None
         self._handles: list[weakref.ref[_Handle]] = []
         self._forms: list[tuple[torch.Size, torch.dtype]] = []
-        self._tensors: weakref.WeakKeyDictionary[_Handle, Tensor] = weakref.WeakKeyDictionary()
+        self._tensors: weakref.WeakKeyDictionary[_Handle, tuple[Tensor, int]]
+        self._tensors = weakref.WeakKeyDictionary()
         self._replaying = False
         self._replayed = 0
 
+    @contextmanager
+    def run(self, save: Callable[[Tensor], Any]) -> Iterator[None]:
+        """The context of a run, forward or again; ``save`` gets what autograd would save."""
+        kept = self._kept if self._keep_attention else None
+        with (
+            uncached_parametrizations(),
+            keeping(kept),
+            saved_tensors_hooks(save, self.open),
+        ):
+            yield
+
     def record(self, tensor: Tensor) -> _Handle:
         """In the forward: a handle in place of a tensor that autograd saves."""
+        self._unchanged.add("a tensor that autograd saved", owner(tensor))
         handle = _Handle()
         self._handles.append(weakref.ref(handle))
         self._forms.append((tensor.shape, tensor.dtype))
         return handle
 
-    def forward_done(self, offload: Offload | None) -> None:
-        """Send what is kept to where it waits."""
+    def forward_done(self, y: Any, offload: Offload | None) -> None:
+        """Send what is kept to where it waits; ``y`` is the block's result."""
+        if not self._handles:  # nothing will run again
+            return
+        self._unchanged.check_forward()
+        for leaf in leaves(_tensors_in(y), after=self._inputs):
+            self._unchanged.add("a tensor that gets a gradient", leaf)
+        del self._inputs
+        if self._random is not None and not self._random.moved():
+            self._random = None
         if offload is not None:
             self._stored = offload.store([self._x, *self._kept.tensors])
             del self._x, self._kept.tensors
@@ -120,22 +165,24 @@ class Frame:
         """In the backward: the tensor that a handle stands for."""
         if not self._replaying:
             self._rerun()
-        return self._tensors[handle]
+        tensor, version_saved = self._tensors[handle]
+        if version(tensor) != version_saved:
+            raise RuntimeError(
+                f"a tensor {tuple(tensor.shape)} that autograd saved in the block under "
+                f"recompute_block was changed in place after that: its gradient would be wrong"
+            )
+        return tensor
 
     def _rerun(self) -> None:
+        self._unchanged.check_backward()
         self._replaying = self._kept.running_again = True
         if self._stored is not None:
             (self._x, *self._kept.tensors), self._stored = self._stored.load(), None
-        elif self._x._version != self._x_version:
-            raise RuntimeError(
-                "the input of recompute_block was changed in place between its forward and its "
-                "backward: give it a tensor that stays as it is"
-            )
         x = self._x.detach().requires_grad_(self._x_requires_grad)
         del self._x
+        random = self._random.drawn_again() if self._random is not None else nullcontext()
         try:
-            hooks = saved_tensors_hooks(self._collect, self.open)
-            with torch.enable_grad(), self._autocast.restored(), keeping(self.results), hooks:
+            with torch.enable_grad(), self._autocast.restored(), random, self.run(self._collect):
                 self._block(x, *self._arguments)
         except _Rebuilt:
             return
@@ -153,7 +200,12 @@ class Frame:
             raise self._changed("other tensors")
         handle = self._handles[self._replayed]()
         if handle is not None:
-            self._tensors[handle] = tensor.detach()
+            self._tensors[handle] = tensor.detach(), version(tensor)
         self._replayed += 1
         if self._replayed == len(self._handles):
             raise _Rebuilt
+
+
+def _tensors_in(values: Any) -> list[Tensor]:
+    """The tensors in lists, tuples and dictionaries."""
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]

@@ -1,5 +1,6 @@
 """The whole block in mini-sequences: the same numbers, and only the work and memory it promises."""
 
+import copy
 from functools import partial
 from itertools import pairwise
 
@@ -97,8 +98,10 @@ def mini(chunk_tokens="auto", kernel=None, **options):
     return run
 
 
-def make_stack(layers=2, batch=1, dtype=torch.float64, sequence=SEQUENCE, hidden=HIDDEN, **options):
-    torch.manual_seed(0)
+def make_stack(
+    layers=2, batch=1, dtype=torch.float64, sequence=SEQUENCE, hidden=HIDDEN, seed=0, **options
+):
+    torch.manual_seed(seed)
     stack = nn.ModuleList(Block(hidden=hidden, **options) for _ in range(layers)).to(dtype)
     return stack, torch.randn(batch, sequence, hidden, dtype=dtype)
 
@@ -403,22 +406,27 @@ def test_inside_a_compiled_function():
 
 
 def test_bf16_weight_gradients_are_as_near_to_the_truth_as_in_one_chunk():
-    """Summed over 128 chunks in fp32: in bf16, each would cost up to 2^-9 of all before it. The
-    factor leaves room for each chunk's gradient being rounded to bf16 once."""
-    stack, x = make_stack(layers=1, sequence=1024, dtype=torch.bfloat16)
-    truth, _ = make_stack(layers=1)
-    truth.load_state_dict(stack.state_dict())
+    """Summed over 128 chunks in fp32: in bf16, each would cost up to 2^-9 of all before it, which
+    makes the weights' errors 2 to 4 times those in one chunk. Over several draws, since the error
+    of a sum that nearly cancels (a key's bias has no gradient) is one draw's luck. The factor
+    leaves room for each chunk's gradient being rounded to bf16 once."""
 
-    def errors(run):
+    def squared_errors(seed, run):
+        stack, x = make_stack(layers=1, sequence=512, dtype=torch.bfloat16, seed=seed)
+        truth = copy.deepcopy(stack).double()
         expected = gradients(truth, x.double(), plain)
-        return [
-            ((gradient.double() - true).norm() / true.norm()).item()
-            for gradient, true in zip(gradients(stack, x, run), expected, strict=True)
-        ]
+        actual = gradients(stack, x, run)
+        return torch.stack(
+            [
+                (a.double() - e).square().sum() / e.square().sum()
+                for a, e in zip(actual, expected, strict=True)
+            ]
+        )
 
-    names = ["y", "dx", *(name for name, _ in stack.named_parameters())]
-    for name, many, one in zip(names, errors(mini(8)), errors(mini(1024)), strict=True):
-        assert many < 1.5 * one, (name, many, one)
+    many, one = (sum(squared_errors(seed, mini(c)) for seed in range(4)).sqrt() for c in (4, 512))
+    names = ["y", "dx", *(name for name, _ in make_stack(layers=1)[0].named_parameters())]
+    for name, error, of_one_chunk in zip(names, many.tolist(), one.tolist(), strict=True):
+        assert error < 1.5 * of_one_chunk, name
 
 
 # --- what autograd may do with it ----------------------------------------------------------------
