@@ -367,7 +367,8 @@ class _Parameters:
         places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
         for module in block.modules():
             for name, value in {**module._parameters, **vars(module)}.items():
-                wanted = isinstance(value, Tensor) and value.requires_grad
+                # Asked first, as most of what a module has is no tensor.
+                wanted = getattr(value, "requires_grad", False) and isinstance(value, Tensor)
                 if wanted and (value.is_leaf or value._is_view()):
                     places.setdefault(value, []).append((module, name))
         self.tensors = list(places)
