@@ -1,9 +1,11 @@
 """What all commands share: how an error becomes a message and an exit status."""
 
+import io
 import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from mst_train.errors import Stopped, TrainingError, UserError
 from mst_train.launched import process_name, rank
@@ -21,6 +23,7 @@ def run_command(
     Of several processes the first one logs; the others only say what ends them, with their names.
     An error without a message is one that another process tells.
     """
+    _repair_streams()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mst_train").setLevel(logging.ERROR if rank() else logging.INFO)
     try:
@@ -60,6 +63,19 @@ def _is_output_lost() -> bool:
         os.close(nowhere)
         return True
     return False
+
+
+def _repair_streams() -> None:
+    """Have streams that a run can write to, whatever the shell made of them.
+
+    A file that is opened where one was closed (``2>&-``) would get what is meant for that one. A
+    stream that cannot hold a character has its number instead.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - for good
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _tell(what: str, message: str) -> None:

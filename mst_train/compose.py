@@ -6,22 +6,40 @@ so that one message lists every unknown key, wrong type and impossible value.
 
 import difflib
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, NamedTuple
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mst_train.config import Config, leaves, validate
+from mst_train.config import Config, validate
+from mst_train.config_files import DEEPEST, file_problems
 from mst_train.errors import UserError
+from mst_train.settings import build, flat, is_group, is_known, is_text, nested, shown, unknown
 
 DEFAULT_EXPERIMENT = "tiny"
+
+
+class _Argument(NamedTuple):
+    """One argument of a command, and how Hydra takes it."""
+
+    key: str
+    value: Any
+    file: bool
+    """Whether it names a file of a group rather than the value of a setting."""
+    hydra: str
+
+    @classmethod
+    def choice(cls, group: str, name: str) -> "_Argument":
+        added = "+" if group in ("experiment", "bench") else ""
+        return cls(group, name, True, f"{added}{group}={name}")
 
 
 def compose(arguments: Sequence[str]) -> Config:
@@ -31,16 +49,26 @@ def compose(arguments: Sequence[str]) -> Config:
     Raises UserError with every problem found.
     """
     folder = config_folder()
-    overrides = _overrides(folder, arguments)
-    tree = _compose_tree(folder, overrides)
-    model = tree.get("model")
-    name = model.get("from_pretrained") if isinstance(model, dict) else None
-    if isinstance(name, str) and name.strip():
+    given, problems = _read(folder, arguments)
+    if not any(argument.key in ("experiment", "bench") for argument in given):
+        given.insert(0, _Argument.choice("experiment", DEFAULT_EXPERIMENT))
+    files = ["config", *(f"{argument.key}/{argument.value}" for argument in given if argument.file)]
+    broken = [line for file in files for line in file_problems(folder, file, _misread)]
+    if broken:
+        raise UserError([*problems, *broken])
+    try:
+        tree = _compose_tree(folder, [argument.hydra for argument in given])
+    except UserError as error:
+        raise UserError([*problems, *error.problems]) from error
+    given_values, _ = _resolved(tree, problems)
+    name = given_values.get("model.from_pretrained")
+    if name is not None and not problems:
+        build([("model.from_pretrained", name)], problems)
+    if isinstance(name, str) and name.strip() and not problems:
         from mst_train.pretrained import with_pretrained  # which imports torch
 
-        given = {override.lstrip("+").partition("=")[0] for override in overrides}
-        tree = with_pretrained(tree, given)
-    return _checked(leaves(tree), [])
+        tree = with_pretrained(tree, name, {argument.key for argument in given})
+    return _checked(tree, problems)
 
 
 def recompose(settings: dict[str, Any], arguments: Sequence[str]) -> Config:
@@ -49,18 +77,15 @@ def recompose(settings: dict[str, Any], arguments: Sequence[str]) -> Config:
     Settings of a run that are unknown today are left out. Raises UserError with every problem
     found.
     """
-    parser, given, problems = OverridesParser.create(), dict[str, Any](), []
-    for override in _overrides(config_folder(), arguments):
-        parsed = parser.parse_override(override)
-        if override.startswith("++"):
-            given[parsed.key_or_group] = parsed.value()
-        elif parsed.key_or_group != "experiment":
-            problems.append(
-                f"cannot use {override}: a run keeps its own settings; change them one by one"
-            )
-    known = {key: value for key, value in leaves(settings) if _is_known(key)}
-    values = known | given
-    return _checked(values.items(), problems)
+    given, problems = _read(config_folder(), arguments)
+    problems += [
+        f"cannot use {argument.hydra}: a run keeps its own settings; change them one by one"
+        for argument in given
+        if argument.file and argument.key != "experiment"
+    ]
+    known = [(key, value) for key, value in flat(settings) if is_known(key)]
+    changed = [(argument.key, argument.value) for argument in given if not argument.file]
+    return _checked(nested([*known, *changed]), problems)
 
 
 def config_folder() -> Path:
@@ -81,44 +106,77 @@ def describe(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def _overrides(folder: Path, arguments: Sequence[str]) -> list[str]:
-    """The arguments as Hydra takes them, with unknown keys let through to our own check."""
+def _read(folder: Path, arguments: Sequence[str]) -> tuple[list[_Argument], list[str]]:
+    """The arguments that can be used, and what is wrong with the others."""
     groups = {path.name for path in folder.iterdir() if path.is_dir()}
     parser = OverridesParser.create()
-    overrides, problems, chosen = [], [], False
+    given, problems = [], []
     for argument in arguments:
-        argument = _quoted_where_needed(parser, argument)
         try:
-            override = parser.parse_override(argument)
-        except HydraException as error:
-            problems.append(f"cannot read {argument!r}: expected key=value ({_first_line(error)})")
-            continue
-        if argument[0] == "~" or override.is_sweep_override():
-            problems.append(f"cannot use {argument!r}: give a setting one value (null for none)")
-            continue
-        key = override.key_or_group
-        if key in ("experiment", "bench"):
-            chosen = True
-            overrides.append(f"+{key}=" + argument.partition("=")[2])
-        elif key in groups and isinstance(override.value(), str):
-            overrides.append(argument.lstrip("+"))
-        else:
-            overrides.append("++" + argument.lstrip("+"))
-    if problems:
-        raise UserError(problems)
-    return overrides if chosen else [f"+experiment={DEFAULT_EXPERIMENT}", *overrides]
+            given.append(_read_one(parser, groups, argument))
+        except UserError as error:
+            problems += error.problems
+    return given, problems
 
 
-def _quoted_where_needed(parser: OverridesParser, argument: str) -> str:
-    """``argument`` with its value in quotes where Hydra has no such bare word (~/texts)."""
+def _read_one(parser: OverridesParser, groups: Collection[str], argument: str) -> _Argument:
+    text, override = _parsed(parser, argument)
+    if text[0] == "~" or override.is_sweep_override():
+        raise UserError(f"cannot use '{shown(argument)}': give a setting one value (null for none)")
+    key, value = override.key_or_group, override.value()
+    typed = text.partition("=")[2].strip()
+    if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+        raise UserError(
+            f"cannot use '{shown(argument)}': Hydra composes settings here and runs nothing"
+        )
+    if override.package is not None or not key:
+        raise UserError(f"cannot use '{shown(argument)}': expected key=value")
+    if key in groups and not (isinstance(value, dict) and is_group(key) and value):
+        known = choices(key)
+        if isinstance(value, str) and value in known:
+            return _Argument.choice(key, value)
+        close = difflib.get_close_matches(typed[:200], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+        raise UserError(f"{key}={shown(typed)} is not known: {hint}")
+    if not is_known(key) and not (isinstance(value, dict) and is_group(key) and value):
+        raise UserError(unknown(key))
+    if is_text(key) and isinstance(value, (bool, int, float)):
+        value = typed  # 007 and 1e3 are names too
+        text = f"{key}='{typed}'"
+    problem = _misread(value)
+    if problem:
+        raise UserError(f"{key}={shown(typed)}: {problem}")
+    return _Argument(key, value, False, "++" + text.lstrip("+"))
+
+
+def _parsed(parser: OverridesParser, argument: str) -> tuple[str, Override]:
+    """An argument as Hydra reads it: its value in quotes where Hydra has no such bare word
+    (~/texts)."""
+    if _levels(argument) > DEEPEST:
+        raise UserError(f"cannot read '{shown(argument)}': more than {DEEPEST} levels of brackets")
     key, equals, value = argument.partition("=")
-    try:
-        parser.parse_override(argument)
-    except HydraException:
-        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-        if equals and key and not key.startswith("-"):
-            return f"{key}='{quoted}'"
-    return argument
+    quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+    texts = [argument]
+    if equals and key and not key.startswith("-"):
+        texts.append(f"{key}='{quoted}'")
+    for text in texts:
+        try:
+            return text, parser.parse_override(text)
+        except HydraException as error:
+            problem = _first_line(error)
+        except ValueError as error:  # of a number with thousands of digits
+            problem = _first_line(error)
+            break
+    raise UserError(f"cannot read '{shown(argument)}': expected key=value ({problem})")
+
+
+def _levels(text: str) -> int:
+    """How deep brackets are in brackets."""
+    level = deepest = 0
+    for character in text:
+        level += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, level)
+    return deepest
 
 
 def _compose_tree(folder: Path, overrides: list[str]) -> Any:
@@ -126,100 +184,61 @@ def _compose_tree(folder: Path, overrides: list[str]) -> Any:
         with initialize_config_dir(str(folder), version_base="1.3"):
             config = hydra_compose("config", overrides)
         return OmegaConf.to_container(config)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_group_problem(overrides) or _first_line(error)) from error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        # ValueError is Hydra's for a list of defaults that it cannot read.
+        raise UserError(f"{', '.join(overrides)}: {_first_line(error)}") from error
 
 
-def _group_problem(overrides: list[str]) -> str | None:
-    for override in overrides:
-        group, _, name = override.lstrip("+").partition("=")
-        known = choices(group)
-        if known and name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
-            return f"{group}={name} is not known: {hint}"
-    return None
-
-
-def _set(schema: Any, key: str, value: Any) -> str | None:
-    """Put a value into the structured configuration; what is wrong with it, if anything."""
-    names = known_keys()
-    if not _is_known(key):
-        members = [name for name in names if name.startswith(f"{key}.")]
-        if members:
-            return f"{key} is a group of settings: set one of {', '.join(members)}"
-        close = difflib.get_close_matches(key, names, n=1)
-        hint = f"did you mean {close[0]}?" if close else "see python -m mst_train --help"
-        return f"{key} is not a setting: {hint}"
-    inside = key not in names
-    if not inside and isinstance(value, float) and value.is_integer() and _type_of(key) is int:
-        value = int(value)  # 1e3 is a whole number too
+def _misread(value: object) -> str | None:
+    """What is wrong with a value's interpolations, or with what it is at all, if anything."""
     try:
-        OmegaConf.update(schema, key, value, force_add=inside)
+        OmegaConf.create([value])
     except OmegaConfBaseException as error:
-        return f"{key}={value}: {_first_line(error)}"
+        return _first_line(error)
     return None
 
 
-def known_keys() -> list[str]:
-    """Every setting's key."""
-    return list(_keys(Config, ""))
+def _resolved(tree: Any, problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A tree's settings, and defaults that are made of others, with what interpolations stand for.
 
-
-def _is_known(key: str) -> bool:
-    """Whether this is a setting, or inside one that takes settings of another program."""
-    names = known_keys()
-    return key in names or any(key.startswith(f"{n}.") for n in names if _is_open(n))
-
-
-def _is_open(name: str) -> bool:
-    return get_origin(_type_of(name)) is dict
-
-
-def _type_of(key: str) -> Any:
-    section: Any = Config
-    for name in key.split("."):
-        section = next(field.type for field in fields(section) if field.name == name)
-    return section
-
-
-def _keys(section: Any, prefix: str) -> Iterator[str]:
-    for field in fields(section):
-        if is_dataclass(field.type):
-            yield from _keys(field.type, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name
-
-
-def _checked(values: Iterable[tuple[str, Any]], problems: list[str]) -> Config:
-    """The configuration with these values; UserError with its ``problems`` and all others."""
-    schema = OmegaConf.structured(Config)
-    _make_writable(schema)
-    for key, value in values:
-        problem = _set(schema, key, value)
+    What cannot be resolved is left out, and told in ``problems`` where it is the tree's.
+    """
+    given = dict(flat(tree))
+    for key in list(given):
+        problem = _misread(given[key])
         if problem:
-            problems.append(problem)
+            problems.append(f"{key}={shown(given.pop(key))}: {problem}")
+    derived = {key: value for key, value in flat(asdict(Config())) if key not in given}
+    config = OmegaConf.create(
+        nested((key, value) for key, value in (derived | given).items() if is_known(key))
+    )
+    derived = {key: value for key, value in derived.items() if "${" in str(value)}
+    for values, found in ((given, problems), (derived, list[str]())):
+        for key, value in list(values.items()):
+            if "${" in str(value) and is_known(key):
+                try:
+                    node = OmegaConf.select(config, key)
+                    plain = OmegaConf.is_config(node)
+                    values[key] = OmegaConf.to_container(node, resolve=True) if plain else node
+                except OmegaConfBaseException as error:
+                    del values[key]
+                    found.append(f"{key}={shown(value)}: {_first_line(error)}")
+    return given, derived
+
+
+def _checked(tree: Any, problems: list[str]) -> Config:
+    """The configuration with a tree's settings; UserError with its ``problems`` and all others."""
+    given, derived = _resolved(tree, problems)
+    config = build(given.items(), problems)
+    if not problems:  # or what they are made of is wrong
+        config = build((given | derived).items(), problems)
+    problems = problems or validate(config)
     if problems:
-        raise UserError(problems)
-    try:
-        config = OmegaConf.to_object(schema)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {_first_line(error)}") from error
-    assert isinstance(config, Config)
-    problems = validate(config)
-    if problems:
-        raise UserError(problems)
+        raise UserError(list(dict.fromkeys(problems)))
     return config
 
 
-def _make_writable(node: Any) -> None:
-    """Frozen dataclasses make read-only nodes; these are still being filled."""
-    OmegaConf.set_readonly(node, False)
-    for name in node if OmegaConf.is_dict(node) else ():
-        child = node._get_node(name)
-        if OmegaConf.is_config(child):
-            _make_writable(child)
-
-
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    line = f"{first} {others[0]}" if first.endswith(":") and others else first
+    return shown(line or type(error).__name__, 300)

@@ -7,7 +7,7 @@ library is imported here, so that every part of the project can.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 POLICIES = ("auto", "vanilla", "recompute", "mst")
@@ -57,6 +57,11 @@ BENCHES = ("none", "step", "systems", "peers", "short", "max_sequence")
 OUTPUTS = ("table", "json")
 ZERO_STAGES = (0, 1, 2, 3)
 AUTO = "auto"
+MOST_TOKENS = 2**31
+"""In a step: one process holds their ids on the host, and kernels count them in 32 bits."""
+
+MOST_PROCESSES = 4096
+"""And threads: more than any machine has cores."""
 
 
 @dataclass(frozen=True)
@@ -446,6 +451,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def validate(config: Config) -> list[str]:
     """Every problem of a configuration, one line each; an empty list where there is none."""
     return [
+        *_empty_texts("", asdict(config)),
         *_run_problems(config),
         *model_problems(config.model),
         *_data_problems(config.data),
@@ -461,6 +467,18 @@ def validate(config: Config) -> list[str]:
     ]
 
 
+def _empty_texts(key: str, value: Any) -> Iterator[str]:
+    """No setting means anything as a text without a character."""
+    if isinstance(value, dict) and key != "parallel.deepspeed":
+        for name, item in value.items():
+            yield from _empty_texts(f"{key}.{name}" if key else name, item)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _empty_texts(f"{key}[{index}]", item)
+    elif isinstance(value, str) and not value.strip():
+        yield f"{key} is empty: give it a value, or leave it out"
+
+
 def _run_problems(config: Config) -> Iterator[str]:
     train, checkpoint = config.train, config.checkpoint
     yield from _one_of("precision", config.precision, PRECISIONS)
@@ -468,20 +486,18 @@ def _run_problems(config: Config) -> Iterator[str]:
     yield from _one_of("kernel.backend", config.kernel.backend, KERNEL_BACKENDS)
     yield from _one_of("logging.wandb.mode", config.logging.wandb.mode, WANDB_MODES)
     yield from _one_of("logging.wandb.artifacts", config.logging.wandb.artifacts, WANDB_ARTIFACTS)
-    for key, text in (
-        ("run.name", config.run.name),
-        ("run.dir", config.run.dir),
-        ("run.resume", config.run.resume),
-        ("logging.wandb.project", config.logging.wandb.project),
-    ):
-        if not text.strip():
-            yield f"{key} is empty: give it a value"
     yield from _at_least("train.steps", train.steps, 1)
     yield from _at_least("train.seed", train.seed, 0)
-    if train.seed >= 2**63:
-        yield f"train.seed={train.seed} must be below 2^63"
     yield from _at_least("train.micro_batch_size", train.micro_batch_size, 1)
     yield from _at_least("train.accumulation_steps", train.accumulation_steps, 1)
+    sequences = train.micro_batch_size * train.accumulation_steps
+    if sequences * config.data.sequence_length >= MOST_TOKENS:
+        yield (
+            f"train.micro_batch_size={train.micro_batch_size}, train.accumulation_steps="
+            f"{train.accumulation_steps} and data.sequence_length={config.data.sequence_length} "
+            f"make {sequences * config.data.sequence_length:,} tokens a step: they must be below "
+            f"2^31"
+        )
     yield from _at_least("train.eval_every", train.eval_every, 0)
     yield from _at_least("train.eval_sequences", train.eval_sequences, 1)
     yield from _one_of("train.bad_step", train.bad_step, BAD_STEPS)
@@ -510,8 +526,6 @@ def model_problems(model: ModelConfig) -> Iterator[str]:
         line for name, size in sizes.items() for line in _at_least(f"model.{name}", size, 1)
     ]
     yield from problems
-    if model.from_pretrained is not None and not model.from_pretrained.strip():
-        yield "model.from_pretrained is empty: name a folder, or set it to null"
     yield from _positive("model.rope_theta", model.rope_theta)
     yield from _positive("model.norm_epsilon", model.norm_epsilon)
     yield from _positive("model.initializer_std", model.initializer_std)
@@ -604,14 +618,10 @@ def _rope_scaling_problems(scaling: RopeScalingConfig) -> Iterator[str]:
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
     yield from _at_least("data.sequence_length", data.sequence_length, 1)
-    yield from _at_least("data.tokenizer_vocab_size", data.tokenizer_vocab_size, 300)
+    yield from _at_least("data.tokenizer_vocab_size", data.tokenizer_vocab_size, 300, 2**31 - 1)
     yield from _one_of("data.attention", data.attention, DATA_ATTENTIONS)
     yield from _one_of("data.documents", data.documents, DATA_DOCUMENTS)
     yield from _one_of("data.packing", data.packing, PACKINGS)
-    if not all(suffix.strip() for suffix in data.text_suffixes):
-        yield "data.text_suffixes holds an empty one, which all files have: remove it"
-    if not data.source.strip():
-        yield "data.source is empty: name stdlib, a folder, a glob or a Hugging Face data set"
     if not 0 <= data.validation_fraction < 1:
         yield (
             f"data.validation_fraction={data.validation_fraction} must be at least 0 and below 1 "
@@ -622,8 +632,6 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
 def _mixture_problems(mixture: Sequence[MixtureConfig]) -> Iterator[str]:
     for index, part in enumerate(mixture):
         key = f"data.mixture[{index}]"
-        if not part.source.strip():
-            yield f"{key}.source is empty: name what data.source could name"
         yield from _positive(f"{key}.weight", part.weight)
         yield from _at_least(f"{key}.min_document_tokens", part.min_document_tokens, 0)
 
@@ -632,9 +640,7 @@ def _prepare_problems(prepare: PrepareConfig) -> Iterator[str]:
     yield from _one_of("prepare.malformed", prepare.malformed, MALFORMED)
     yield from _at_least("prepare.shard_mib", prepare.shard_mib, 1)
     if prepare.workers is not None:
-        yield from _at_least("prepare.workers", prepare.workers, 1)
-    if prepare.output is not None and not prepare.output.strip():
-        yield "prepare.output is empty: name a folder"
+        yield from _at_least("prepare.workers", prepare.workers, 1, MOST_PROCESSES)
     first, _, count = prepare.shard.partition("/")
     if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
         yield f"prepare.shard={prepare.shard} must be i/N with i from 1 to N: the i-th of N jobs"
@@ -697,11 +703,9 @@ def _bench_problems(bench: BenchConfig) -> Iterator[str]:
     yield from _at_least("bench.repetitions", bench.repetitions, 1)
     yield from _at_least("bench.loss_tile_mib", bench.loss_tile_mib, 1)
     if bench.threads is not None:
-        yield from _at_least("bench.threads", bench.threads, 1)
+        yield from _at_least("bench.threads", bench.threads, 1, MOST_PROCESSES)
     for length in bench.lengths:
         yield from _at_least("bench.lengths", length, 2)
-    if not bench.dir.strip():
-        yield "bench.dir is empty: give it a value"
 
 
 def _parallel_problems(config: Config) -> Iterator[str]:
@@ -745,8 +749,6 @@ def _plan_problems(config: Config) -> Iterator[str]:
                 f"plan.gpus={plan.gpus} is not a multiple of parallel.sequence_parallel="
                 f"{config.parallel.sequence_parallel}"
             )
-    if not plan.dir.strip():
-        yield "plan.dir is empty: give it a value"
 
 
 def _evaluation_problems(config: Config) -> Iterator[str]:
@@ -764,8 +766,6 @@ def _evaluation_problems(config: Config) -> Iterator[str]:
     for depth in evaluation.passkey_depths:
         if not 0 <= depth <= 1:
             yield f"evaluation.passkey_depths={depth} must be from 0 (the beginning) to 1 (the end)"
-    if not all(folder.strip() for folder in config.report.compare):
-        yield "report.compare holds an empty name: name folders of runs"
 
 
 def _update_problems(config: Config) -> Iterator[str]:
@@ -801,9 +801,10 @@ def _one_of(key: str, value: object, choices: Sequence[object]) -> Iterator[str]
         yield f"{key}={value} is not one of {', '.join(map(str, choices))}"
 
 
-def _at_least(key: str, value: int, smallest: int) -> Iterator[str]:
-    if value < smallest:
-        yield f"{key}={value} must be at least {smallest}"
+def _at_least(key: str, value: int, smallest: int, largest: int | None = None) -> Iterator[str]:
+    if value < smallest or (largest is not None and value > largest):
+        limit = "" if largest is None else f" and at most {largest}"
+        yield f"{key}={value} must be at least {smallest}{limit}"
 
 
 def _positive(key: str, value: float) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mst_train.command import run_command
 from mst_train.errors import UserError
+from mst_train.paths import expanded
 
 if TYPE_CHECKING:
     from mst_train.config import Config, DataConfig
@@ -81,10 +82,10 @@ def export(
     """
     from mst_train.checkpoint import held
 
-    output = Path(output).expanduser()
+    output = expanded(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"output={output} is there already: name a new folder, or empty it")
-    with held(lambda: _candidates(Path(checkpoint).expanduser())) as found:
+    with held(lambda: _candidates(expanded(checkpoint))) as found:
         assert found is not None
         return found, _export(found, output, model_type, tokenizer)
 
@@ -137,8 +138,9 @@ def _candidates(path: Path) -> list[Path]:
 
 def _config(settings: dict[str, Any], checkpoint: Path) -> "Config":
     """A run's settings, as a checkpoint has them; what this version lacks in a model is refused."""
-    from mst_train.compose import known_keys, recompose
+    from mst_train.compose import recompose
     from mst_train.config import leaves
+    from mst_train.settings import known_keys
 
     model = {"model": settings.get("model", {})}
     unknown = sorted({key for key, _ in leaves(model)} - set(known_keys()))
@@ -162,7 +164,7 @@ def _tokenizer(
         tokenizer = _run_tokenizer(data, temporary)
     if tokenizer is None:
         return None, {}
-    path = Path(tokenizer).expanduser()
+    path = expanded(tokenizer)
     # What a tokenizer.json leaves unsaid is in the files beside it.
     files = path.parent if path.suffix == ".json" else path
     return files, {"eos_token_id": load_tokenizer(path).eod}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mst_train.command import run_command
 from mst_train.errors import UserError
 from mst_train.files import unwritable
+from mst_train.paths import expanded
 
 if TYPE_CHECKING:
     from mst_train.config import Config
@@ -56,7 +57,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     if config.prepare.output is None:
         raise UserError("prepare.output is not set: name the folder to write to")
-    folder = Path(config.prepare.output).expanduser()
+    folder = expanded(config.prepare.output)
     if config.prepare.verify:
         return _verify(folder)
     return _prepare(config, folder)
@@ -83,7 +84,7 @@ def _prepare(config: "Config", folder: Path) -> int:
         raise UserError(
             f"data.source={config.data.source} is prepared already: training reads it as it is"
         )
-    root = Path(config.data.source).expanduser()
+    root = expanded(config.data.source)
     if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
         raise UserError(
             f"prepare.output={folder} is in data.source={config.data.source}, so that what is "

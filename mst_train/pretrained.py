@@ -18,11 +18,12 @@ from mst_train.model.huggingface import pretrained_config, pretrained_folder
 SCALING = "model.rope_scaling"
 
 
-def with_pretrained(tree: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+def with_pretrained(tree: dict[str, Any], name: str, given: Collection[str]) -> dict[str, Any]:
     """A tree of settings, with those of the checkpoint in ``model`` and its tokenizer in ``data``.
 
     Args:
-        tree: groups of settings; tree["model"]["from_pretrained"] names the checkpoint.
+        tree: groups of settings.
+        name: the checkpoint, which tree["model"]["from_pretrained"] stands for.
         given: keys whose values in ``tree`` hold, such as "model.rope_scaling.type".
 
     Where rotary embeddings are stretched by a type that was given, the checkpoint's own stretching
@@ -32,7 +33,6 @@ def with_pretrained(tree: dict[str, Any], given: Collection[str]) -> dict[str, A
         UserError: the model is not supported, a preset of model is given as well, or its tokenizer
             cannot be read here and none is given.
     """
-    name = tree["model"]["from_pretrained"]
     if "model" in given:
         raise UserError(
             f"model=NAME and model.from_pretrained={name} both say what the model is: leave one out"

@@ -22,6 +22,7 @@ from mst_train.checkpoint import find_checkpoint, own_checkpoints
 from mst_train.config import AUTO, Config, leaves
 from mst_train.errors import InUse, UserError
 from mst_train.files import is_at, unwritable, writing
+from mst_train.paths import expanded
 
 FIXED = (
     "precision",
@@ -54,7 +55,7 @@ class RunFolder:
     """
 
     def __init__(self, config: Config) -> None:
-        self.path = Path(config.run.dir)
+        self.path = expanded(config.run.dir)
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
@@ -139,7 +140,7 @@ class RunFolder:
         own = own_checkpoints(self.checkpoints)
         if own or resume in (AUTO, "never"):
             return own
-        return [find_checkpoint(Path(resume).expanduser())]
+        return [find_checkpoint(expanded(resume))]
 
 
 def check_continuation(before: dict[str, Any], config: Config, checkpoint: Path) -> None:

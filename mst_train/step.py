@@ -19,7 +19,7 @@ from mst_train.parallel import Engine, Topology
 
 
 class BadStep(TrainingError):
-    """A step whose loss or gradient is not finite, or whose loss is above its limit.
+    """A step without a loss, or whose loss or gradient is not finite, or is above its limit.
 
     Attributes:
         reason: what was seen.
@@ -50,7 +50,7 @@ def train_step(
     The loss is the sum over the step's valid tokens divided by their number, so it does not depend
     on how the step is cut into micro-batches and shared by processes. Returns loss, gradient norm
     and number of tokens; raises BadStep, which says how the weights are left, where loss or
-    gradient is not finite or the loss is above ``loss_limit``.
+    gradient is not finite, the loss is above ``loss_limit``, or no token has a label.
     """
     topology = engine.topology
     tokens, valid_tokens = (
@@ -62,6 +62,13 @@ def train_step(
             ]
         )
     )
+    if not valid_tokens:
+        raise BadStep(
+            f"none of the step's {tokens:,} tokens has a label, so it has no loss",
+            "the weights were not updated",
+            "data that have labels",
+            can_skip=True,
+        )
     loss_sum = 0.0
     engine.begin_step(rate)
     for index, batch in enumerate(batches):
@@ -96,7 +103,8 @@ def evaluate(
 ) -> ValidationLoss:
     """The mean loss per valid token over all batches, and by position in the sequence.
 
-    Several processes share the work; each is given all batches, and returns the same.
+    Several processes share the work; each is given all batches, and returns the same. Raises
+    TrainingError where no token has a label.
     """
     topology = topology or Topology(device=model.embedding.weight.device)
     losses = PositionLosses(topology.device)
@@ -105,7 +113,10 @@ def evaluate(
         losses_BS = model.token_losses(tokens, labels, positions, documents)
         losses.add(losses_BS, labels != IGNORED, positions)
     topology.sum_([losses.sums])
-    return losses.result()
+    result = losses.result()
+    if not result.buckets:
+        raise TrainingError("none of the validation data's tokens has a label: there is no loss")
+    return result
 
 
 def _bad_loss(loss_sum: float, valid_tokens: int, loss_limit: float, engine: Engine) -> BadStep:

@@ -1,5 +1,6 @@
 """python -m mst_train, as a user runs it."""
 
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from mst_train.__main__ import main
+from mst_train.command import run_command
 
 pytestmark = pytest.mark.slow
 
@@ -141,3 +143,17 @@ def test_without_a_terminal_or_home(tmp_path, arguments):
     run_dir = f"run.dir={tmp_path / 'run'}"
     result = run("/", *arguments, "train.steps=2", run_dir, environment=environment)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_closed_stream_and_one_that_knows_no_unicode(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+
+    def command(arguments):
+        print("日本", flush=True)
+        print("nobody reads this", file=sys.stderr)
+        return 1 if sys.stderr.isatty() else 0
+
+    assert run_command(command, [], "") == 0
+    assert shown.getvalue() == b"\\u65e5\\u672c\n"

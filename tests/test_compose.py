@@ -1,13 +1,18 @@
 """From the command line to a configuration."""
 
+import datetime
+import itertools
+import shutil
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from mst_train.compose import choices, compose, config_folder, describe, known_keys
-from mst_train.config import Config
+import mst_train.compose
+from mst_train.compose import choices, compose, config_folder, describe, recompose
+from mst_train.config import Config, validate
 from mst_train.errors import UserError
+from mst_train.settings import build, is_text, known_keys
 
 
 def problems(*arguments):
@@ -90,7 +95,7 @@ def test_values_that_hydra_would_want_quoted():
 def test_one_message_lists_every_problem():
     found = problems("train.stepz=4", "data.sequence_length=abc", "model.hiden_size=3")
     assert sorted(found) == [
-        "data.sequence_length=abc: Value 'abc' of type 'str' could not be converted to Integer",
+        "data.sequence_length=abc is not a whole number",
         "model.hiden_size is not a setting: did you mean model.hidden_size?",
         "train.stepz is not a setting: did you mean train.steps?",
     ]
@@ -104,15 +109,47 @@ def test_one_message_lists_every_problem():
         ("model=llama3_9b", "model=llama3_9b is not known: did you mean llama3_8b?"),
         ("+experiment=x", "experiment=x is not known: there are"),
         ("+foo.bar=1", "foo.bar is not a setting"),
-        ("model.num_heads=[1]", "model.num_heads=[1]: "),
-        ("memory.mlp_chunk_tokens=1.5", "memory.mlp_chunk_tokens=1.5: "),
-        ("run.dir=null", "run.dir=None: "),
-        ("run.dir=${nope}", "run.dir: Interpolation key 'nope' not found"),
+        ("model.num_heads=[1]", "model.num_heads=[1] is not a whole number"),
+        ("memory.mlp_chunk_tokens=1.5", "memory.mlp_chunk_tokens=1.5 is not a whole number"),
+        ("run.dir=null", "run.dir=null: it has to have a value"),
+        ("run.dir=${nope}", "run.dir=${nope}: Interpolation key 'nope' not found"),
         ("train.steps=0", "train.steps=0 must be at least 1"),
         ("train.steps=1,2", "cannot use 'train.steps=1,2': give a setting one value"),
         ("~train.steps", "cannot use '~train.steps': give a setting one value"),
-        ("train.seed=99999999999999999999999999", "train.seed=99999999999999999999999999 must be"),
+        (
+            "train.seed=99999999999999999999999999",
+            "train.seed=99999999999999999999999999 is too large",
+        ),
         ("--confg", "cannot read '--confg': expected key=value"),
+        ("hydra.run.dir=x", "cannot use 'hydra.run.dir=x': Hydra composes settings here"),
+        ("hydra.mode=MULTIRUN", "cannot use 'hydra.mode=MULTIRUN': Hydra composes settings"),
+        ("hydra.searchpath=", "cannot use 'hydra.searchpath=': Hydra composes settings here"),
+        ("model@x=llama3_8b", "cannot use 'model@x=llama3_8b': expected key=value"),
+        ("model={}", "model={} is not known: there are"),
+        ("train={}", "train is a group of settings: set one of train.steps"),
+        ("+experiment=null", "experiment=null is not known: there are"),
+        ("+experiment=../model/llama3_8b", "experiment=../model/llama3_8b is not known"),
+        ("train.steps=" + "9" * 5000, "cannot read 'train.steps=9999"),
+        ("run.name=" + "[" * 500, "cannot read 'run.name=[[[[[[[["),
+        ("run.name=" + "${" * 500, "cannot read 'run.name=${${${$"),
+        ("a." * 3000 + "b=1", "a.a.a.a."),
+        ("run.name=${", "run.name='${': "),
+        ("run.name='${oc.decode:\"{a: 1}\"}'", "run.name={'a': 1} is not a text"),
+        ("run.name=a\0b", "run.name=a\\x00b has control characters"),
+        ("run.name=\udcff", "run.name=\\udcff has control characters, or bytes that are not UTF-8"),
+        ("run.name=" + "x" * 300, "run.name=xxxx"),
+        ("model.from_pretrained=" + "x" * 300, "model.from_pretrained=xxxx"),
+        ("model.from_pretrained=~nobody9/x", "~nobody9/x: there is no such home folder"),
+        ("data.cache_dir=", "data.cache_dir is empty: give it a value"),
+        ("model.sliding_window_pattern=[[full]]", "model.sliding_window_pattern[0]=['full'] is"),
+        ("data.text_suffixes=[[a]]", "data.text_suffixes[0]=['a'] is not a text"),
+        ("data.mixture=[{source: x, sauce: y}]", "data.mixture[0].sauce is not a setting: did"),
+        ("train.spike_window=1e20", "train.spike_window=1e+20 is too large"),
+        ("train.micro_batch_size=1e20", "train.micro_batch_size=1e+20 is too large"),
+        ("train.micro_batch_size=1000000", "train.micro_batch_size=1000000, train.accumulation_"),
+        ("train.accumulation_steps=1e9", "train.micro_batch_size=1, train.accumulation_steps=1"),
+        ("data.tokenizer_vocab_size=2147483648", "data.tokenizer_vocab_size=2147483648 must be"),
+        ("prepare.workers=1000000", "prepare.workers=1000000 must be at least 1 and at most 4096"),
     ],
 )
 def test_refusals(argument, message):
@@ -138,3 +175,128 @@ def test_configuration_is_frozen():
     assert isinstance(config, Config)
     with pytest.raises(AttributeError):
         config.train.steps = 1
+
+
+MISTAKES = [
+    None,
+    "",
+    [[]],
+    {"a": {"b": [1]}},
+    b"x",
+    float("nan"),
+    float("inf"),
+    10**400,
+    -(2**63) - 1,
+    "9" * 5000,
+    "a\0b",
+    "\ud800",
+]
+
+
+@pytest.mark.parametrize("key", known_keys())
+def test_every_setting_takes_or_refuses_every_kind_of_value(key):
+    """By name, on one short line; what is taken is what was given."""
+    for value in MISTAKES:
+        found = []
+        config = build([(key, value)], found)
+        found = found or validate(config)
+        assert all(line.isprintable() and len(line) < 300 for line in found)
+        if found:
+            assert found[0].startswith(key)
+        else:
+            for name in key.split("."):
+                config = getattr(config, name)
+            assert str(config) == str(value)
+
+
+def test_a_runs_settings_that_no_run_has_written():
+    damaged = {"run": {"name": datetime.date(2020, 1, 1), "dir": "${"}, "model": 3, "train": None}
+    with pytest.raises(UserError) as caught:
+        recompose({**damaged, "gone": {1: 2}}, ["train.steps=x"])
+    assert [line.partition("=")[0] for line in caught.value.problems] == [
+        "run.name",
+        "run.dir",
+        "train.steps",
+    ]
+
+
+def test_texts_stay_as_they_are_typed():
+    for key in filter(is_text, known_keys()):
+        found = []
+        build([(key, "x")], found)
+        assert not found
+    for typed in ("007", "1e3", "1_000", "1.10", "True"):
+        assert compose([f"run.name={typed}"]).run.dir == f"runs/{typed}"
+
+
+@pytest.fixture(scope="module")
+def copied_configs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("copied") / "configs"
+    shutil.copytree(config_folder(), folder)
+    return folder
+
+
+@pytest.fixture
+def write(copied_configs, monkeypatch):
+    """Writes an experiment, mine.yaml, among the others; returns the problems of composing it."""
+    folder = copied_configs
+    monkeypatch.setattr(mst_train.compose, "config_folder", lambda: folder)
+
+    def problems_of(text, name="mine"):
+        path = folder / "experiment" / f"{name}.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else f"{HEADER}{text}\n".encode())
+        return problems("+experiment=mine")
+
+    return problems_of
+
+
+HEADER = "# @package _global_\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n\tsteps: 3", "line 3, is not YAML: found character '\\t'"),
+        ("train: [", "line 3, is not YAML: expected the node content"),
+        ("run: {name: 'x}", "is not YAML: found unexpected end of stream"),
+        ("train: *x", "line 2, is not YAML: found undefined alias 'x'"),
+        ("train: {steps: 3}\n---\ntrain: {}", "is not YAML: but found another document"),
+        ('run: {name: "a\x01b"}', "is not YAML: unacceptable character #x0001"),
+        (b"# @package _global_\nrun: {name: \xe9}", "is not UTF-8"),
+        (b"train: {steps: 3}", "line 1, is not '# @package _global_'"),
+        ("- a", "holds no settings"),
+        ("3", "holds no settings"),
+        ("train: {steps: 3, steps: 4}", "line 2: steps is there twice"),
+        ("train: {null: 3}", "line 2: null is not a name"),
+        ("? [a]\n: 1", "line 2: this is not a name"),
+        ("train.steps: 3", "line 2: write train.steps as train: {steps: VALUE}"),
+        ("train: &a\n  steps: *a", "an alias stands inside of what it is the name of"),
+        ("run: {name: !!python/object/apply:os.getcwd []}", "python/object/apply:os.getcwd is no"),
+        ("run: {name: '${'}", "line 2: no viable alternative at input '${'"),
+        ("run: {name: 007}", "line 2: YAML takes 007 for another number"),
+        ("train: {steps: 0x" + "f" * 5000 + "}", "line 2: a number has more than 300 digits"),
+        ("train: {steps: " + "[" * 3000, "has more than 20 levels"),
+        ("train: {steps: " + "[" * 30 + "]" * 30 + "}", "line 2: more than 20 levels"),
+        ("hydra: {mode: MULTIRUN}", "line 2: hydra's own settings do nothing here"),
+        ("defaults:\n  - mine", "includes itself, by way of experiment/mine"),
+        ("defaults:\n  - nope", "Could not load 'experiment/nope'"),
+        ("defaults: tiny", "defaults must be a list (got str)"),
+        ("train: null", "train is a group of settings: set one of train.steps"),
+        ("trian: {steps: 3}", "trian.steps is not a setting: did you mean train.steps?"),
+        ("run: {name: '${run.name}'}", "run.name=${run.name}: Recursive interpolation detected"),
+    ],
+)
+def test_broken_experiments(write, text, message):
+    (found,) = write(text)
+    assert message in found
+    assert "\n" not in found
+
+
+def test_experiments_that_include_each_other_and_a_bomb_of_aliases(write):
+    write("defaults:\n  - mine", "other")
+    (found,) = write("defaults:\n  - other")
+    assert "includes itself, by way of experiment/mine and experiment/other" in found
+    names = "abcdefgh"
+    lines = [f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]" for a, b in itertools.pairwise(names)]
+    (found,) = write("\n".join(["a: &a [x]", *lines]))
+    assert "more than 10000 values" in found

@@ -60,7 +60,7 @@ def test_defaults_are_valid():
         ("evaluation.passkey_lengths", [1025], "evaluation.passkey_lengths=1025 is longer than da"),
         ("evaluation.passkey_depths", [], "evaluation.passkey_depths is empty"),
         ("evaluation.passkey_depths", [1.5], "evaluation.passkey_depths=1.5 must be from 0"),
-        ("report.compare", [""], "report.compare holds an empty name"),
+        ("report.compare", [""], "report.compare[0] is empty"),
     ],
 )
 def test_what_is_refused(change, key, value, message):

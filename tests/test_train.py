@@ -19,7 +19,7 @@ from mst_train.model import build_model
 from mst_train.mst import Policy
 from mst_train.optim import InBackwardOptimizer, Optimizer
 from mst_train.parallel import NativeEngine, Topology, together
-from mst_train.step import evaluate, train_step
+from mst_train.step import BadStep, evaluate, train_step
 from mst_train.train import train
 
 
@@ -381,6 +381,19 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone(small_config, kind):
         train_step(engine, [batch], 1e-3, None)
     for old, new in zip(before, model.parameters(), strict=True):
         assert torch.equal(old, new.detach()) or old.isnan().any()
+
+
+def test_a_step_and_a_validation_without_labels_say_so(small_config):
+    model, engine, batch = make_step(small_config)
+    before = [p.detach().clone() for p in model.parameters()]
+    (unlabelled,) = rows(batch, slice(1, 2))
+    with pytest.raises(BadStep, match=r"none of the step's 40 tokens has a label") as caught:
+        train_step(engine, [unlabelled], 1e-3, None)
+    assert caught.value.can_skip
+    assert "learning_rate" not in str(caught.value)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    with pytest.raises(TrainingError, match="none of the validation data's tokens has a label"):
+        evaluate(model, [unlabelled])
 
 
 def spoil_the_gradient(model):

@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from mst_train.command import run_command
 from mst_train.config import Config
 from mst_train.errors import TrainingError, UserError
+from mst_train.paths import expanded
 
 HELP = """\
 python -m mst_train.bench +bench=NAME [key=value ...]
@@ -73,7 +73,7 @@ def _measure(config: Config) -> tuple[dict[str, Any], str]:
         "peers": peers.run,
         "max_sequence": max_sequence.run,
     }
-    folder = Path(config.bench.dir)
+    folder = expanded(config.bench.dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"bench.dir={folder} is a file: name a folder")
     device = prepare_device(config)

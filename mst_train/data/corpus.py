@@ -40,6 +40,7 @@ from mst_train.data.tokenizer import (
 from mst_train.data.tokenizer_file import load_tokenizer, open_tokenizer
 from mst_train.errors import UserError
 from mst_train.files import unwritable
+from mst_train.paths import expanded
 
 log = logging.getLogger(__name__)
 
@@ -185,9 +186,9 @@ def _prepared(folder: Path, data: DataConfig) -> Corpus:
 def prepared_folder(source: str) -> Path | None:
     """The prepared folder that ``data.source`` names, if it does."""
     try:
-        path = Path(source).expanduser()
+        path = expanded(source)
         return path if source != STDLIB and is_prepared(path) else None
-    except (OSError, RuntimeError):
+    except (OSError, UserError):
         return None
 
 
@@ -243,7 +244,7 @@ def verify(folder: Path) -> Iterator[str]:
 
 def cache_folder(data: DataConfig) -> Path:
     if data.cache_dir is not None:
-        return Path(data.cache_dir).expanduser()
+        return expanded(data.cache_dir)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mst_train")
 
 

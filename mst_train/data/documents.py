@@ -32,6 +32,7 @@ from mst_train.data.readers import (
     unreadable,
 )
 from mst_train.errors import UserError
+from mst_train.paths import expanded
 
 STDLIB = "stdlib"
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "__pycache__"}
@@ -339,7 +340,7 @@ def _looks_like_a_path(data: DataConfig) -> bool:
 
 def _found_files(source: str) -> tuple[Path, list[str]]:
     """The folder that a path or glob leads to, and its files, relative to it."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         return path, list(_walk(path))
     if path.exists():

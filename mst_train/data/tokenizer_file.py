@@ -5,6 +5,7 @@ from pathlib import Path
 from mst_train.data.tokenizer import Tokenizer, Vocabulary
 from mst_train.data.tokenizer_json import JsonTokenizer
 from mst_train.errors import UserError
+from mst_train.paths import expanded
 
 FILE_NAMES = (JsonTokenizer.file_name, Tokenizer.file_name)
 """In a folder with both, the first: it says more about special tokens."""
@@ -16,7 +17,7 @@ def load_tokenizer(path: str | Path) -> Vocabulary:
     Raises:
         UserError: there is none, or it cannot be used.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.is_dir():
         found = tokenizer_file(path)
         if found is None:

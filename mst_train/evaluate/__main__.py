@@ -6,6 +6,7 @@ from typing import Any
 
 from mst_train.command import run_command
 from mst_train.errors import UserError
+from mst_train.paths import expanded
 
 HELP = """\
 python -m mst_train.evaluate run.dir=DIR [key=value ...]
@@ -34,7 +35,7 @@ def _run(arguments: list[str]) -> int:
     from mst_train.compose import compose
 
     names_run = ("run.", "experiment=")
-    run = Path(compose([a for a in arguments if a.lstrip("+").startswith(names_run)]).run.dir)
+    run = expanded(compose([a for a in arguments if a.lstrip("+").startswith(names_run)]).run.dir)
     result = _evaluate(run, arguments)
 
     from mst_train.evaluate.show import render

@@ -33,6 +33,7 @@ from mst_train.model.attention import Attention, select_attention
 from mst_train.model.hf_config import read_config, write_config
 from mst_train.model.transformer import Transformer, build_model, materialize
 from mst_train.mst import Policy
+from mst_train.paths import expanded
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -241,7 +242,7 @@ def _parameters(model: Transformer) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _folder(name: str | Path) -> Path:
     """The checkpoint's folder on this machine, downloaded where it is the Hub's."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         return folder
     parts = str(name).split("/")

@@ -2,11 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from mst_train.command import run_command
 from mst_train.config import AUTO, Config
+from mst_train.paths import expanded
 
 HELP = """\
 python -m mst_train.plan [the arguments of a training command] [plan.KEY=VALUE ...]
@@ -93,7 +93,7 @@ def _plan(config: Config) -> tuple[dict[str, Any], str]:
 def _write_sweep(config: Config, predictions: list[Any]) -> list[str]:
     from mst_train.plan import plot, show
 
-    folder = Path(config.plan.dir)
+    folder = expanded(config.plan.dir)
     folder.mkdir(parents=True, exist_ok=True)
     table, image, data = (folder / f"sweep.{end}" for end in ("md", "png", "json"))
     header = ("tokens", "peak", "", "host", "step", "tokens/s", "settings")

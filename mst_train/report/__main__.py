@@ -2,10 +2,10 @@
 
 import contextlib
 import sys
-from pathlib import Path
 
 from mst_train.command import run_command
 from mst_train.errors import TrainingError
+from mst_train.paths import expanded
 
 HELP = """\
 python -m mst_train.report run.dir=DIR [report.compare=[DIR,...]]
@@ -29,8 +29,8 @@ def _run(arguments: list[str]) -> int:
     from mst_train.report.read import read_run
 
     config = compose(arguments)
-    folder = Path(config.run.dir)
-    others = [Path(name).expanduser() for name in config.report.compare]
+    folder = expanded(config.run.dir)
+    others = [expanded(name) for name in config.report.compare]
     runs = [read_run(path) for path in (folder, *others)]
 
     from mst_train.report.memory import over_lengths
