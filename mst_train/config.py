@@ -638,12 +638,16 @@ def _mixture_problems(mixture: Sequence[MixtureConfig]) -> Iterator[str]:
 
 def _prepare_problems(prepare: PrepareConfig) -> Iterator[str]:
     yield from _one_of("prepare.malformed", prepare.malformed, MALFORMED)
-    yield from _at_least("prepare.shard_mib", prepare.shard_mib, 1)
+    yield from _at_least("prepare.shard_mib", prepare.shard_mib, 1, 2**20)
     if prepare.workers is not None:
         yield from _at_least("prepare.workers", prepare.workers, 1, MOST_PROCESSES)
     first, _, count = prepare.shard.partition("/")
-    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
-        yield f"prepare.shard={prepare.shard} must be i/N with i from 1 to N: the i-th of N jobs"
+    numbers = first.isdecimal() and count.isdecimal() and len(prepare.shard) <= 16
+    if not (numbers and 1 <= int(first) <= int(count) <= MOST_PROCESSES):
+        yield (
+            f"prepare.shard={prepare.shard:.40} must be i/N with i from 1 to N: the i-th of N "
+            f"jobs, {MOST_PROCESSES} at most"
+        )
     if (prepare.vocab_size is None) != (prepare.end_of_document is None):
         yield (
             "prepare.vocab_size and prepare.end_of_document describe tokens without a tokenizer: "
@@ -705,7 +709,7 @@ def _bench_problems(bench: BenchConfig) -> Iterator[str]:
     if bench.threads is not None:
         yield from _at_least("bench.threads", bench.threads, 1, MOST_PROCESSES)
     for length in bench.lengths:
-        yield from _at_least("bench.lengths", length, 2)
+        yield from _at_least("bench.lengths", length, 2, MOST_TOKENS - 1)
 
 
 def _parallel_problems(config: Config) -> Iterator[str]:
@@ -741,7 +745,7 @@ def _plan_problems(config: Config) -> Iterator[str]:
     plan = config.plan
     yield from _one_of("plan.output", plan.output, OUTPUTS)
     for length in plan.sweep:
-        yield from _at_least("plan.sweep", length, 2)
+        yield from _at_least("plan.sweep", length, 2, MOST_TOKENS - 1)
     if plan.gpus is not None:
         yield from _at_least("plan.gpus", plan.gpus, 1)
         if plan.gpus % config.parallel.sequence_parallel:

@@ -60,6 +60,12 @@ def test_defaults_are_valid():
         ("evaluation.passkey_lengths", [1025], "evaluation.passkey_lengths=1025 is longer than da"),
         ("evaluation.passkey_depths", [], "evaluation.passkey_depths is empty"),
         ("evaluation.passkey_depths", [1.5], "evaluation.passkey_depths=1.5 must be from 0"),
+        ("plan.sweep", [2**31], "plan.sweep=2147483648 must be at least 2 and at most 2147483647"),
+        ("bench.lengths", [2**31], "bench.lengths=2147483648 must be at least 2 and at most"),
+        ("bench.threads", 5000, "bench.threads=5000 must be at least 1 and at most 4096"),
+        ("prepare.shard_mib", 2**40, "prepare.shard_mib=1099511627776 must be at least 1 and at"),
+        ("prepare.shard", "1/5000", "prepare.shard=1/5000 must be i/N"),
+        ("prepare.shard", "1/" + "9" * 5000, "prepare.shard=1/9999"),
         ("report.compare", [""], "report.compare[0] is empty"),
     ],
 )
