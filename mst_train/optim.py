@@ -14,11 +14,16 @@ at a checkpoint:
     optimizer.step()
 """
 
+import fcntl
 import importlib.util
+import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +33,8 @@ from torch.profiler import record_function
 from mst_train.config import OptimizerConfig
 from mst_train.errors import TrainingError, UserError
 from mst_train.memory.tracker import HOST_RANGE
+
+log = logging.getLogger(__name__)
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -401,7 +408,8 @@ def _cpu_adam(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optim
     try:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, **options)
+        with _building_alone("cpu_adam"):
+            return DeepSpeedCPUAdam(groups, **options)
     except Exception as error:
         cause = str(error.__cause__ or error).strip().splitlines()
         raise UserError(
@@ -409,3 +417,31 @@ def _cpu_adam(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optim
             f"here ({cause[0] if cause else type(error).__name__}): install a C++ compiler and "
             f"ninja, or set optimizer.offload=none"
         ) from error
+
+
+@contextmanager
+def _building_alone(name: str) -> Iterator[None]:
+    """Around what makes torch build the extension ``name``, if it is not there yet.
+
+    Torch waits for ever for a file that a process leaves when it is killed in a build. This lock
+    ends with its process: while it is held, such a file, in a folder of mst_train's, is nobody's.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    python = sysconfig.get_config_var("SOABI")
+    root = Path(given or get_default_build_root()) / f"mst_train-{python}-{torch.__version__}"
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        if not (folder / f"{name}.so").exists():
+            log.info("building DeepSpeed's %s, once: about a minute", name)
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(root)
+        try:
+            yield
+        finally:
+            del os.environ["TORCH_EXTENSIONS_DIR"]
+            if given is not None:
+                os.environ["TORCH_EXTENSIONS_DIR"] = given

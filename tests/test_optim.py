@@ -5,6 +5,8 @@ import functools
 import importlib.util
 import itertools
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -390,6 +392,31 @@ def test_without_a_compiler_it_says_so(monkeypatch):
     monkeypatch.setattr(CPUAdamBuilder, "load", fail)
     with pytest.raises(UserError, match=r"\(Ninja is required\): install a C\+\+ compiler"):
         hosted(make_model(torch.float32))
+
+
+def test_a_build_that_was_killed_is_done_again(monkeypatch, tmp_path, caplog):
+    """By the next process, which does not wait for the file that the killed one left."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from torch.utils.file_baton import FileBaton
+
+    def build(self):
+        folder = Path(os.environ["TORCH_EXTENSIONS_DIR"], "cpu_adam")
+        baton = FileBaton(str(folder / "lock"))
+        taken.append(baton.try_acquire())
+        (folder / "cpu_adam.so").touch()
+        raise RuntimeError("built enough")
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(CPUAdamBuilder, "load", build)
+    caplog.set_level("INFO", logger="mst_train")
+    taken = []
+    for _ in range(2):
+        with pytest.raises(UserError, match="built enough"):
+            hosted(make_model(torch.float32))
+    assert taken == [True, True]
+    assert caplog.messages == ["building DeepSpeed's cpu_adam, once: about a minute"]
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(tmp_path)
 
 
 # --- states ------------------------------------------------------------------------------------
