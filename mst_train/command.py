@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mst_train.errors import Stopped, TrainingError, UserError
-from mst_train.launched import process_name, rank
+from mst_train.launched import end_with_launcher, process_name, rank
+from mst_train.signals import interruptible_once
 
 
 def run_command(
@@ -23,13 +24,15 @@ def run_command(
     Of several processes the first one logs; the others only say what ends them, with their names.
     An error without a message is one that another process tells.
     """
+    end_with_launcher()
     _repair_streams()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mst_train").setLevel(logging.ERROR if rank() else logging.INFO)
     try:
-        status = command(sys.argv[1:] if arguments is None else arguments)
-        print(end="", flush=True)
-        return status
+        with interruptible_once():
+            status = command(sys.argv[1:] if arguments is None else arguments)
+            print(end="", flush=True)
+            return status
     except UserError as error:
         for problem in error.problems:
             _tell("error", problem)

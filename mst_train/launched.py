@@ -1,7 +1,14 @@
 """What the launcher (torchrun) has told this process about itself, in its environment."""
 
+import ctypes
 import os
+import signal
 import socket
+
+LAUNCHER = "MST_TRAIN_LAUNCHER"
+"""The variable in which launch/torchrun.py names itself, by its process id."""
+
+PR_SET_PDEATHSIG = 1
 
 
 def world_size() -> int:
@@ -27,6 +34,24 @@ def local_rank() -> int:
 def process_name() -> str:
     """This process's name in messages."""
     return f"process {rank()} on {socket.gethostname()}"
+
+
+def end_with_launcher() -> None:
+    """Have the kernel kill this process when launch/torchrun.sh, which started it, has ended.
+
+    However that was: a launcher that is killed cannot end its processes any more.
+    """
+    launcher = os.environ.pop(LAUNCHER, None)  # it is not that of processes started from here
+    if launcher is None:
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(launcher):  # it had ended before
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def on_one_machine() -> bool:
+    """Whether all processes run on this machine."""
+    return local_world_size() == world_size()
 
 
 def _number(variable: str, alone: int) -> int:

@@ -1,9 +1,15 @@
-"""SIGTERM and SIGUSR1: a wish to stop, which the run asks about between steps."""
+"""Signals that end a command.
+
+SIGTERM and SIGUSR1   a wish to stop, which the run asks about between steps
+Ctrl-C                ends at once, but for what has to be left in order
+"""
 
 import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -40,3 +46,27 @@ class StopSignals:
         message = f"{self.received.name}: finishing the step and saving (a second one ends at once)"
         with contextlib.suppress(OSError):  # os.write, because stderr's buffer may be in use
             os.write(2, f"{message}\n".encode())
+
+
+@contextmanager
+def interruptible_once() -> Iterator[None]:
+    """The first Ctrl-C raises KeyboardInterrupt; a second one ends the process then and there.
+
+    Raised while the first one is leaving, it would tear Python down under threads that are still in
+    torch, which aborts. Where others than Python handle Ctrl-C, they do.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) != signal.default_int_handler:
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) == interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -175,6 +175,41 @@ def test_a_second_signal_ends_the_process_at_once():
     assert result.stderr == "SIGUSR1: finishing the step and saving (a second one ends at once)\n"
 
 
+def test_a_second_interrupt_ends_the_process_at_once():
+    """While the first one is leaving, with a thread that is still writing a checkpoint."""
+    code = (
+        "import os, signal, threading, time\n"
+        "from mst_train.command import run_command\n"
+        "def command(arguments):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(60)\n"
+        "    finally:\n"
+        "        print('leaving', flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        threading.Event().wait(60)\n"
+        "run_command(command, [], '')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (-signal.SIGINT, "leaving\n")
+    assert result.stderr == ""
+
+
+def test_one_interrupt_is_a_message(capsys):
+    def command(arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    try:
+        assert run_command(command, [], "the same command continues") == 130
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert capsys.readouterr().err == "interrupted: the same command continues\n"
+    assert run_command(lambda arguments: 0, [], "") == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_outside_the_main_thread_there_are_no_handlers(small_config):
     before = signal.getsignal(signal.SIGTERM)
     seen = []
