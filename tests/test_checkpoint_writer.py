@@ -89,9 +89,8 @@ def test_one_is_written_at_a_time(tmp_path, writer, monkeypatch):
     go = hold_back(monkeypatch)
     writer.save(1, {"trainer": {"step": 1}})
     threading.Timer(0.2, go.set).start()
-    started = time.monotonic()
     writer.save(2, {"trainer": {"step": 2}})
-    assert time.monotonic() - started > 0.15
+    assert (tmp_path / "step_00000001/COMPLETE").exists()
     writer.close()
     names = [path.name for path in complete_checkpoints(tmp_path)]
     assert names == ["step_00000001", "step_00000002"]
