@@ -7,15 +7,16 @@
 #
 #   NODES          machines (1)
 #   NODE_RANK      this machine's number, from 0 on; needed with NODES > 1
-#   MASTER_ADDR    the address of machine 0, as the others reach it; needed with NODES > 1
+#   MASTER_ADDR    the address of machine 0, as the others reach it, on a network that they have for
+#                  themselves; needed with NODES > 1
 #   MASTER_PORT    a free port of machine 0 (29500; one machine alone finds a free one)
 #   PROCESSES      processes on this machine (its GPUs; 1 where there is none)
-#   RESTARTS       how often all processes are started again after one has failed (0); the same on all
+#   RESTARTS       how often all processes are started again after one has failed (0)
 #   STOP_SECONDS   what SIGTERM or SIGUSR1 leaves for the step and the checkpoint (600)
 #   PYTHON         the interpreter (the active environment's, else .venv's beside this folder)
 #
-# NCCL_SOCKET_IFNAME, on CPUs GLOO_SOCKET_IFNAME, names the network device between the machines where
-# it is not found.
+# NODES and RESTARTS are the same on all machines. GLOO_SOCKET_IFNAME, and for GPUs NCCL_SOCKET_IFNAME,
+# name the network device between them. One machine alone listens on its loopback device.
 #
 # The exit status is that of the processes; 143 or 138 after SIGTERM or SIGUSR1; 2 where something
 # given here cannot be.
@@ -68,24 +69,16 @@ if ((nodes > 1)); then
   [[ -n ${NODE_RANK:-} ]] || fail "NODES=$nodes needs NODE_RANK, this machine's number from 0 on"
   [[ -n ${MASTER_ADDR:-} ]] || fail "NODES=$nodes needs MASTER_ADDR, the address of machine 0"
   need NODE_RANK "$NODE_RANK" 0 $((nodes - 1))
-  place=(--nnodes "$nodes" --node_rank "$NODE_RANK"
-    --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
+  rank=$NODE_RANK address=$MASTER_ADDR port=${MASTER_PORT:-29500}
 elif [[ ${NODE_RANK:-0} != 0 ]]; then
   fail "NODE_RANK=$NODE_RANK is for several machines: set NODES to their number"
-elif [[ -n ${MASTER_PORT:-} ]]; then
-  place=(--master_addr 127.0.0.1 --master_port "$MASTER_PORT")
 else
-  place=(--standalone --local_addr 127.0.0.1)
+  rank=0 address=127.0.0.1 port=${MASTER_PORT:-0} # 0: any free one
 fi
 
 if [[ -z ${OMP_NUM_THREADS:-} ]]; then
   share=$(($(getconf _NPROCESSORS_ONLN) / processes))
   export OMP_NUM_THREADS=$((share > 0 ? share : 1))
 fi
-# The address or port of an enclosing job is not this one's.
-unset MASTER_ADDR MASTER_PORT
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${STOP_SECONDS:-600}
-
-exec "$python" "$here/torchrun.py" "${RESTARTS:-0}" "${place[@]}" --nproc_per_node "$processes" \
-  --signals-to-handle SIGTERM,SIGUSR1,SIGINT,SIGHUP,SIGQUIT \
-  -m mst_train "$@"
+exec "$python" "$here/torchrun.py" "$nodes" "$rank" "$address" "$port" "$processes" \
+  "${RESTARTS:-0}" "${STOP_SECONDS:-600}" -m mst_train "$@"

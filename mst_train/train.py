@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from mst_train.bad_steps import BadSteps
 from mst_train.checkpoint import first_undamaged, load_part
 from mst_train.checkpoint_form import load_progress, load_states, load_weights
 from mst_train.checkpoint_writer import CheckpointWriter
-from mst_train.config import Config
+from mst_train.config import Config, MemoryConfig, OptimizerConfig
 from mst_train.data import Batch, Data, Loader, fixed_batches, load_data
 from mst_train.errors import DataError, Stopped, TrainingError, UserError
 from mst_train.evaluate.passkey import Probe, make_probes, passkey_record
@@ -81,20 +82,21 @@ def train(config: Config) -> dict[str, Any]:
 def _train(config: Config, topology: Topology) -> dict[str, Any]:
     # What can be refused is refused before anything is written.
     patient = topology.patient(SETTING_UP)
-    checkpoint: Path | None = None
+    found: str | None = None
     with together(patient):
         check_engine(config, topology.world)
         folder = RunFolder(config)
         if topology.is_first:
-            checkpoint = first_undamaged(folder.candidates)
-    checkpoint = patient.from_first(checkpoint)
+            undamaged = first_undamaged(folder.candidates)
+            found = None if undamaged is None else str(undamaged)
+    found = patient.from_first(found)
+    checkpoint = None if found is None else Path(found)
     with together(patient):
         progress_made = _progress_at(checkpoint, config)
     if progress_made["step"] >= config.train.steps:
         log.info("the run in %s is finished: set train.steps higher to go on", folder.path)
         return _finished(folder, progress_made["summary"], topology)
-    prediction = _predict(config, patient)
-    config = prediction.config  # with what memory.policy=auto stands for
+    prediction, config, parts = _predict(config, patient)
     data = _load_data(config, patient)
     with together(patient):
         _require_vocabulary(config, data)
@@ -138,7 +140,7 @@ def _train(config: Config, topology: Topology) -> dict[str, Any]:
     flops_per_token = training_flops(config.model, config.data.sequence_length) / (
         config.data.sequence_length
     )
-    device_rate = prediction.target.device.bf16_flops
+    device_rate = prediction and prediction.target.device.bf16_flops
     summary: dict[str, Any] = progress_made["summary"]
     writer = CheckpointWriter(folder.checkpoints, config.checkpoint, topology.patient(WRITING))
     stop = StopSignals(tells=topology.is_first)
@@ -170,7 +172,7 @@ def _train(config: Config, topology: Topology) -> dict[str, Any]:
 
     try:
         with together(topology):
-            if topology.is_first:
+            if prediction is not None:
                 _describe_run(folder, prediction, metrics, fresh=checkpoint is None)
         if checkpoint is None and data.validation and config.train.eval_every:
             summary |= _validate(model, data, config, topology, metrics, progress, step=0)
@@ -182,8 +184,8 @@ def _train(config: Config, topology: Topology) -> dict[str, Any]:
             signals, failed = zip(*topology.gather((stop.received, writer.failed)), strict=True)
             if any(failed):
                 writer.wait()
-            stopped_by = next(filter(None, signals), None)
-            if stopped_by is not None:
+            if any(signals):
+                stopped_by = Signals(next(filter(None, signals)))
                 break
             batches = [topology.rows_of(batch) for batch in batches]
             rate = learning_rate(step + 1, config.train.steps, config.optimizer)
@@ -268,7 +270,7 @@ def _train(config: Config, topology: Topology) -> dict[str, Any]:
         )
         raise told_once(ending, topology) from error
     except torch.OutOfMemoryError as error:
-        raise TrainingError(_out_of_memory(prediction)) from error
+        raise TrainingError(_out_of_memory(config, parts)) from error
     except HostBudgetError as error:
         raise TrainingError(str(error)) from error
     except RuntimeError as error:
@@ -396,14 +398,28 @@ def _write_summary(
     return summary
 
 
-def _predict(config: Config, topology: Topology) -> Prediction:
-    """What the first process expects of a step, so that all have the same settings."""
-    predictions = []
+def _predict(config: Config, topology: Topology) -> tuple[Prediction | None, Config, str]:
+    """What the first process expects of a step: the prediction, which it alone has; the settings
+    with what memory.policy=auto stands for; the largest parts of the memory.
+    """
+    prediction: Prediction | None = None
+    told: dict[str, Any] = {}
     with together(topology):
         if topology.is_first:
-            predictions.append(before_training(config, topology.device, topology.world))
-    (prediction,) = topology.from_first(predictions)
-    return prediction
+            prediction = before_training(config, topology.device, topology.world)
+            chosen = prediction.config
+            told = {
+                "memory": dataclasses.asdict(chosen.memory),
+                "optimizer": dataclasses.asdict(chosen.optimizer),
+                "parts": largest_parts(prediction),
+            }
+    told = topology.from_first(told)
+    config = dataclasses.replace(
+        config,
+        memory=MemoryConfig(**told["memory"]),
+        optimizer=OptimizerConfig(**told["optimizer"]),
+    )
+    return prediction, config, told["parts"]
 
 
 def _load_data(config: Config, topology: Topology) -> Data:
@@ -471,11 +487,10 @@ def _require_same_data(progress_made: dict[str, Any], data: Data, checkpoint: Pa
         )
 
 
-def _out_of_memory(prediction: Prediction) -> str:
-    config = prediction.config
+def _out_of_memory(config: Config, parts: str) -> str:
     return (
         f"the device ran out of memory at data.sequence_length={config.data.sequence_length}, "
         f"train.micro_batch_size={config.train.micro_batch_size} with "
-        f"memory.policy={config.memory.policy} (predicted {largest_parts(prediction)}): try "
+        f"memory.policy={config.memory.policy} (predicted {parts}): try "
         f"memory.policy=auto, or see what fits with python -m mst_train.plan plan.search=true"
     )

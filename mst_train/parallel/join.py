@@ -10,15 +10,15 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from mst_train.config import Config, leaves
 from mst_train.environment import code_fingerprint
 from mst_train.errors import Ending, TrainingError, UserError
-from mst_train.launched import local_rank, local_world_size, world_size
+from mst_train.launched import local_rank, local_world_size, on_one_machine, rank, world_size
 from mst_train.parallel.together import check_same, together
 from mst_train.parallel.topology import Topology, check_degree, exchange_timeout, grid
+from mst_train.store import connect, listen, serve
 
 LEAVING = timedelta(hours=6)
 """How long they wait for the first to finish the run's records, which W&B may have to upload."""
@@ -45,25 +45,24 @@ def joined(config: Config) -> Iterator[Topology]:
         return
     timeout, in_contact = exchange_timeout(config), True
     try:
-        store, rank, _ = next(rendezvous("env://", timeout=MEETING))
-        # torchrun keeps its store when it starts processes again; those before left addresses.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = PrefixStore(f"attempt_{attempt}", store)
+        store = _store(world)
+        if on_one_machine():
+            for library in ("GLOO", "NCCL"):
+                os.environ[f"{library}_SOCKET_IFNAME"] = "lo"
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        dist.init_process_group(
+            backend, store=store, rank=rank(), world_size=world, timeout=timeout
+        )
     except ValueError as error:
-        raise UserError(
-            f"WORLD_SIZE={world} is set without the rest that torchrun sets ({_reason(error)}): "
-            f"start several processes with launch/torchrun.sh, or one without WORLD_SIZE"
-        ) from error
-    except RuntimeError as error:
+        raise UserError(f"the processes cannot be joined as told: {_reason(error)}") from error
+    except (OSError, RuntimeError) as error:
         raise TrainingError(
             f"the {world} processes do not find each other ({_reason(error)}): see that all "
             f"machines have started theirs, with the same first machine and port"
         ) from error
     try:
         objects = dist.new_group(backend="gloo", timeout=timeout)
-        processes = Topology(rank, world, device=device, object_group=objects)
+        processes = Topology(rank(), world, device=device, object_group=objects)
         leaving = processes.patient(LEAVING)
         settings = {key: str(value) for key, value in leaves(asdict(config))}
         code = {"mst_train's code": code_fingerprint(), "torch": torch.__version__}
@@ -90,6 +89,26 @@ def joined(config: Config) -> Iterator[Topology]:
     finally:
         if in_contact:  # or this would wait for the one that does not answer
             dist.destroy_process_group()
+
+
+def _store(world: int) -> Store:
+    """Where processes leave each other their addresses: the launcher's, else the first one's."""
+    unset = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if unset:
+        raise UserError(
+            f"WORLD_SIZE={world} is set without {unset[0]}, which torchrun sets too: start several "
+            f"processes with launch/torchrun.sh, or one without WORLD_SIZE"
+        )
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    found: Store
+    if rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        found = serve(listen(address, port), MEETING)
+    else:
+        found = connect(address, port, MEETING)
+    # A launcher's store outlives the processes that it starts again; those before left addresses.
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"{launch}/{attempt}", found)
 
 
 def _device() -> torch.device:

@@ -33,8 +33,8 @@ def together(topology: Topology) -> Iterator[None]:
         yield
     except (UserError, TrainingError) as error:
         failure = error
-    told = topology.gather((type(failure), _problems(failure), process_name()) if failure else None)
-    failures = [one for one in told if one is not None]
+    own = (type(failure).__name__, _problems(failure), process_name()) if failure else None
+    failures = [one for one in topology.gather(own) if one is not None]
     if failures:
         raise _common(failures, topology) from failure
 
@@ -74,14 +74,12 @@ def _problems(error: Failure) -> list[str]:
     return error.problems if isinstance(error, UserError) else [str(error)]
 
 
-def _common(failures: list[tuple[type[Failure], list[str], str]], topology: Topology) -> Failure:
+def _common(failures: list[tuple[str, list[str], str]], topology: Topology) -> Failure:
     """The error that stands for several processes' ones."""
     kind, messages, _ = failures[0]
     if len(failures) < topology.world or any(texts != messages for _, texts, _ in failures):
         messages = [f"{process}: {text}" for _, texts, process in failures for text in texts]
-    error: Failure
-    if issubclass(kind, UserError):
-        error = (InUse if issubclass(kind, InUse) else UserError)(messages)
-    else:
-        error = (DataError if issubclass(kind, DataError) else TrainingError)("; ".join(messages))
+    if kind in (UserError.__name__, InUse.__name__):
+        return told_once((UserError if kind == UserError.__name__ else InUse)(messages), topology)
+    error = (DataError if kind == DataError.__name__ else TrainingError)("; ".join(messages))
     return told_once(error, topology)

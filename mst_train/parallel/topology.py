@@ -13,15 +13,17 @@ Weights are the same everywhere, so gradients are summed over all processes, wha
 Legend: B batch, S sequence, T = S/P rows of a process, P processes that share a sequence.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from mst_train.config import Config
 from mst_train.data import IGNORED, Batch
@@ -106,20 +108,28 @@ class Topology:
                 yield self.rows_of(replace(turn[0], labels=labels))
 
     def from_first(self, value: T) -> T:
-        """What the first process has given."""
-        if self.world == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.object_group)
-        return box[0]
+        """What the first process has given, as ``gather`` gives it."""
+        return self.gather(value if self.is_first else None)[0]  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:
-        """What every process has given, by rank."""
+        """What every process has given, by rank.
+
+        It travels as JSON, whose tuples are lists: a pickle would run what anyone sends who gets
+        between the processes.
+        """
         if self.world == 1:
             return [value]
-        boxes: list[Any] = [None] * self.world
-        dist.all_gather_object(boxes, value, group=self.object_group)
-        return boxes
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([own.numel()]), group=self.object_group)
+        longest = max(size.item() for size in sizes)
+        texts = [torch.empty(int(longest), dtype=torch.uint8) for _ in range(self.world)]
+        own = functional.pad(own, (0, int(longest) - own.numel()))
+        dist.all_gather(texts, own, group=self.object_group)
+        return [
+            json.loads(text[: int(size)].numpy().tobytes())
+            for text, size in zip(texts, sizes, strict=True)
+        ]
 
     def patient(self, longest: timedelta) -> "Topology":
         """The same processes with another connection for objects, on which they wait longer for

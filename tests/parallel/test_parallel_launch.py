@@ -3,19 +3,24 @@
 Two machines are two network namespaces with a cable between them, and one file system.
 """
 
+import base64
 import contextlib
+import ipaddress
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed import TCPStore
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPT = LAUNCH / "torchrun.sh"
@@ -164,16 +169,17 @@ def test_what_cannot_be(environment, message, tmp_path):
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, "torchrun.py 0 --standalone --local_addr 127.0.0.1 --nproc_per_node 1 "),
-        ({"CUDA_VISIBLE_DEVICES": ""}, "--nproc_per_node 1 "),
-        ({"CUDA_VISIBLE_DEVICES": "0,3"}, "--nproc_per_node 2 "),
-        ({"PATH": "{folder}:" + os.defpath}, "--nproc_per_node 4 "),
-        ({"PATH": "{folder}:" + os.defpath, "CUDA_VISIBLE_DEVICES": "5"}, "--nproc_per_node 1 "),
-        ({"MASTER_PORT": "4242"}, "--master_addr 127.0.0.1 --master_port 4242 "),
+        ({}, "torchrun.py 1 0 127.0.0.1 0 1 0 600 "),
+        ({"CUDA_VISIBLE_DEVICES": ""}, " 127.0.0.1 0 1 0 600 "),
+        ({"CUDA_VISIBLE_DEVICES": "0,3"}, " 127.0.0.1 0 2 0 600 "),
+        ({"PATH": "{folder}:" + os.defpath}, " 127.0.0.1 0 4 0 600 "),
+        ({"PATH": "{folder}:" + os.defpath, "CUDA_VISIBLE_DEVICES": "5"}, " 127.0.0.1 0 1 0 600 "),
+        ({"MASTER_PORT": "4242"}, " 127.0.0.1 4242 1 0 600 "),
+        # The address of an enclosing job is not this one's.
+        ({"MASTER_ADDR": "10.0.0.1"}, " 127.0.0.1 0 1 0 600 "),
         (
             {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "RESTARTS": "3"},
-            "torchrun.py 3 --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 29500 "
-            "--nproc_per_node 1 ",
+            "torchrun.py 2 1 10.0.0.1 29500 1 3 600 ",
         ),
     ],
 )
@@ -235,7 +241,6 @@ def test_a_process_that_dies(restarts, arguments, tmp_path):
     with started(*arguments, folder=tmp_path, **environment) as process:
         wait_for_step(run, 24)
         os.kill(max(children(process.pid)), signal.SIGKILL)
-        killed = time.monotonic()
         status, log = ended(process)
     if restarts:
         assert status == 0, log
@@ -245,7 +250,84 @@ def test_a_process_that_dies(restarts, arguments, tmp_path):
     else:
         assert status in (1, 137), log  # of the one that died, or of the one that missed it
         assert "was the first to end" in log
-        assert time.monotonic() - killed < 60
+
+
+def everyone(pid):
+    """A process and all that it has started, and these."""
+    return {pid}.union(*(everyone(child) for child in children(pid)))
+
+
+def doors(*processes):
+    """Where processes listen: addresses and ports."""
+    sockets = set()
+    for process in processes:
+        for descriptor in Path(f"/proc/{process}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                sockets.add(str(descriptor.readlink()))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{processes[0]}/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in sockets:  # it listens
+                address, port = local.split(":")
+                words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
+                found.add((str(ipaddress.ip_address(b"".join(words))), int(port, 16)))
+    return found
+
+
+def attack(address, port, witness):
+    """What torchrun's own rendezvous unpickles, under every name that there is in the store."""
+    pickle = f"cos\nsystem\n(S'touch {witness}'\ntR.".encode()
+    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+    for key in {*store.list_keys(), "torch.rendezvous.attempt_0", "torch.rendezvous.none"}:
+        if b"rendezvous" in key.encode():
+            store.set(key, base64.b64encode(pickle))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", [1, 2])
+def test_no_door_beyond_this_machine(processes, arguments, tmp_path):
+    """Not even to its other addresses; and what gets in is not run."""
+    arguments += ["train.steps=100000", "checkpoint.every=100000", "run.dir=run"]
+    arguments += [f"parallel.sequence_parallel={processes}"]
+    witness = tmp_path / "the attack came through"
+    with started(*arguments, folder=tmp_path, PROCESSES=str(processes)) as process:
+        wait_for_step(tmp_path / "run", 2)
+        found = doors(*everyone(process.pid))
+        assert len(found) >= processes
+        assert {address for address, _ in found} == {"127.0.0.1"}
+        ((_, own),) = doors(process.pid)
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection(("127.0.0.2", own), timeout=5)
+        attack("127.0.0.1", own, witness)
+        done = len((tmp_path / "run/metrics.jsonl").read_text().splitlines())
+        wait_for_step(tmp_path / "run", done + 40)
+        process.send_signal(signal.SIGTERM)
+        status, log = ended(process)
+    assert status == 143, log
+    assert not witness.exists()
+
+
+@pytest.mark.distributed
+def test_a_killed_launcher_leaves_nobody_training(arguments, tmp_path):
+    arguments += ["train.steps=100000", "checkpoint.every=100000", "run.dir=run"]
+    with started(*arguments, folder=tmp_path, PROCESSES="2") as process:
+        wait_for_step(tmp_path / "run", 2)
+        workers = children(process.pid)
+        assert len(workers) == 2
+        process.kill()
+        process.wait(TIMEOUT)
+        deadline = time.monotonic() + TIMEOUT
+        while any(running(worker) for worker in workers):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def running(pid):
+    """Whether a process is there, and more than what its parent has not asked about yet."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
 
 
 def shell(*command):
@@ -278,14 +360,31 @@ def machines():
                 subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
+@pytest.fixture
+def outsider(machines):
+    """A third namespace, 10.78.0.2, on a network of its own with machine 0, which is 10.78.0.1."""
+    name = f"mst_test_{os.getpid()}_outside"
+    try:
+        shell("ip", "netns", "add", name)
+        ends = ["out0", "netns", machines[0], "type", "veth", "peer", "out1", "netns", name]
+        shell("ip", "link", "add", *ends)
+        for i, (namespace, device) in enumerate(((machines[0], "out0"), (name, "out1"))):
+            shell("ip", "-n", namespace, "address", "add", f"10.78.0.{i + 1}/24", "dev", device)
+            shell("ip", "-n", namespace, "link", "set", device, "up")
+        yield name
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
 @contextlib.contextmanager
-def on_both(machines, *arguments, folder, **environment):
-    """The script on each machine, with one process."""
+def on_both(machines, *arguments, folder, second=(), **environment):
+    """The script on each machine, with one process; more arguments on the second one."""
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(
                 started(
                     *arguments,
+                    *(second if i else ()),
                     folder=folder,
                     prefix=("ip", "netns", "exec", name),
                     NODES="2",
@@ -311,6 +410,44 @@ def test_two_machines(machines, arguments, tmp_path):
             assert status == 0, log
     assert len(losses(tmp_path / "two")) == 4
     assert losses(tmp_path / "two") == losses(tmp_path / "one")
+
+
+@pytest.mark.distributed
+def test_what_another_network_reaches(machines, outsider, arguments, tmp_path):
+    """Nothing at machine 0's address there; and by a route to the other, which a firewall has to
+    close, nothing that is run."""
+    arguments += ["train.steps=100000", "checkpoint.every=100000", "run.dir=run"]
+    witness = tmp_path / "the attack came through"
+    within = ("ip", "netns", "exec", outsider, sys.executable, "-c")
+    with on_both(machines, *arguments, folder=tmp_path) as processes:
+        wait_for_step(tmp_path / "run", 2)
+        found = doors(*everyone(processes[0].pid))
+        assert {address for address, _ in found} == {"10.77.0.1"}
+        for _, port in found:
+            connect = f"import socket; socket.create_connection(('10.78.0.1', {port}), 5)"
+            tried = subprocess.run([*within, connect], capture_output=True, text=True)
+            assert "ConnectionRefusedError" in tried.stderr
+        shell("ip", "-n", outsider, "route", "add", "10.77.0.0/24", "via", "10.78.0.1")
+        strike = f"import test_parallel_launch as t; t.attack('10.77.0.1', 29500, {str(witness)!r})"
+        subprocess.run([*within, strike], check=True, cwd=Path(__file__).parent)
+        done = len((tmp_path / "run/metrics.jsonl").read_text().splitlines())
+        wait_for_step(tmp_path / "run", done + 40)
+        processes[0].send_signal(signal.SIGTERM)
+        for process in processes:
+            status, log = ended(process)
+            assert status == 143, log
+    assert not witness.exists()
+
+
+@pytest.mark.distributed
+def test_what_cannot_be_on_one_machine_ends_both(machines, arguments, tmp_path):
+    """The first, which was told nothing wrong, does not wait for the other."""
+    with on_both(machines, *arguments, folder=tmp_path, second=["train.steps=x"]) as processes:
+        (first, told), (second, other_told) = (ended(process) for process in processes)
+    assert (first, second) == (2, 2), told + other_told
+    assert "error: what was given to another machine cannot be, as its own message says" in told
+    assert other_told.count("train.steps=x") == 1
+    assert "Traceback" not in told + other_told
 
 
 @pytest.mark.distributed
@@ -375,10 +512,8 @@ def test_slurm_starts_each_node_under_its_number(tmp_path):
     options, first, second = log.splitlines()
     assert "--kill-on-bad-exit=0 --wait=570" in options
     for rank, line in enumerate((first, second)):
-        assert f"--nnodes 2 --node_rank {rank} --master_addr nodea --master_port 21234" in line
         assert line.endswith(
-            "--nproc_per_node 8 --signals-to-handle "
-            "SIGTERM,SIGUSR1,SIGINT,SIGHUP,SIGQUIT -m mst_train x=1 run.name=a b"
+            f"torchrun.py 2 {rank} nodea 21234 8 0 570 -m mst_train x=1 run.name=a b"
         )
 
 
@@ -405,7 +540,7 @@ def test_slurm_signals_early_enough():
 
 
 def test_kubernetes_fits_the_script():
-    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    service, policy, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     variables = {one["name"]: one.get("value") for one in container["env"]}
@@ -425,6 +560,18 @@ def test_kubernetes_fits_the_script():
     assert service["spec"]["selector"] == label
     assert service["spec"]["clusterIP"] == "None"
 
+    # Nobody but the pods themselves reaches them.
+    assert policy["kind"] == "NetworkPolicy"
+    assert policy["spec"]["podSelector"]["matchLabels"] == label
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    assert policy["spec"]["ingress"] == [{"from": [{"podSelector": {"matchLabels": label}}]}]
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
     assert mounts["shm"] == "/dev/shm"
@@ -435,7 +582,7 @@ def test_kubernetes_fits_the_script():
 def test_kubernetes_settings_compose():
     from mst_train.compose import compose
 
-    _, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    *_, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
     (container,) = job["spec"]["template"]["spec"]["containers"]
     config = compose(container["args"])
     processes = job["spec"]["completions"] * container["resources"]["limits"]["nvidia.com/gpu"]

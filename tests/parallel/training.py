@@ -161,7 +161,8 @@ def train(config, topology, saved=None, rounded=False):
 def whole(state, topology):
     """Weights and states of all processes, each of which has some of them."""
     weights, states = {}, {}
-    shares = topology.gather(state)
+    shares = [None] * topology.world
+    dist.all_gather_object(shares, state, group=topology.object_group)
     for some_weights, some_states in shares:
         assert some_weights
         assert not weights.keys() & some_weights.keys()
