@@ -190,7 +190,7 @@ def trunk_forward(base: Any) -> Any:
                     x_BSD = call.run(
                         f"layer {index}",
                         layer,
-                        x_BSD,
+                        _for_zero(layer, x_BSD),
                         position_embeddings=rotary,
                         position_ids=positions,
                         past_key_values=None,
@@ -311,6 +311,18 @@ def _documents(positions_BS: Tensor, x_BSD: Tensor) -> Documents | None:
         return None
     end = torch.tensor([batch * sequence])
     return Documents(torch.cat([starts, end]).to(torch.int32))
+
+
+def _for_zero(layer: Any, x: Tensor) -> Tensor:
+    """A layer's input, which wants a gradient if the layer's weights do, under ZeRO-3.
+
+    DeepSpeed takes the gradients of a layer's weights when that of its input is there; with none
+    (frozen embeddings) that would be before they are.
+    """
+    if x.requires_grad or not torch.is_grad_enabled():
+        return x
+    leaves = (p for p in layer.parameters() if hasattr(p, "ds_z3_leaf_module"))
+    return x.detach().requires_grad_() if any(p.requires_grad for p in leaves) else x
 
 
 @contextmanager

@@ -86,13 +86,24 @@ def fsdp1(model, *, original):
     return wrapped, local
 
 
-def zero(model, *, stage):
+def adapted(model):
+    import peft
+
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=3, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    return peft.get_peft_model(model, lora)
+
+
+def zero(model, *, stage, adapt=False):
     import deepspeed
+
+    if adapt:
+        model = adapted(model)
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
         config={
             "train_micro_batch_size_per_gpu": 2,
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
@@ -105,7 +116,8 @@ def zero(model, *, stage):
     def gradients(engine):
         from deepspeed.utils import safe_get_full_grad
 
-        return {n: safe_get_full_grad(p) for n, p in engine.module.named_parameters()}
+        parameters = engine.module.named_parameters()
+        return {name: safe_get_full_grad(p) for name, p in parameters if p.requires_grad}
 
     return engine, gradients
 
@@ -119,4 +131,5 @@ WRAPPERS = {
     "zero1": partial(zero, stage=1),
     "zero2": partial(zero, stage=2),
     "zero3": partial(zero, stage=3),
+    "zero3 adapters": partial(zero, stage=3, adapt=True),
 }

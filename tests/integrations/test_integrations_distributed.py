@@ -20,18 +20,19 @@ AFTER = {
     "fsdp1 original": "layer 0, 1, 2: it is a .*FullyShardedDataParallel",
     "zero2": None,
     "zero3": "layer 0, 1, 2: self_attn has a hook .deepspeed",
+    "zero3 adapters": "layer 0, 1, 2: self_attn has a hook .deepspeed",
 }
 """What is said to a model that is wrapped already, if it is refused."""
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("names", [["fsdp1 original", "fsdp2 head"], ["zero3"]], ids=str)
+@pytest.mark.parametrize("names", [["fsdp1 original", "fsdp2 head"], ["zero3 adapters"]], ids=str)
 def test_wrappers(names, tmp_path, monkeypatch):
     check(names, tmp_path, monkeypatch)
 
 
 @pytest.mark.distributed_full
-@pytest.mark.parametrize("names", [["ddp", "fsdp2", "fsdp1"], ["zero2"]], ids=str)
+@pytest.mark.parametrize("names", [["ddp", "fsdp2", "fsdp1"], ["zero2", "zero3"]], ids=str)
 def test_other_wrappers(names, tmp_path, monkeypatch):
     check(names, tmp_path, monkeypatch)
 
@@ -41,6 +42,7 @@ def check(names, tmp_path, monkeypatch):
     zero = names[0].startswith("zero")
     if zero:
         pytest.importorskip("deepspeed")
+        pytest.importorskip("peft")
     monkeypatch.syspath_prepend(str(HERE.parent / "parallel"))
     import hf_distributed
     import processes
