@@ -318,9 +318,12 @@ def test_a_killed_launcher_leaves_nobody_training(arguments, tmp_path):
         process.kill()
         process.wait(TIMEOUT)
         deadline = time.monotonic() + TIMEOUT
-        while any(running(worker) for worker in workers):
-            assert time.monotonic() < deadline
+        while any(running(worker) for worker in workers) and time.monotonic() < deadline:
             time.sleep(0.05)
+        left = [worker for worker in workers if running(worker)]
+        for worker in left:
+            os.kill(worker, signal.SIGKILL)
+        assert not left
 
 
 def running(pid):
