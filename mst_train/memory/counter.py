@@ -1,6 +1,7 @@
 """What a simulated step does beside holding memory: its operations, counted moment by moment."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -63,6 +64,7 @@ class StepCounter(MemoryTracker):
         super().__init__(granularity=granularity, shares=shares)
         self.attention_forward_flops = 0.0
         self.attention_backward_flops = 0.0
+        self._elsewhere = False
         self.reset()
 
     def reset(self) -> None:
@@ -80,6 +82,15 @@ class StepCounter(MemoryTracker):
         self.watch(tensor, kind=kind)
         self._sums["large_bytes"] = large_bytes
         return tensor
+
+    @contextmanager
+    def counted_elsewhere(self) -> Iterator[None]:
+        """In this context operations take memory and are not counted."""
+        self._elsewhere = True
+        try:
+            yield
+        finally:
+            self._elsewhere = False
 
     @property
     def work(self) -> Numbers:
@@ -132,7 +143,7 @@ class StepCounter(MemoryTracker):
         if function is aten._local_scalar_dense.default and args[0].is_meta:
             return 1.0 if args[0].is_floating_point() else 1
         result = super().__torch_dispatch__(function, types, args, kwargs)
-        if function.namespace == "aten":
+        if function.namespace == "aten" and not self._elsewhere:
             self._count_work(function.overloadpacket, args, kwargs, result)
         return result
 

@@ -23,22 +23,27 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from mst_train.config import Config, ModelConfig
+from mst_train.config import AUTO, Config, ModelConfig
 from mst_train.data import Batch
-from mst_train.memory.counter import Moment, Numbers, StepCounter, Work
+from mst_train.memory.counter import Numbers, StepCounter, Work
 from mst_train.memory.devices import Device
 from mst_train.memory.simulated_zero import Buckets, SimulatedZero
-from mst_train.memory.stand_ins import SimulatedHostOptimizer, SimulatedKernel, SimulatedUlysses
+from mst_train.memory.stand_ins import (
+    SimulatedHostOptimizer,
+    SimulatedKernel,
+    SimulatedUlysses,
+    without_data,
+)
 from mst_train.memory.tracker import OPTIMIZER_RANGE
 from mst_train.model import Transformer, build_model, select_attention
-from mst_train.model.attention import Attention, KernelAttention
+from mst_train.model.attention import FOR_CUDA, HALF, Attention, KernelAttention
 from mst_train.mst import Offload, Policy
 from mst_train.mst.attention import KEYS_AT_ONCE
+from mst_train.mst.offload import AHEAD
 from mst_train.optim import Optimizer, build_optimizer
 from mst_train.parallel import NativeEngine
 from mst_train.step import train_step
 
-CPU = torch.device("cpu")
 MIB, GIB = 2**20, 2**30
 
 CUDA_CONTEXT_BYTES = 512 * MIB
@@ -92,11 +97,20 @@ class Simulation:
 
 
 def simulate(
-    config: Config, device: Device, *, gpus: int = 1, build: "Build | None" = None
+    config: Config,
+    device: Device,
+    *,
+    gpus: int = 1,
+    build: "Build | None" = None,
+    boundaries: Tensor | None = None,
 ) -> Simulation:
     """One training step of ``config`` on one of ``gpus`` devices, once the states exist.
 
-    build: makes the model, where it is not the decoder of this project.
+    build: makes the model, where it is not the decoder of this project. boundaries: where the
+    documents of the batch begin and end, as ``Batch`` has them; None: one document in each row,
+    the whole sequence, which takes the most time and memory. On a CPU the peak is that of the real
+    step to the byte, as the tracker counts it, for the boundaries given; without them it is one
+    that documents packed otherwise stay within.
 
     Micro-batches beyond the second change nothing but the work, which is counted for all. Deep
     models are run at two small depths, and sequences of many chunks at three shorter lengths, and
@@ -106,13 +120,22 @@ def simulate(
     parabola over the length.
     """
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    tokens = config.train.micro_batch_size * _local_length(config)
-    policy = Policy.from_config(config.memory)
-    policy = policy.resolved(config.model, tokens, dtype, torch.device(device.kind))
+    whole_blocks = _whole_blocks(config, dtype, device)
+    policy = Policy.from_config(config.memory).resolved(
+        config.model,
+        (config.train.micro_batch_size, _local_length(config)),
+        dtype,
+        torch.device(device.kind),
+        whole_blocks=whole_blocks,
+    )
     shared_out = gpus > 1 and config.parallel.zero_stage > 0
     buckets = Buckets.of(config, device.kind) if shared_out else None
-    run = partial(_at_any_depth, policy, dtype, device, gpus, buckets, build or build_decoder)
-    lengths = _shorter_lengths(config, policy)
+    run = partial(
+        _at_any_depth, policy, dtype, device, gpus, buckets, boundaries, build or build_decoder
+    )
+    lengths = None
+    if boundaries is None:
+        lengths = _shorter_lengths(config, policy, whole_blocks)
     if lengths is None:
         found = run(config)
     else:
@@ -144,34 +167,54 @@ def _at_any_depth(
     device: Device,
     gpus: int,
     buckets: Buckets | None,
+    boundaries: Tensor | None,
     build: "Build",
     config: Config,
 ) -> "_Found":
-    period = layer_period(config.model)
-    shallow, deep = (_SHALLOW * period, (_SHALLOW + 1) * period)
+    period, ahead = layer_period(config.model), _ahead(config)
+    shallow = max(_SHALLOW * period, _SHALLOW + ahead)
+    deep = shallow + period
     layers = config.model.num_layers
-    run = partial(_run, policy, dtype, device, gpus, buckets, build)
+    run = partial(_run, policy, dtype, device, gpus, buckets, boundaries, build)
     if layers <= deep or layers % period:
         return run(config)
-    low, high = (run(with_layers(config, depth)) for depth in (shallow, deep))
-    return _combined([low, high], lambda values: _line(layers, (shallow, deep), values))
+
+    def at(depth: int) -> _Found:
+        found = run(with_layers(config, depth))
+        return found._replace(moments=_keyed(found.moments, depth, 2 * period, ahead))
+
+    return _combined([at(shallow), at(deep)], lambda values: _line(layers, (shallow, deep), values))
 
 
-def _shorter_lengths(config: Config, policy: Policy) -> tuple[int, int, int] | None:
+def _ahead(config: Config) -> int:
+    """Blocks whose offloaded tensors come back while later ones are in their backward."""
+    return AHEAD if config.memory.offload == "host" else 0
+
+
+def _whole_blocks(config: Config, dtype: torch.dtype, device: Device) -> bool:
+    """Whether attention is one that cannot attend chunk by chunk (``SdpaAttention``, Ulysses)."""
+    name = config.kernel.attention
+    if name == AUTO and device.kind == "cuda" and dtype not in HALF:
+        name = "sdpa"
+    return name == "sdpa" or config.parallel.sequence_parallel > 1
+
+
+def _shorter_lengths(
+    config: Config, policy: Policy, whole_blocks: bool
+) -> tuple[int, int, int] | None:
     """Lengths to run in the place of one with many chunks.
 
-    All of them have the chunks before them that a backward may see at once.
+    All of them have the chunks before them that a backward may see at once, and the same last one.
     """
-    chunk = policy.mlp_chunk_tokens
-    if policy.recompute and config.parallel.sequence_parallel == 1:
-        chunk = policy.block_chunk_tokens
-    assert isinstance(chunk, int)
-    rows = -(-chunk // config.train.micro_batch_size)
-    rows *= config.parallel.sequence_parallel
-    first = max(8, -(-KEYS_AT_ONCE // rows) + 1) * rows
+    chunk = policy.mlp_chunk_tokens if whole_blocks else policy.block_chunk_tokens
+    length, batch = config.data.sequence_length, config.train.micro_batch_size
+    assert isinstance(chunk, int) and isinstance(policy.head_chunk_tokens, int)
+    rows = -(-chunk // batch) * config.parallel.sequence_parallel
+    at_once = max(KEYS_AT_ONCE, config.model.sliding_window or 0)
+    at_once = max(at_once, 2 * policy.head_chunk_tokens // batch)
+    first = max(8, -(-at_once // rows) + 1) * rows + length % rows
     lengths = (first, first + 4 * rows, first + 8 * rows)
-    chunked = policy.mini_sequence and lengths[-1] < config.data.sequence_length
-    if not chunked or config.data.sequence_length < _MANY_CHUNKS * rows:
+    if not policy.mini_sequence or length <= lengths[-1] or length < _MANY_CHUNKS * rows:
         return None
     return lengths
 
@@ -239,10 +282,12 @@ def _run(
     device: Device,
     gpus: int,
     buckets: Buckets | None,
+    boundaries: Tensor | None,
     build: Build,
     config: Config,
 ) -> _Found:
-    boundaries = _boundaries(config)
+    if boundaries is None:
+        boundaries = _boundaries(config)
     shares = {}
     if buckets is not None and config.parallel.zero_stage == 3:
         shares["parameters"] = 1 / gpus
@@ -265,22 +310,27 @@ def _run(
         counter.end_moment()
     repeated = config.train.accumulation_steps / micro_batches
     return _Found(
-        _keyed(counter.moments, config),
+        counter.moments,
         counter.peak_host_bytes,
         {name: repeated * number for name, number in counter.work.items()},
     )
 
 
-def _keyed(moments: Mapping[Moment, Numbers], config: Config) -> dict[Any, Numbers]:
-    """Moments by names that mean the same at any depth: blocks counted from their nearer end."""
-    near = 2 * layer_period(config.model)
-    last = {"forward": config.model.num_layers - 1, "backward": config.model.num_layers}
+def _keyed(
+    moments: Mapping[Any, Numbers], layers: int, near: int, ahead: int
+) -> dict[Any, Numbers]:
+    """Moments by names that mean the same at any depth: blocks counted from their nearer end.
+
+    Of blocks between them, one of the two ends takes the most. near: blocks at either end that are
+    counted from there, with ``ahead`` more at the backward's end.
+    """
+    last = {"forward": layers - 1, "backward": layers}
     keyed: dict[Any, Numbers] = {}
     for (micro_batch, phase, block), kinds in moments.items():
         from_end = last.get(phase, 0) - block
         if block < near:
             keyed[micro_batch, phase, "from the start", block] = kinds
-        if from_end < near:
+        if from_end < near + ahead * (phase == "backward"):
             keyed[micro_batch, phase, "from the end", from_end] = kinds
     return keyed
 
@@ -326,7 +376,7 @@ def _batch(config: Config, boundaries: Tensor | None) -> Batch:
 
 
 def _boundaries(config: Config) -> Tensor | None:
-    """One document in each row: no other packing takes more memory or time.
+    """One document in each row, in the place of those that the data will have.
 
     Attention sees whole sequences, however many processes share them.
     """
@@ -340,12 +390,7 @@ def build_decoder(
     config: Config, policy: Policy, dtype: torch.dtype, device: Device, counter: StepCounter
 ) -> Transformer:
     """This project's decoder, with what stands in for a device's attention."""
-    attention: Attention
-    if device.kind == "cuda":
-        kernel = SimulatedKernel(counter, config.kernel.attention)
-        attention = KernelAttention(kernel, lambda scores: KernelAttention(kernel.of(scores)))
-    else:
-        attention = select_attention(config.kernel.attention, CPU, dtype)
+    attention = _attention(config.kernel.attention, dtype, device, counter)
     if config.parallel.sequence_parallel > 1:
         attention = SimulatedUlysses(attention, config.parallel.sequence_parallel)
     model = build_model(
@@ -354,6 +399,14 @@ def build_decoder(
     if config.memory.offload == "host":
         model.offload = Offload(torch.device("meta"))
     return model
+
+
+def _attention(name: str, dtype: torch.dtype, device: Device, counter: StepCounter) -> Attention:
+    """The device's attention, without data: its own code's place is taken where it has some."""
+    if device.kind == "cuda" and (name in FOR_CUDA or (name == AUTO and dtype in HALF)):
+        kernel = SimulatedKernel(counter, name)
+        return KernelAttention(kernel, lambda scores: KernelAttention(kernel.of(scores)))
+    return without_data(select_attention(name, torch.device(device.kind), dtype), counter)
 
 
 def _optimizer(model: Transformer, config: Config) -> Optimizer:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from mst_train.memory.counter import StepCounter, attention_flops
+from mst_train.model.attention import Attention, KernelAttention, SdpaAttention
+from mst_train.model.layouts import heads_first
 from mst_train.mst import Documents, Scores
-from mst_train.mst.attention import KEYS_AT_ONCE, PLAIN
+from mst_train.mst.attention import KEYS_AT_ONCE, PLAIN, AttentionKernel
 from mst_train.optim import HostOptimizer
 from mst_train.parallel.ulysses import Heads, LocalAttention
 
@@ -26,6 +28,74 @@ class SimulatedHostOptimizer(HostOptimizer):
 
     def _state(self, weight: Tensor, saved: dict[str, Tensor]) -> dict[str, Any]:
         return super()._state(weight, saved) | {"step": saved["step"]}
+
+
+def without_data(attention: Attention, counter: StepCounter) -> Attention:
+    """An attention of torch's own operations as it is, on tensors that have only shapes.
+
+    Its kernel runs the largest of its tiles alone, so what it computes is counted by the formula;
+    and what torch would choose for real tensors is taken in its place.
+    """
+
+    def of(scores: Scores) -> Attention:
+        return without_data(attention.of(scores), counter)
+
+    if isinstance(attention, SdpaAttention):
+        return SimulatedSdpa(attention.scores, of)
+    assert isinstance(attention, KernelAttention)
+    return KernelAttention(CountedKernel(attention.kernel, counter), of)
+
+
+class CountedKernel:
+    """A kernel, its operations counted by the formula rather than one by one."""
+
+    def __init__(self, kernel: AttentionKernel, counter: StepCounter) -> None:
+        self.scores = kernel.scores
+        self.keys_at_once = kernel.keys_at_once
+        self._kernel = kernel
+        self._counter = counter
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents | None = None,
+        causal: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        flops = attention_flops(q, k, causal, self.scores.window)
+        self._counter.attention_forward_flops += flops
+        with self._counter.counted_elsewhere():
+            return self._kernel.forward(q, k, v, documents, causal)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        documents: Documents | None = None,
+        causal: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        flops = attention_flops(q, k, causal, self.scores.window)
+        self._counter.attention_backward_flops += 2.5 * flops
+        with self._counter.counted_elsewhere():
+            return self._kernel.backward(dout, q, k, v, out, lse, documents, causal)
+
+
+class SimulatedSdpa(SdpaAttention):
+    """Torch's ``scaled_dot_product_attention`` as it is with data: without, it takes the formula.
+
+    What it takes on a CPU; on other devices that needs no less than theirs.
+    """
+
+    def whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out_BHSE: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *heads_first(q, k, v), 0.0, True, scale=self.scores.scale
+        )[0]
+        return out_BHSE.transpose(1, 2)
 
 
 class SimulatedKernel:

@@ -34,6 +34,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -56,7 +57,7 @@ from mst_train.model.kernels_cuda import (
 )
 from mst_train.model.kernels_reference import ReferenceKernel
 from mst_train.model.kernels_tiled import TiledKernel
-from mst_train.model.layouts import each_document, heads_first
+from mst_train.model.layouts import heads_first
 from mst_train.mst.attention import PLAIN, AttentionKernel, Documents, Scores, attend
 
 __all__ = [
@@ -120,6 +121,8 @@ def select_attention(
         raise UserError(f"kernel.attention={chosen} cannot be used: {problem}")
     if chosen == "sdpa":
         return SdpaAttention(scores, choose)
+    if chosen == "tiled":
+        return KernelAttention(TiledKernel(scores, device.type), choose)
     return KernelAttention(KERNELS[chosen](scores), choose)
 
 
@@ -135,7 +138,7 @@ def _measured(device: torch.device, dtype: torch.dtype, scores: Scores) -> Atten
     names = [name for name in FOR_CUDA if _problem(name, device, dtype, scores) is None]
     if not names:
         _warn_of_tiled()
-        return TiledKernel(scores)
+        return TiledKernel(scores, device.type)
     return MeasuredKernel({name: KERNELS[name](scores) for name in names}, scores)
 
 
@@ -204,8 +207,15 @@ class SdpaAttention:
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
     ) -> Tensor:
         if documents is not None:
-            parts = [self(*tensors) for _, tensors in each_document(documents, q, k, v)]
+            # One split of each, whose backward puts all gradients together at once.
+            lengths = [end - start for start, end in pairwise(documents.offsets)]
+            rows = [t.reshape(1, -1, *t.shape[2:]).split(lengths, dim=1) for t in (q, k, v)]
+            parts = [self.whole(*tensors) for tensors in zip(*rows, strict=True)]
             return torch.cat(parts, dim=1).view(q.shape)
+        return self.whole(q, k, v)
+
+    def whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Without documents."""
         q_BHSE, k_BKSE, v_BKSE = heads_first(q, k, v)
         out_BHSE = F.scaled_dot_product_attention(
             q_BHSE,

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from mst_train.model.kernels_tiled import TiledKernel
 from mst_train.model.layouts import (
-    each_document,
-    flat_heads,
+    backward_by_document,
+    forward_by_document,
     heads_first,
     heads_second,
-    rows_first,
 )
 from mst_train.model.mask import Mask
 from mst_train.mst.attention import PLAIN, Documents, Scores
@@ -51,30 +50,26 @@ class CpuKernel:
     ) -> tuple[Tensor, Tensor]:
         if self.scores.softcap is not None:
             return TiledKernel(self.scores).forward(q, k, v, documents, causal)
-        lse_dtype = torch.promote_types(q.dtype, torch.float32)
         if documents is not None:
-            out = torch.empty_like(q, memory_format=torch.contiguous_format)
-            lse_HN = q.new_empty(q.shape[2], q.shape[0] * q.shape[1], dtype=lse_dtype)
-            for part, (q_, k_, v_, out_) in each_document(documents, q, k, v, out):
-                document_out, lse_HN[:, part] = self.forward(q_, k_, v_)
-                out_.copy_(document_out)
-            return out, rows_first(lse_HN, q)
+            return forward_by_document(self, q, k, v, documents)
         if not self._hides(q, k, causal):
             out_BHSE, lse_BHS = aten._scaled_dot_product_flash_attention_for_cpu(
                 *heads_first(q, k, v), 0.0, causal, scale=self.scores.scale
             )
             return out_BHSE.transpose(1, 2), lse_BHS
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse_dtype = torch.promote_types(q.dtype, torch.float32)
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=lse_dtype)
         for queries, keys, mask_TS in self._window_tiles(q, k):
-            out_BHTE, lse[:, :, queries] = aten._scaled_dot_product_flash_attention_for_cpu(
+            result = aten._scaled_dot_product_flash_attention_for_cpu(
                 *heads_first(q[:, queries], k[:, keys], v[:, keys]),
                 0.0,
                 False,
                 attn_mask=mask_TS,
                 scale=self.scores.scale,
             )
-            out[:, queries] = out_BHTE.transpose(1, 2)
+            out[:, queries], lse[:, :, queries] = result[0].transpose(1, 2), result[1]
+            del result, mask_TS  # not to be there with the next ones
         return out, lse
 
     def backward(
@@ -92,7 +87,7 @@ class CpuKernel:
             tiled = TiledKernel(self.scores)
             return tiled.backward(dout, q, k, v, out, lse, documents, causal)
         if documents is not None:
-            return self._documents_backward(dout, q, k, v, out, lse, documents)
+            return backward_by_document(self, dout, q, k, v, out, lse, documents)
         if not self._hides(q, k, causal):
             gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *heads_first(dout, q, k, v, out),
@@ -125,27 +120,8 @@ class CpuKernel:
             dq[:, queries], some_dk, some_dv = heads_second(gradients)
             dk[:, keys] += some_dk
             dv[:, keys] += some_dv
+            del gradients, some_dk, some_dv, mask_TS  # not to be there with the next ones
         return dq, dk.to(k.dtype), dv.to(v.dtype)
-
-    def _documents_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        documents: Documents,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        lse_HN = flat_heads(lse)
-        dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-        for part, (dout_, q_, k_, v_, out_, *places) in each_document(
-            documents, dout, q, k, v, out, dq, dk, dv
-        ):
-            gradients = self.backward(dout_, q_, k_, v_, out_, lse_HN[None, :, part])
-            for place, gradient in zip(places, gradients, strict=True):
-                place.copy_(gradient)
-        return dq, dk, dv
 
     def _hides(self, q: Tensor, k: Tensor, causal: bool) -> bool:
         """Whether a query does not see everything before it, or has keys before the first query."""
@@ -157,10 +133,12 @@ class CpuKernel:
     def _window_tiles(self, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
         """Some queries, the keys that some of them see, and what to add to the scores, [T, S]."""
         mask = Mask(q.shape[1], k.shape[1], window=self.scores.window)
-        for queries in mask.query_tiles(WINDOW_TILE, q):
-            keys = mask.seen(queries)
-            added_TS = q.new_zeros(queries.stop - queries.start, keys.stop - keys.start)
-            hidden_TS = mask.hidden(queries, keys, q.device)
-            if hidden_TS is not None:
-                added_TS.masked_fill_(hidden_TS, -math.inf)
-            yield queries, keys, added_TS
+        for queries, key_tiles in mask.tiles(WINDOW_TILE, None, q):
+            for keys in key_tiles:
+                yield queries, keys, self._added(mask, queries, keys, q)
+
+    @staticmethod
+    def _added(mask: Mask, queries: slice, keys: slice, like: Tensor) -> Tensor:
+        added_TS = like.new_zeros(queries.stop - queries.start, keys.stop - keys.start)
+        hidden_TS = mask.hidden(queries, keys, like.device)
+        return added_TS if hidden_TS is None else added_TS.masked_fill_(hidden_TS, -math.inf)

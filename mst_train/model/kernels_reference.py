@@ -76,9 +76,10 @@ class ReferenceKernel:
         mask = Mask(q.shape[1], k.shape[1], causal, self.scores.window)
         hidden = mask.hidden(slice(0, mask.queries), slice(0, mask.keys), q.device)
         if documents is not None:
-            places = torch.arange(q.shape[0] * q.shape[1], dtype=torch.int32)
-            owner = torch.searchsorted(documents.boundaries, places, right=True)
-            owner = owner.view(q.shape[0], 1, 1, q.shape[1]).to(q.device)
+            owner = torch.zeros(q.shape[0] * q.shape[1], dtype=torch.int32, device=q.device)
+            for start in documents.offsets[1:-1]:
+                owner[start:] += 1
+            owner = owner.view(q.shape[0], 1, 1, q.shape[1])
             others = owner[..., :, None] != owner[..., None, :]
             hidden = others if hidden is None else hidden | others
         if hidden is not None:

@@ -11,12 +11,12 @@ G = H/K, R = G*T: the queries of one key-value head.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from mst_train.model.layouts import each_document, flat_heads, rows_first
+from mst_train.model.layouts import backward_by_document, forward_by_document
 from mst_train.model.mask import Mask
 from mst_train.mst.attention import KEYS_AT_ONCE, PLAIN, Documents, Scores
 
@@ -28,12 +28,15 @@ TILES = {"cpu": (128, 1024), "cuda": (1024, 4096)}
 class TiledKernel:
     """Exact in any floating-point type; computed in fp32 at least, also from bf16.
 
+    device_type: the kind of device that the tiles are for.
+
     Memory: four tiles of scores [B, H, T, S], and in the backward the gradients of all keys and
     values given, in fp32 at least.
     """
 
     keys_at_once: ClassVar[int] = KEYS_AT_ONCE
     scores: Scores = PLAIN
+    device_type: str = "cpu"
 
     def forward(
         self,
@@ -43,30 +46,13 @@ class TiledKernel:
         documents: Documents | None = None,
         causal: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if documents is not None:
-            lse_HN = q.new_empty(q.shape[2], q.shape[0] * q.shape[1], dtype=_wide(q))
-            for part, (q_, k_, v_, out_) in each_document(documents, q, k, v, out):
-                document_out, lse_HN[:, part] = self.forward(q_, k_, v_)
-                out_.copy_(document_out)
-            return out, rows_first(lse_HN, q)
+            return forward_by_document(self, q, k, v, documents)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_wide(q))
         mask = Mask(q.shape[1], k.shape[1], causal, self.scores.window)
-        for queries in mask.query_tiles(_tile(q)[0], q):
-            q_BKRE = _grouped(q[:, queries], k.shape[2])
-            lowest = q_BKRE.new_full((*q_BKRE.shape[:3], 1), -math.inf)
-            top, total, sums = lowest, torch.zeros_like(lowest), torch.zeros_like(q_BKRE)
-            for _, v_BKSE, scores, _ in self._tiles(q_BKRE, k, v, mask, queries):
-                new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
-                # Queries that have seen no key yet have no maximum.
-                finite = new_top.masked_fill(new_top == -math.inf, 0.0)
-                weights = scores.sub_(finite).exp_()
-                shrink = (top - finite).exp_()
-                total = total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
-                sums = sums.mul_(shrink).add_(weights @ v_BKSE)
-                top = new_top
-            out[:, queries] = _merged(sums.div_(total), q[:, queries])
-            lse[:, :, queries] = (top + total.log()).view(*lse.shape[:2], -1)
+        for queries, key_tiles in mask.tiles(*TILES[self.device_type], q):
+            out[:, queries], lse[:, :, queries] = self._read(q, k, v, mask, queries, key_tiles)
         return out, lse
 
     def backward(
@@ -80,72 +66,113 @@ class TiledKernel:
         documents: Documents | None = None,
         causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         if documents is not None:
-            dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (k, v))
-            lse_HN = flat_heads(lse)
-            for part, (dout_, q_, k_, v_, out_, *places) in each_document(
-                documents, dout, q, k, v, out, dq, dk, dv
-            ):
-                gradients = self.backward(dout_, q_, k_, v_, out_, lse_HN[None, :, part])
-                for place, gradient in zip(places, gradients, strict=True):
-                    place.copy_(gradient)
-            return dq, dk, dv
+            return backward_by_document(self, dout, q, k, v, out, lse, documents)
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         dk_BKSE, dv_BKSE = (
             torch.zeros_like(
                 t.transpose(1, 2), dtype=_wide(t), memory_format=torch.contiguous_format
             )
             for t in (k, v)
         )
-        heads = k.shape[2]
         mask = Mask(q.shape[1], k.shape[1], causal, self.scores.window)
-        for queries in mask.query_tiles(_tile(q)[0], q):
-            q_BKRE, dout_BKRE, out_BKRE = (_grouped(t[:, queries], heads) for t in (q, dout, out))
-            lse_BKR1 = lse[:, :, queries].reshape(*q_BKRE.shape[:3], 1)
-            inner_BKR1 = (dout_BKRE * out_BKRE).sum(-1, keepdim=True)
-            dq_BKRE = torch.zeros_like(q_BKRE)
-            for keys, v_BKSE, scores, slope in self._tiles(q_BKRE, k, v, mask, queries):
-                weights = scores.sub_(lse_BKR1).exp_()
-                dv_BKSE[:, :, keys] += weights.transpose(-1, -2) @ dout_BKRE
-                dscores = (dout_BKRE @ v_BKSE.transpose(-1, -2)).sub_(inner_BKR1).mul_(weights)
-                dscores.mul_(slope)
-                dq_BKRE += dscores @ _wide_keys(k, keys)
-                dk_BKSE[:, :, keys] += dscores.transpose(-1, -2) @ q_BKRE
-            dq[:, queries] = _merged(dq_BKRE, q[:, queries])
+        for queries, key_tiles in mask.tiles(*TILES[self.device_type], q):
+            of_queries = dout[:, queries], q[:, queries], out[:, queries], lse[:, :, queries]
+            dq[:, queries] = self._read_backward(
+                *of_queries, k, v, dk_BKSE, dv_BKSE, mask, queries, key_tiles
+            )
         return dq, dk_BKSE.transpose(1, 2).to(k.dtype), dv_BKSE.transpose(1, 2).to(v.dtype)
 
-    def _tiles(
-        self, q_BKRE: Tensor, k: Tensor, v: Tensor, mask: Mask, queries: slice
-    ) -> Iterator["_KeyTile"]:
-        """The tiles of keys that a tile of queries sees."""
+    # Each tile has a function of its own, which leaves nothing of it for the next.
+
+    def _read(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        queries: slice,
+        key_tiles: Iterator[slice],
+    ) -> tuple[Tensor, Tensor]:
+        """What a tile of queries reads, [B, T, H, E], and its log-sum-exp, [B, H, T]."""
+        q_BKRE = _grouped(q[:, queries], k.shape[2])
+        top = q_BKRE.new_full((*q_BKRE.shape[:3], 1), -math.inf)
+        total, sums = torch.zeros_like(top), torch.zeros_like(q_BKRE)
+        for keys in key_tiles:
+            top = self._add_keys(top, total, sums, q_BKRE, k, v, mask, queries, keys)
+        read = _merged(sums.div_(total), q[:, queries])
+        return read, top.add_(total.log_()).view(q.shape[0], q.shape[2], -1)
+
+    def _add_keys(
+        self,
+        top: Tensor,
+        total: Tensor,
+        sums: Tensor,
+        q_BKRE: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        queries: slice,
+        keys: slice,
+    ) -> Tensor:
+        """Adds a tile of keys to the queries' sums; returns their new largest scores."""
+        scores, _ = self._scores(q_BKRE, k, mask, queries, keys)
+        new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
+        # Queries that have seen no key yet have no maximum.
+        finite = new_top.masked_fill(new_top == -math.inf, 0.0)
+        weights = scores.sub_(finite).exp_()
+        shrink = (top - finite).exp_()
+        total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
+        sums.mul_(shrink).add_(weights @ _wide_keys(v, keys))
+        return new_top
+
+    def _read_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dk_BKSE: Tensor,
+        dv_BKSE: Tensor,
+        mask: Mask,
+        queries: slice,
+        key_tiles: Iterator[slice],
+    ) -> Tensor:
+        """The gradient of a tile of queries, [B, T, H, E], where all but k and v are the tile's."""
+        q_BKRE, dout_BKRE, out_BKRE = (_grouped(t, k.shape[2]) for t in (q, dout, out))
+        lse_BKR1 = lse.reshape(*q_BKRE.shape[:3], 1)
+        inner_BKR1 = (dout_BKRE * out_BKRE).sum(-1, keepdim=True)
+        del out_BKRE
+        dq_BKRE = torch.zeros_like(q_BKRE)
+        for keys in key_tiles:
+            scores, slope = self._scores(q_BKRE, k, mask, queries, keys)
+            weights = scores.sub_(lse_BKR1).exp_()
+            dv_BKSE[:, :, keys] += weights.transpose(-1, -2) @ dout_BKRE
+            dscores = dout_BKRE @ _wide_keys(v, keys).transpose(-1, -2)
+            dscores.sub_(inner_BKR1).mul_(weights).mul_(slope)
+            dq_BKRE += dscores @ _wide_keys(k, keys)
+            dk_BKSE[:, :, keys] += dscores.transpose(-1, -2) @ q_BKRE
+            del scores, slope, weights, dscores
+        return _merged(dq_BKRE, q)
+
+    def _scores(
+        self, q_BKRE: Tensor, k: Tensor, mask: Mask, queries: slice, keys: slice
+    ) -> tuple[Tensor, Tensor | float]:
+        """The scores of a tile, [B, K, R, S], and their derivatives by q.k."""
         scale, softcap = self.scores.scale or 1 / math.sqrt(q_BKRE.shape[-1]), self.scores.softcap
-        seen = mask.seen(queries)
-        for start in range(seen.start, seen.stop, _tile(k)[1]):
-            keys = slice(start, min(start + _tile(k)[1], seen.stop))
-            scores = (q_BKRE @ _wide_keys(k, keys).transpose(-1, -2)).mul_(scale)
-            slope: Tensor | float = scale
-            if softcap is not None:
-                capped = scores.div_(softcap).tanh_()
-                scores = capped * softcap
-                slope = capped.square_().neg_().add_(1.0).mul_(scale)
-            hidden_TS = mask.hidden(queries, keys, k.device)
-            if hidden_TS is not None:
-                by_query = scores.unflatten(2, (-1, hidden_TS.shape[0]))  # [B, K, G, T, S]
-                by_query.masked_fill_(hidden_TS, -math.inf)
-            yield _KeyTile(keys, _wide_keys(v, keys), scores, slope)
-
-
-class _KeyTile(NamedTuple):
-    """Keys, their values [B, K, S, E], scores [B, K, R, S] and the scores' derivatives by q.k."""
-
-    keys: slice
-    v_BKSE: Tensor
-    scores: Tensor
-    slope: Tensor | float
-
-
-def _tile(like: Tensor) -> tuple[int, int]:
-    return TILES.get(like.device.type, TILES["cuda"])
+        scores = (q_BKRE @ _wide_keys(k, keys).transpose(-1, -2)).mul_(scale)
+        slope: Tensor | float = scale
+        if softcap is not None:
+            capped = scores.div_(softcap).tanh_()
+            scores = capped * softcap
+            slope = capped.square_().neg_().add_(1.0).mul_(scale)
+        hidden_TS = mask.hidden(queries, keys, k.device)
+        if hidden_TS is not None:
+            by_query = scores.unflatten(2, (-1, hidden_TS.shape[0]))  # [B, K, G, T, S]
+            by_query.masked_fill_(hidden_TS, -math.inf)
+        return scores, slope
 
 
 def _wide(like: Tensor) -> torch.dtype:

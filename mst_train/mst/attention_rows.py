@@ -121,6 +121,7 @@ def attend_rows_backward(
             total[batch, queries] += past_dq
             dk[batch, keys] += past_dk
             dv[batch, keys] += past_dv
+            del past_dq, past_dk, past_dv  # not to be there with the next ones
     return (
         total.to(q.dtype),
         dk_T.to(dk.dtype).add_(dk[:, rows]).to(k.dtype),
@@ -131,17 +132,16 @@ def attend_rows_backward(
 def _attend_window(
     kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, parts: list[_Part]
 ) -> tuple[Tensor, Tensor]:
-    results = [
-        kernel.forward(q[batch, queries], k[batch, keys], v[batch, keys], documents)
-        for batch, queries, keys, documents in parts
-    ]
-    if len(results) == 1:
-        return results[0]
+    if len(parts) == 1:
+        batch, queries, keys, documents = parts[0]
+        return kernel.forward(q[batch, queries], k[batch, keys], v[batch, keys], documents)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = results[0][1].new_empty(q.shape[0], q.shape[2], q.shape[1])
-    for part, (part_out, part_lse) in zip(parts, results, strict=True):
-        out[part.batch, part.queries] = part_out
-        lse[part.batch, :, part.queries] = part_lse
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=lse_dtype)
+    for batch, queries, keys, documents in parts:
+        result = kernel.forward(q[batch, queries], k[batch, keys], v[batch, keys], documents)
+        out[batch, queries], lse[batch, :, queries] = result
+        del result  # not to be there with the next one
     return out, lse
 
 
@@ -174,6 +174,7 @@ def _attend_window_backward(
         dq[batch, queries] = part_dq
         dk[batch, keys] += part_dk
         dv[batch, keys] += part_dv
+        del part_dq, part_dk, part_dv
     assert dk is not None and dv is not None
     return dq, dk[:, rows].to(k.dtype), dv[:, rows].to(v.dtype)
 

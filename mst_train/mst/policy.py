@@ -40,14 +40,22 @@ class Policy:
         )
 
     def resolved(
-        self, model: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device
+        self,
+        model: ModelConfig,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        whole_blocks: bool,
     ) -> "Policy":
         """The same policy with the numbers that "auto" stands for.
 
-        Those that the mini-sequence functions choose for ``tokens`` tokens of this type on a device
-        of this type.
+        Those that the mini-sequence functions choose for a batch [B, S] of this type on a device of
+        this type. whole_blocks: the attention is one that cannot attend chunk by chunk.
         """
         size = dtype.itemsize
+        batch, sequence = shape
+        tokens = batch * sequence
         block = resolve_chunk_tokens(
             self.block_chunk_tokens,
             tokens,
@@ -56,7 +64,8 @@ class Policy:
             BLOCK_BYTES,
         )
         mlp_bytes = BACKWARD_INTERMEDIATES * model.intermediate_size * size
-        at_once = block if self.recompute else tokens
+        in_chunks = self.recompute and self.mini_sequence and not whole_blocks
+        at_once = min(-(-block // batch) * batch, tokens) if in_chunks else tokens
         return replace(
             self,
             block_chunk_tokens=block,

@@ -109,7 +109,7 @@ def test_long_sequences_are_extrapolated_exactly(in_full, monkeypatch, memory):
     arguments = ["model=llama_tiny", "model.num_layers=1", "data.sequence_length=12288"]
     arguments += ["memory.block_chunk_tokens=512", "memory.head_chunk_tokens=256", *memory]
     config, device = compose(arguments), find_device("a100_80gb")
-    lengths = simulate_module._shorter_lengths(config, simulate(config, device).policy)
+    lengths = simulate_module._shorter_lengths(config, simulate(config, device).policy, False)
     assert lengths == (4096, 6144, 8192)
     assert_same(simulate(config, device), in_full(config, device))
 
