@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= logical
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -18,8 +19,8 @@ setup: $(INSTALLED)  ## Make the virtual environment in .venv
 train: $(INSTALLED)  ## Train the tiny model (ARGS="key=value ..." changes settings)
 	$(BIN)/python -m mst_train $(ARGS)
 
-test: $(INSTALLED)  ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED)  ## Run the tests, side by side on all cores (JOBS=0: one after the other)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 test-distributed: $(INSTALLED)  ## Run every combination of processes, sequence parallelism and ZeRO (several minutes)
 	$(BIN)/python -m pytest tests/parallel -m "distributed or distributed_full" $(ARGS)

@@ -25,8 +25,10 @@ if not torch.cuda.is_available():
     # Read when triton is first imported, which other packages do as well.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# The tests' arrays are too small for a second thread to be worth waiting for.
+# The tests' arrays are too small for a second thread to be worth waiting for, here and in processes
+# that tests start.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
