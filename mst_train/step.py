@@ -69,19 +69,21 @@ def train_step(
             "data that have labels",
             can_skip=True,
         )
-    loss_sum = 0.0
+    loss_sum = torch.zeros((), dtype=torch.float64, device=topology.device)
     engine.begin_step(rate)
     for index, batch in enumerate(batches):
         batch_loss_sum, _ = engine(*_move(batch, topology.device))
-        loss_sum += topology.total([batch_loss_sum.item()])[0]
-        # Checked here, because the backward may update weights. No token's loss is negative, so a
-        # part of the step above the limit is enough.
-        if not math.isfinite(loss_sum) or loss_sum > loss_limit * valid_tokens:
-            engine.abandon_step()
-            raise _bad_loss(loss_sum, valid_tokens, loss_limit, engine)
-        engine.backward(batch_loss_sum / valid_tokens, last=index == len(batches) - 1)
+        loss_sum += batch_loss_sum.detach()
+        last = index == len(batches) - 1
+        if last:
+            topology.sum_([loss_sum])
+        if not engine.survives_bad_gradient:  # its backward updates weights, and is the step's only
+            _require_good(loss_sum.item(), valid_tokens, loss_limit, engine)
+        engine.backward(batch_loss_sum / valid_tokens, last=last)
     norm = engine.gradient_norm()
-    gradient_norm = norm.item()
+    # The device is waited for here alone.
+    total, gradient_norm = torch.stack([loss_sum, norm.to(loss_sum)]).tolist()
+    _require_good(total, valid_tokens, loss_limit, engine)
     if not math.isfinite(gradient_norm):
         if engine.survives_bad_gradient:
             engine.abandon_step()
@@ -94,7 +96,7 @@ def train_step(
     if max_grad_norm is not None:
         engine.clip(max_grad_norm, norm)
     engine.step()
-    return loss_sum / valid_tokens, gradient_norm, tokens
+    return total / valid_tokens, gradient_norm, tokens
 
 
 @torch.no_grad()
@@ -119,15 +121,18 @@ def evaluate(
     return result
 
 
-def _bad_loss(loss_sum: float, valid_tokens: int, loss_limit: float, engine: Engine) -> BadStep:
+def _require_good(loss_sum: float, valid_tokens: int, loss_limit: float, engine: Engine) -> None:
+    """Raises BadStep, before the weights are updated, for a loss that is not finite or a spike."""
+    if math.isfinite(loss_sum) and loss_sum <= loss_limit * valid_tokens:
+        return
+    engine.abandon_step()
+    reason = f"the loss is {loss_sum}"
     if math.isfinite(loss_sum):
         reason = (
             f"the loss reached {loss_sum / valid_tokens:.4g}, a spike: above {loss_limit:.4g}, "
             f"which is train.spike_factor times the median of the steps before"
         )
-    else:
-        reason = f"the loss is {loss_sum}"
-    return BadStep(reason, "the weights were not updated", engine.remedies, can_skip=True)
+    raise BadStep(reason, "the weights were not updated", engine.remedies, can_skip=True)
 
 
 def _move(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Documents | None]:

@@ -11,6 +11,7 @@ import mst_train.train as training
 from mst_train.bad_steps import BadSteps
 from mst_train.config import TrainConfig
 from mst_train.errors import TrainingError
+from mst_train.metrics import Metrics
 from mst_train.optim import learning_rate
 from mst_train.step import BadStep
 from mst_train.train import train
@@ -178,14 +179,14 @@ def test_a_resumed_run_decides_as_it_would_have(small_config, change):
     cut = change(whole, **{"run.dir": small_config.run.dir + "_cut"})
     for last in (3, 4, 6):
         with pytest.MonkeyPatch.context() as patch:
-            log = training.Metrics.log
+            log = Metrics.log
 
             def stop_after(metrics, record, last=last, log=log):
                 log(metrics, record)
                 if record.get("step") == last + 1 and "tokens" in record:
                     raise KeyboardInterrupt
 
-            patch.setattr(training.Metrics, "log", stop_after)
+            patch.setattr(Metrics, "log", stop_after)
             spoil_steps(patch, cut, {4, 5}, scaled_loss(5.0))
             if last < 6:
                 with pytest.raises(KeyboardInterrupt):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import mst_train.train as training
+from mst_train import run
 from mst_train.data import Loader, checked
 from mst_train.data.checked import CheckedArray
 from mst_train.errors import DataError, TrainingError
@@ -165,7 +166,7 @@ def test_files_that_are_put_in_their_place_again_are_read_on(config, change, mon
 def test_a_validation_that_cannot_read(config, change, monkeypatch):
     train(config)
     again = another(config, change)
-    fixed_batches = training.fixed_batches
+    fixed_batches = run.fixed_batches
 
     def failing(*arguments):
         if met_a_step(again) and losses(again):
@@ -173,7 +174,7 @@ def test_a_validation_that_cannot_read(config, change, monkeypatch):
         return fixed_batches(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "fixed_batches", failing)
+        patch.setattr(run, "fixed_batches", failing)
         message, done = refused(again)
     assert "Input/output error: 'shards/000000.tokens'" in message and done == 3
     train(again)

@@ -13,6 +13,7 @@ import pytest
 
 import mst_train.checkpoint_writer as checkpoint_writer
 import mst_train.train as training
+from mst_train import run
 from mst_train.checkpoint_writer import CheckpointWriter
 from mst_train.command import run_command
 from mst_train.data import Loader
@@ -53,14 +54,14 @@ def in_a_step(patch, config, name):
 
 
 def in_a_validation(patch, config, name):
-    evaluate = training.evaluate
+    evaluate = run.evaluate
 
     def interrupted(*arguments):
         if len(losses(config)) == 3:
             send(name)
         return evaluate(*arguments)
 
-    patch.setattr(training, "evaluate", interrupted)
+    patch.setattr(run, "evaluate", interrupted)
 
 
 def in_a_checkpoint(patch, config, name):
@@ -138,9 +139,9 @@ def test_a_signal_saves_the_last_finished_step(small_config, change, interrupt, 
 
 
 def test_a_signal_before_the_first_step_has_nothing_to_save(small_config, monkeypatch):
-    evaluate = training.evaluate
+    evaluate = run.evaluate
     with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate", lambda *a: send(signal.SIGTERM) or evaluate(*a))
+        patch.setattr(run, "evaluate", lambda *a: send(signal.SIGTERM) or evaluate(*a))
         with pytest.raises(Stopped, match="up to step 0 of 6"):
             train(small_config)
     assert not Path(small_config.run.dir, "checkpoints").exists()

@@ -142,6 +142,8 @@ class StepCounter(MemoryTracker):
             return function(*args, **(kwargs or {}))
         if function is aten._local_scalar_dense.default and args[0].is_meta:
             return 1.0 if args[0].is_floating_point() else 1
+        if function is aten._to_copy.default and _reads_numbers(args[0], kwargs):
+            return torch.ones(args[0].shape, dtype=args[0].dtype)
         result = super().__torch_dispatch__(function, types, args, kwargs)
         if function.namespace == "aten" and not self._elsewhere:
             self._count_work(function.overloadpacket, args, kwargs, result)
@@ -175,6 +177,11 @@ class StepCounter(MemoryTracker):
             self._sums["link_bytes"] += tensors[0].numel() * tensors[0].element_size()
         else:
             self._sums["host_memory_bytes"] += size
+
+
+def _reads_numbers(tensor: Tensor, kwargs: dict[str, Any] | None) -> bool:
+    """Whether a copy of a tensor without data is one that a program reads numbers from."""
+    return tensor.is_meta and (kwargs or {}).get("device") == torch.device("cpu")
 
 
 def _cpu_attention_flops(tensors: tuple[Any, ...], causal: bool) -> float:

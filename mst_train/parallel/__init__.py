@@ -19,7 +19,7 @@ from mst_train.parallel.engine import (
 )
 from mst_train.parallel.join import joined, lost_contact
 from mst_train.parallel.share import SharedSequences
-from mst_train.parallel.together import check_same, together, told_once
+from mst_train.parallel.together import Guard, check_same, together, told_once
 from mst_train.parallel.topology import Topology, check_degree, grid
 from mst_train.parallel.ulysses import UlyssesAttention
 from mst_train.parallel.waiting import WAITING
@@ -27,6 +27,7 @@ from mst_train.parallel.waiting import WAITING
 __all__ = [
     "WAITING",
     "Engine",
+    "Guard",
     "NativeEngine",
     "SharedSequences",
     "Topology",

@@ -1,6 +1,7 @@
 """What the processes of a run have to agree about before they go on.
 
-together     an error of one is an error of all, told once
+Guard        an error of one is an error of all when they meet, told once
+together     the same for a few lines, which all leave together
 told_once    an error that all have anyway
 check_same   whether they were started with the same things
 """
@@ -15,28 +16,54 @@ from mst_train.parallel.topology import Topology
 
 Failure = UserError | TrainingError
 E = TypeVar("E", bound=Ending)
+T = TypeVar("T")
+
+
+class Guard:
+    """Errors of one process, kept until all meet: there they are errors of all, told once.
+
+    What each process does by itself, and may fail at with a UserError or TrainingError, stands in
+    ``deferred``; no exchange belongs inside. A process that is alone keeps nothing back.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+        self._failure: Failure | None = None
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """An error in here is raised by the next ``meet``; the first of several."""
+        try:
+            yield
+        except (UserError, TrainingError) as error:
+            if self._topology.world == 1:
+                raise
+            self._failure = self._failure or error
+
+    def meet(self, value: T) -> list[T]:
+        """What every process has given, by rank, as ``Topology.gather`` gives it.
+
+        All processes come here together.
+
+        Where some have failed since they last met, all raise one error: on the first process with
+        the messages of those that failed, on the others without any, so that it is printed once.
+        """
+        failure, self._failure = self._failure, None
+        told = failure and (type(failure).__name__, _problems(failure), process_name())
+        values, everyone = zip(*self._topology.gather((value, told)), strict=True)
+        failures = [one for one in everyone if one is not None]
+        if failures:
+            raise _common(failures, self._topology) from failure
+        return list(values)
 
 
 @contextmanager
 def together(topology: Topology) -> Iterator[None]:
-    """Run what each process does by itself, and go on only where all have come through.
-
-    Where some fail with a UserError, DataError or TrainingError, all raise one: on the first
-    process with the messages of those that failed, on the others without any, so that it is printed
-    once. All processes come here together; no exchange belongs inside.
-    """
-    if topology.world == 1:
+    """Run what each process does by itself, and go on only where all have come through."""
+    guard = Guard(topology)
+    with guard.deferred():
         yield
-        return
-    failure: Failure | None = None
-    try:
-        yield
-    except (UserError, TrainingError) as error:
-        failure = error
-    own = (type(failure).__name__, _problems(failure), process_name()) if failure else None
-    failures = [one for one in topology.gather(own) if one is not None]
-    if failures:
-        raise _common(failures, topology) from failure
+    guard.meet(None)
 
 
 def told_once(error: E, topology: Topology) -> E:
