@@ -29,7 +29,7 @@ def hold_back(monkeypatch):
     go = threading.Event()
 
     def waiting(*arguments):
-        assert go.wait(20)
+        assert go.wait(300)
         return save_checkpoint(*arguments)
 
     monkeypatch.setattr(module, "save_checkpoint", waiting)

@@ -30,7 +30,7 @@ def run(folder, *arguments, environment=ENVIRONMENT):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
 
 
@@ -77,7 +77,7 @@ def test_killed_and_resumed_it_gives_the_same_losses(tmp_path, arguments):
         env=ENVIRONMENT,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not metrics.exists() or metrics.read_text().count('"loss"') < 12:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)

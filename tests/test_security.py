@@ -101,7 +101,7 @@ def test_secrets_are_written_nowhere(tmp_path, corpus, cache):
         cwd=tmp_path,
         env={**os.environ, **SECRETS, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
         capture_output=True,
-        timeout=200,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr.decode()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

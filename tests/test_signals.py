@@ -76,7 +76,7 @@ def in_a_checkpoint(patch, config, name):
 
     def until_it_has_begun(writer, step, state):
         save(writer, step, state)
-        begun.wait(20)
+        begun.wait(300)
 
     patch.setattr(checkpoint_writer, "save_checkpoint", interrupted)
     patch.setattr(CheckpointWriter, "save", until_it_has_begun)
@@ -89,7 +89,7 @@ def in_a_wait_for_data(patch, config, name):
     def hanging(loader, position):
         if position == 3:
             threading.Timer(0.3, send, (name,)).start()
-            gone.wait(20)
+            gone.wait(300)
         return read(loader, position)
 
     patch.setattr(Loader, "_batch", hanging)
@@ -251,12 +251,12 @@ def test_the_command_is_requeued(tmp_path, corpus, cache, small_config):
         process = subprocess.Popen(
             command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not metrics.exists() or metrics.read_text().count('"loss"') < steps:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGUSR1)
-        _, messages = process.communicate(timeout=60)
+        _, messages = process.communicate(timeout=600)
         assert process.returncode == 138
         assert start in messages and "stopped: SIGUSR1 came" in messages
         assert "Traceback" not in messages

@@ -59,7 +59,7 @@ def read(file):
     """What an offline run's file holds: settings, history, summary, metrics, artifacts."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:  # W&B's own process may still be writing
         if any(Record.FromString(m).HasField("exit") for m in messages(file)):
             break

@@ -232,7 +232,7 @@ def test_a_killed_command_continues(
         process.kill()
         process.wait()
         assert not (tmp_path / "killed" / "manifest.json").exists()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 300
         while any(alive(pid) for pid in others):
             assert time.monotonic() < deadline, "workers outlive the command"
             time.sleep(0.02)

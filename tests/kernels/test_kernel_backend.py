@@ -80,7 +80,7 @@ def test_context_manager_restores_after_an_error() -> None:
 
 def _output_of(program: str) -> str:
     return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=6000
     ).stdout
 
 

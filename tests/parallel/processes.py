@@ -17,7 +17,7 @@ import torch
 HERE = Path(__file__).parent
 
 
-def run(function, world, folder, /, timeout=120, cwd=None, **arguments):
+def run(function, world, folder, /, timeout=600, cwd=None, **arguments):
     """What ``function(**arguments)`` returns in each of ``world`` processes, by rank.
 
     They are started as torchrun starts them. If one fails, or time is up, all are ended and the

@@ -55,7 +55,7 @@ def alone():
 def two_together(tmp_path_factory):
     """Everything that two processes train, in one start of them."""
     runs = [*combinations(COVERING[2]), *MASTERS, *TIED, *IN_BACKWARD, *ON_HOST, *UNCLIPPED]
-    return train_all(2, runs, tmp_path_factory.mktemp("two"), timeout=280)
+    return train_all(2, runs, tmp_path_factory.mktemp("two"), timeout=600)
 
 
 def train_all(world, runs, folder, timeout):
@@ -92,7 +92,7 @@ def test_two_processes(alone, two_together):
 
 @pytest.mark.distributed
 def test_four_processes(alone, tmp_path):
-    for _, found in train_all(4, combinations(COVERING[4]), tmp_path, timeout=280):
+    for _, found in train_all(4, combinations(COVERING[4]), tmp_path, timeout=600):
         check_equal(alone, found, 1e-5)
 
 
@@ -199,7 +199,7 @@ def test_parts_of_the_optimizer_on_the_host(alone, two_together):
 def test_a_forgotten_step_leaves_no_trace(tmp_path):
     runs = [{"stage": stage} for stage in STAGES]
     runs += [{"stage": stage, "offload": "host"} for stage in (1, 2, 3)]
-    first, second = run(forget_and_refuse, 2, tmp_path, timeout=200, world=2, runs=runs)
+    first, second = run(forget_and_refuse, 2, tmp_path, timeout=600, world=2, runs=runs)
     for mine, theirs in zip(first, second, strict=True):
         whole, bad, again, once_more = mine["norms"]
         assert again == once_more == pytest.approx(whole, rel=1e-6)

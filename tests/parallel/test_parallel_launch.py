@@ -24,7 +24,7 @@ from torch.distributed import TCPStore
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPT = LAUNCH / "torchrun.sh"
-TIMEOUT = 100
+TIMEOUT = 600
 
 CLEAN = {
     name: value
