@@ -89,7 +89,8 @@ def test_other_types(kernel, scores, dtype):
 
 @pytest.mark.parametrize("scores", [Scores(window=16), Scores(softcap=5.0)], ids=str)
 @pytest.mark.parametrize("name", ["cpu", "tiled"])
-def test_no_score_matrix_is_held(name, scores):
+def test_no_score_matrix_is_held(name, scores, monkeypatch):
+    monkeypatch.setattr(kernels_tiled, "TILES", {"cpu": (16, 32)})
     q, k, v, dout = make_inputs(4, 2, 512, 16, batch=1, dtype=torch.float32)
     kernel = KERNELS[name](scores)
     with MemoryTracker() as tracker:
