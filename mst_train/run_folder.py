@@ -70,7 +70,8 @@ class RunFolder:
                 raise UserError(
                     f"{path} is a file where a folder is needed: choose another run.dir"
                 )
-        self.candidates = self._find_checkpoints()
+        self._own = self._own_checkpoints()
+        self.candidates = self._own or self._others_checkpoint()
 
     def open(self) -> None:
         """Create the folder, take it for this process alone, and write config.yaml.
@@ -96,9 +97,7 @@ class RunFolder:
                 f"run.dir={self.path} cannot be locked ({error.strerror}), so two runs could write "
                 f"to it at once: choose another file system for it"
             ) from error
-        if not is_at(self._lock, self.path / ".lock") or (
-            self._find_checkpoints() != self.candidates
-        ):
+        if not is_at(self._lock, self.path / ".lock") or self._own_checkpoints() != self._own:
             self.close()
             raise InUse(f"another process has just worked in run.dir={self.path}: start again")
         self.lock = uuid.uuid4().hex
@@ -130,17 +129,20 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
 
-    def _find_checkpoints(self) -> list[Path]:
-        resume = self._config.run.resume
-        if resume == "never" and (self.metrics.exists() or self.checkpoints.exists()):
+    def _own_checkpoints(self) -> list[Path]:
+        if self._config.run.resume == "never" and (
+            self.metrics.exists() or self.checkpoints.exists()
+        ):
             raise UserError(
                 f"run.dir={self.path} holds a run already, and run.resume=never forbids to "
                 f"continue it: choose another run.dir or run.name, or set run.resume=auto"
             )
-        own = own_checkpoints(self.checkpoints)
-        if own or resume in (AUTO, "never"):
-            return own
-        return [find_checkpoint(expanded(resume))]
+        return own_checkpoints(self.checkpoints)
+
+    def _others_checkpoint(self) -> list[Path]:
+        """That of ``run.resume``, whose run may be going on."""
+        resume = self._config.run.resume
+        return [] if resume in (AUTO, "never") else [find_checkpoint(expanded(resume))]
 
 
 def check_continuation(before: dict[str, Any], config: Config, checkpoint: Path) -> None:

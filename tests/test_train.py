@@ -297,6 +297,18 @@ def test_one_that_another_has_just_been_in_is_in_use(small_config, change):
         late.open()
 
 
+def test_the_run_that_another_goes_on_from_may_go_on_meanwhile(small_config, change):
+    from mst_train.run_folder import RunFolder
+
+    train(change(small_config, **{"train.steps": 2}))
+    before = small_config.run.dir
+    other = RunFolder(change(small_config, **{"run.dir": f"{before}_2", "run.resume": before}))
+    train(small_config)
+    other.open()
+    other.close()
+    assert [checkpoint.name for checkpoint in other.candidates] == ["step_00000002"]
+
+
 def test_in_use_is_a_status_that_is_tried_again(monkeypatch):
     """Of several processes too: the first finds the folder in use, and all end with that."""
 
