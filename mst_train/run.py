@@ -87,11 +87,12 @@ class Run:
         opened.callback(lambda: self.metrics.close(self.exit_code))
         self.progress = Progress(self.step, config.train.steps, shown=topology.is_first)
         opened.callback(self.progress.close)
+        patient = topology.patient(WRITING)
+        # Only now: where another process has gone, a signal has to end this one while they connect.
         self._stop = StopSignals(tells=topology.is_first)
         opened.callback(self._stop.restore)
         self.stopped_by: Signals | None = None
         """The signal that any of the processes got."""
-        patient = topology.patient(WRITING)
         self.writer = CheckpointWriter(self.folder.checkpoints, config.checkpoint, patient)
         opened.callback(self.writer.close)
         with self._guard.deferred():

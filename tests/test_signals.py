@@ -18,6 +18,7 @@ from mst_train.checkpoint_writer import CheckpointWriter
 from mst_train.command import run_command
 from mst_train.data import Loader
 from mst_train.errors import Stopped
+from mst_train.parallel import Topology
 from mst_train.signals import STOP_SIGNALS, StopSignals
 from mst_train.train import train
 
@@ -264,3 +265,17 @@ def test_the_command_is_requeued(tmp_path, corpus, cache, small_config):
         assert done[-1] == {"step": done[-2]["step"], "stopped": "SIGUSR1"}
         assert [r["step"] for r in done if "loss" in r] == list(range(1, done[-1]["step"] + 1))
         steps = done[-1]["step"] + 5
+
+
+def test_processes_connect_before_signals_wait_for_them(small_config, monkeypatch):
+    """Connecting to one that has gone is a wait in torch, which no handler of Python's cuts off."""
+    before = [signal.getsignal(name) for name in STOP_SIGNALS]
+    connect, handlers = Topology.patient, []
+
+    def connecting(topology, longest):
+        handlers.append([signal.getsignal(name) for name in STOP_SIGNALS])
+        return connect(topology, longest)
+
+    monkeypatch.setattr(Topology, "patient", connecting)
+    train(small_config)
+    assert handlers == [before] * 2
