@@ -183,6 +183,7 @@ class Run:
         """A checkpoint of the last finished step, if there is none."""
         if self.step == self._saved:
             return
+        self._guard.meet(None)  # a step whose record is lost has to be done again
         self.writer.wait()
         self.metrics.checkpoints()  # before the oldest of them is deleted
         weights, states = self.engine.state()

@@ -5,10 +5,15 @@ import importlib.util
 import io
 import os
 import pickle
+from unittest.mock import patch
 
 from torch.distributed import distributed_c10d
 
 from mst_train.__main__ import main
+from mst_train.errors import TrainingError
+from mst_train.metrics import Metrics
+
+log = Metrics.log
 
 SETTINGS = [
     "model.vocab_size=512",
@@ -33,6 +38,17 @@ def own_process(rank):
     return int(os.environ["RANK"]) == rank
 
 
+def log_unless(step):
+    """``Metrics.log`` on a disk that is full when the record of ``step`` comes."""
+
+    def without_room(metrics, record):
+        if "loss" in record and record["step"] == step and own_process(0):
+            raise TrainingError("no room for a record")
+        log(metrics, record)
+
+    return without_room
+
+
 def unpickling(*_):
     raise AssertionError("something was unpickled")
 
@@ -42,7 +58,7 @@ def several(runs):
 
     Each of ``runs``: how many of the processes take part (``world``), on which ``port`` they meet,
     their ``arguments``; more arguments and another working folder for the second one; packages that
-    are as if they were not installed.
+    are as if they were not installed; the step whose record finds no room.
 
     None of them may unpickle what has come over a connection.
     """
@@ -63,8 +79,9 @@ def several(runs):
         importlib.util.find_spec = lambda name, *rest, m=missing: (
             None if name in m else find(name, *rest)
         )
+        step = one.get("no_room_at")
         told = io.StringIO()
-        with contextlib.redirect_stderr(told):
+        with patch.object(Metrics, "log", log_unless(step)), contextlib.redirect_stderr(told):
             status = main(arguments)
         results.append((status, told.getvalue()))
     return results

@@ -264,3 +264,16 @@ def test_a_full_disk_is_told_once_by_the_first(place, tmp_path):
     assert line.startswith("error: cannot write the checkpoint")
     assert "File too large" in line
     assert "process 1 on" not in told
+
+
+def test_a_record_that_finds_no_room_is_made_by_the_same_command(place, tmp_path):
+    """That of a step with a checkpoint after it, and that of the last."""
+    folder = tmp_path / "run"
+    settings = ["train.steps=4", "checkpoint.every=2", f"run.dir={folder}"]
+    one = {"world": 2, "arguments": [*place, *settings]}
+    runs = [{**one, "port": free_port(), "no_room_at": step} for step in (2, 4, None)]
+    first, second = run(several, 2, tmp_path / "processes", timeout=200, runs=runs)
+    assert [status for status, _ in first] == [status for status, _ in second] == [1, 1, 0]
+    assert all("no room for a record" in told for _, told in first[:2])
+    assert all(told == "" for _, told in second)
+    assert [r["step"] for r in records(folder) if "loss" in r] == [1, 2, 3, 4]
