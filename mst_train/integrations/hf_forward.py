@@ -81,6 +81,8 @@ class Call:
     """Modules that have run in mini-sequences."""
     running = ""
     """The last of them, in words."""
+    index = 0
+    """The place of the last layer."""
 
     def __init__(self, settings: Settings, *, packed: bool) -> None:
         self.settings, self.packed = settings, packed
@@ -186,6 +188,7 @@ def trunk_forward(base: Any) -> Any:
         rotary = self.rotary_emb(x_BSD, positions)
         with _checkpointed_once(self.layers, call.settings):
             for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+                call.index = index
                 with record_function(BLOCK_RANGE):
                     x_BSD = call.run(
                         f"layer {index}",
@@ -215,7 +218,7 @@ def layer_forward(base: Any) -> Any:
         if problem is not None:
             raise RuntimeError(f"{call.running}: {problem}")
         block = RowwiseLayer(self, family, settings.mlp_chunk_tokens, rerun=rerun)
-        kernel = settings.kernel(x_BSD, family.scores(self))
+        kernel = settings.kernel(x_BSD, family.scores(self, call.index))
         if settings.recompute:
             return mini_sequence_block(
                 block,
@@ -265,6 +268,9 @@ def _unsuited(model: Any, call: dict[str, Any]) -> str | None:
     others = [k for k, v in call.items() if k not in taken and v is not None and v is not False]
     if others:
         return f"{others[0]} is given, which mini-sequences do not know"
+    for adapter in getattr(model, "peft_config", {}).values():
+        if getattr(adapter, "alora_invocation_tokens", None):
+            return "an activated LoRA (alora_invocation_tokens) begins at some token"
     if call["labels"] is not None and model.loss_function is not ForCausalLMLoss:
         return "the model has a loss function of its own"
     if not _hides_nothing(call):

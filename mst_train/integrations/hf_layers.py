@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.activations import GELUTanh, SiLUActivation
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from mst_train.integrations.hf_calls import altered, origin
-from mst_train.model.hf_families import ACTIVATIONS
 from mst_train.mst import Scores, mini_sequence_mlp
 from mst_train.mst.chunking import BLOCK_BYTES, chunk_slices, resolve_chunk_tokens
 
@@ -36,7 +36,6 @@ class Family:
         ``layer_types`` says.
     head_norms: queries and keys are normed. none, head (each head), projection (all together).
     fused: one projection for queries, keys and values.
-    activation_key: where the configuration has the MLP's activation.
     """
 
     module: str
@@ -45,7 +44,6 @@ class Family:
     windows: str = "none"
     head_norms: str = "none"
     fused: bool = False
-    activation_key: str = "hidden_act"
 
     @property
     def causal_lm(self) -> str:
@@ -58,17 +56,17 @@ class Family:
         )
         return getattr(module, name)
 
-    def scores(self, layer: Any) -> Scores:
-        """What a layer's attention computes."""
+    def scores(self, layer: Any, index: int) -> Scores:
+        """What the attention of a layer computes that is at this place."""
         attention = layer.self_attn
         config = attention.config
         window = None
         if self.windows == "all":
             window = config.sliding_window
         elif self.windows == "layers":
-            sliding = config.layer_types[attention.layer_idx] == "sliding_attention"
+            sliding = config.layer_types[index] == "sliding_attention"
             window = config.sliding_window if sliding else None
-        softcap = getattr(config, "attn_logit_softcapping", None)
+        softcap = getattr(attention, "attn_logit_softcapping", None)
         return Scores(window, softcap, attention.scaling)
 
     def problem(self, layer: Any) -> str | None:
@@ -103,13 +101,7 @@ FAMILIES = (
     Family("mistral", "Mistral", windows="all"),
     Family("qwen2", "Qwen2", windows="layers"),
     Family("qwen3", "Qwen3", windows="layers", head_norms="head"),
-    Family(
-        "gemma2",
-        "Gemma2",
-        norms="around",
-        windows="layers",
-        activation_key="hidden_activation",
-    ),
+    Family("gemma2", "Gemma2", norms="around", windows="layers"),
     Family("olmo2", "Olmo2", norms="after", head_norms="projection"),
     Family("phi3", "Phi3", windows="all", fused=True),
 )
@@ -126,6 +118,9 @@ NORMS = {
 }
 """A layer's norms: before and after attention, before and after the MLP."""
 
+ACTIVATIONS = {nn.SiLU: "silu", SiLUActivation: "silu", GELUTanh: "gelu_tanh"}
+"""Modules whose function ``mini_sequence_mlp`` has."""
+
 
 class RowwiseLayer:
     """A decoder layer as ``mini_sequence_block`` takes it. Has no tensors of its own.
@@ -139,6 +134,7 @@ class RowwiseLayer:
     ) -> None:
         self._layer, self._family = layer, family
         self._mlp_chunk_tokens, self._rerun = mlp_chunk_tokens, rerun
+        self._switches = _switches(layer) if rerun else None
         self._rotate: Callable[..., tuple[Tensor, Tensor]] = family.get("apply_rotary_pos_emb")
         self._norms = [name and getattr(layer, name) for name in NORMS[family.norms]]
         self._activation: str | None = None
@@ -147,7 +143,9 @@ class RowwiseLayer:
             and altered(layer.mlp) is None
             and all(map(is_plain, self._projections()))
         ):
-            self._activation = ACTIVATIONS.get(getattr(layer.mlp.config, family.activation_key))
+            activation = layer.mlp.act_fn
+            if altered(activation) is None:
+                self._activation = ACTIVATIONS.get(type(activation))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         parameters: Iterator[nn.Parameter] = self._layer.parameters()
@@ -161,6 +159,12 @@ class RowwiseLayer:
         self, x: Tensor, *row_arguments: Tensor, queries: bool = True
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """[B, T, D], cosines and sines [B or 1, T, E] -> q [B, T, H, E], k and v [B, T, K, E]."""
+        if self._rerun and _switches(self._layer) != self._switches:
+            raise RuntimeError(
+                "adapters or dropout of a decoder layer were switched between the forward and the "
+                "backward, in which the layer runs again: switch them after the backward, or "
+                "apply_mini_sequence(recompute=False)"
+            )
         norm = self._norms[0]
         q, k, v = self._project(norm(x) if norm else x, queries)
         rotated, k = self._rotate(k[:, :, :0] if q is None else q, k, *row_arguments, 2)
@@ -248,8 +252,33 @@ def is_plain(module: nn.Module) -> bool:
     return type(module) is nn.Linear and module.bias is None and altered(module) is None
 
 
+def _switches(layer: nn.Module) -> list[object]:
+    """What decides, beside tensors, what a layer's dropout and PEFT's adapters in it compute."""
+    found: list[object] = []
+    for module in layer.modules():
+        own = vars(module)
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            found.append(module.training and module.p > 0)
+        elif "_active_adapter" in own:
+            scaling = own.get("scaling")
+            found += [own["_active_adapter"], own.get("_disable_adapters")]
+            found.append(scaling.copy() if isinstance(scaling, dict) else scaling)
+    return found
+
+
 def once_only(layer: nn.Module) -> str | None:
     """Why a layer as it is now cannot run again in the backward, if it cannot."""
+    drawing = [
+        name
+        for name, module in layer.named_modules()
+        if "module_dropout" in vars(module) and module.training
+    ]
+    if drawing:
+        return (
+            f"{drawing[0]} draws random numbers whenever it is trained (LoHa, LoKr), and would "
+            f"draw others when the layer runs again: apply_mini_sequence(recompute=False), with "
+            f"the model's own gradient checkpointing"
+        )
     random = [
         name
         for name, module in layer.named_modules()

@@ -266,6 +266,42 @@ def test_a_call_without_causality_is_computed_as_before(warnings):
         apply_mini_sequence(remove_mini_sequence(model))
 
 
+@pytest.mark.parametrize("behaviour", ["hook", "other module"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_what_is_done_to_an_activation_is_kept(behaviour, order):
+    def change(model):
+        for layer in model.model.layers:
+            if behaviour == "hook":
+                hook(layer.mlp.act_fn)
+            else:
+                layer.mlp.act_fn = torch.nn.GELU()
+        return model
+
+    plain, batch = change(make_model(dtype=torch.float64)), make_batch()
+    if order == "before":
+        model = apply_mini_sequence(change(make_model(dtype=torch.float64)), **CHUNKS)
+    else:
+        model = change(apply_mini_sequence(make_model(dtype=torch.float64), **CHUNKS))
+    assert_same(step(model, **batch), step(plain, **batch))
+
+
+def test_windows_are_those_of_a_layer_s_place():
+    """Where layers have been taken out, not of the place that a layer once had."""
+    model = make_model("gemma2", torch.float64, num_hidden_layers=4)
+    del model.model.layers[1]
+    model.config.num_hidden_layers, model.config.use_cache = 3, False
+    expected = step(model, **make_batch())
+    assert_same(step(apply_mini_sequence(model, **CHUNKS), **make_batch()), expected)
+
+
+def test_a_softcap_is_the_attention_s_own():
+    model = make_model("gemma2", torch.float64)
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = 0.7
+    expected = step(model, **make_batch())
+    assert_same(step(apply_mini_sequence(model, **CHUNKS), **make_batch()), expected)
+
+
 # --- files, adapters -----------------------------------------------------------------------------
 
 
@@ -316,3 +352,52 @@ def test_prompts_of_peft(kind, order, warnings):
     assert_same(step(model, **batch), expected)
     # A prefix is a cache.
     assert ["KV cache" in message for message in warnings()] == [True] * (kind == "prefix")
+
+
+@pytest.mark.parametrize("switch", ["disabled", "scaled", "other", "dropout"])
+def test_adapters_that_are_switched_before_the_backward_are_refused(switch):
+    peft = pytest.importorskip("peft")
+    dropout = 0.5 if switch == "dropout" else 0.0
+    lora = peft.LoraConfig(r=3, target_modules=["q_proj", "up_proj"], lora_dropout=dropout)
+    model = peft.get_peft_model(apply_mini_sequence(make_model(), **CHUNKS), lora)
+    model.add_adapter("other", lora)
+    model.eval()
+    loss = model(**make_batch()).loss
+    if switch == "disabled":
+        model.base_model.disable_adapter_layers()
+    elif switch == "scaled":
+        model.base_model.model.model.layers[1].mlp.up_proj.set_scale("default", 0.5)
+    elif switch == "other":
+        model.set_adapter("other", inference_mode=True)
+    else:
+        model.train()
+    with pytest.raises(RuntimeError, match="switched between the forward and the backward"):
+        loss.backward()
+
+
+def test_adapters_that_begin_at_a_token_are_computed_as_before(warnings):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(
+        r=3,
+        target_modules=["q_proj", "up_proj"],
+        init_lora_weights=False,
+        alora_invocation_tokens=[5, 6],
+        task_type="CAUSAL_LM",
+    )
+    model, batch = peft.get_peft_model(make_model(), lora).double(), make_batch()
+    batch["input_ids"][:, 10:12] = torch.tensor([5, 6])
+    expected = step(model, **batch)
+    assert_same(step(apply_mini_sequence(model, **CHUNKS), **batch), expected)
+    assert "alora_invocation_tokens" in warnings()[0]
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
+def test_adapters_that_always_draw_random_numbers_are_refused_where_layers_run_again(kind):
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, f"{kind}Config")(r=3, target_modules=["q_proj", "up_proj"])
+    model, batch = peft.get_peft_model(make_model(), config).double(), make_batch()
+    expected = step(model, **batch)
+    apply_mini_sequence(model, **CHUNKS)
+    with pytest.raises(RuntimeError, match=r"layer 0: self_attn.q_proj draws.*recompute=False"):
+        model(**batch)
+    assert_same(step(apply_mini_sequence(model, **CHUNKS, recompute=False), **batch), expected)
