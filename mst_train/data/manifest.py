@@ -17,7 +17,7 @@ from mst_train.data.documents import digest
 from mst_train.errors import UserError
 
 KIND = "mst_train tokens"
-FORMAT = 3
+FORMAT = 4
 """Raise it when the same source would give other tokens or other files."""
 MANIFEST, TOKENIZER, SHARDS, WORK = "manifest.json", "tokenizer.model", "shards", "work"
 SETTINGS, PROBLEMS = "settings.json", "malformed.jsonl"

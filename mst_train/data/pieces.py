@@ -83,14 +83,29 @@ def after_newline(text: str, start: int, end: int) -> int:
 def before_line(text: str, start: int, end: int) -> int:
     """The last place in (start, end) where a line begins with more than whitespace.
 
-    There the tokens of two parts are those of the whole: tokenizers keep a run of line ends and
-    what follows it apart. Where there is no such place, as ``after_newline``.
+    Most tokenizers keep a run of line ends and what follows it apart. Where there is no such
+    place, as ``after_newline``.
     """
     place = end
     while (place := text.rfind("\n", start, place)) >= 0:
         if place + 1 < end and not text[place + 1].isspace():
             return place + 1
     return after_newline(text, start, end)
+
+
+def between_words(text: str, start: int, end: int) -> int:
+    """The last place in (start, end) between a line's end and a letter, or else two words.
+
+    There the tokens of two parts are those of the whole, if the line end or space stands alone:
+    GPT-2's split a run of them by what follows it, and sentencepiece's join a line end and a sign.
+    Where there is no such place, as ``before_line``.
+    """
+    for sign in "\n", " ":
+        place = end - 1
+        while (place := text.rfind(sign, start + 1, place)) >= 0:
+            if not text[place - 1].isspace() and text[place + 1].isalpha():
+                return place + (sign == "\n")  # a space goes with its word
+    return before_line(text, start, end)
 
 
 def cores() -> int:

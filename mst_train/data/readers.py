@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
-from mst_train.data.pieces import Document, Report, before_line, ranges
+from mst_train.data.pieces import Document, Report, between_words, ranges
 from mst_train.errors import UserError
 
 PARQUET_ROWS = 256
@@ -82,14 +82,14 @@ def read_text(path: Path, report: Report, errors: str = "strict") -> Iterator[Do
 
 
 def _text_parts(path: Path, errors: str) -> Iterator[Document]:
-    """Parts that end before a line, where there is one."""
+    """Parts that end between words, where there are some."""
     encoding = "utf-8-sig" if errors == "strict" else "utf-8"
     decoder = codecs.getincrementaldecoder(encoding)(errors)
     rest = ""
     with path.open("rb") as file:
         while raw := file.read(TEXT_PART_BYTES):
             text = rest + decoder.decode(raw)
-            end = before_line(text, 0, len(text))
+            end = between_words(text, 0, len(text))
             text, rest = text[:end], text[end:]
             yield Document(text, len(raw))
     yield Document(rest + decoder.decode(b"", final=True), 0)

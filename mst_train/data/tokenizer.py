@@ -21,7 +21,7 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from mst_train.data.pieces import after_newline, before_line, cores
+from mst_train.data.pieces import after_newline, between_words, cores
 from mst_train.errors import UserError
 
 SAMPLE_CHARACTERS = 8_000_000
@@ -178,7 +178,7 @@ class Tokenizer(Vocabulary):
         if not self._divisible:
             yield text
             return
-        for part in cut(text, ENCODE_PART_CHARACTERS, before_line):
+        for part in cut(text, ENCODE_PART_CHARACTERS, between_words):
             if self._space_symbol_ids and _SPACE_SYMBOL in part:
                 yield from _SPACE_SYMBOLS.split(part)
             else:

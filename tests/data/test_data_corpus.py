@@ -119,7 +119,7 @@ def test_manifest(configure: Configure, encoded: list[str]) -> None:
     (shard,) = manifest.pop("shards")
     assert manifest == {
         "kind": "mst_train tokens",
-        "format": 3,
+        "format": 4,
         "settings": {},
         "source": configure().source,
         "source_fingerprint": find_documents(configure()).fingerprint,

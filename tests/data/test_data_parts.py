@@ -9,7 +9,7 @@ import tokenizers
 
 from mst_train.data import corpus, load_corpus, load_tokenizer, manifest, readers, shards
 from mst_train.data import tokenizer as tokenizer_module
-from mst_train.data.pieces import before_line
+from mst_train.data.pieces import before_line, between_words
 
 BOS, EOS = "<s>", "</s>"
 WORDS = [a + b for a in ("", "ka", "un", "x = ") for b in ("lo", "mi(", "ter", "te):", "é")]
@@ -86,6 +86,8 @@ def json_of_llama2(folder):
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     parts = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
     made.normalizer = tokenizers.normalizers.Sequence(parts)
+    # Llama-2's has none, and no token of several words.
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split("▁", "merged_with_next")
     return library(folder, made, "\n")
 
 
@@ -161,3 +163,28 @@ def test_tokens_of_an_older_format_are_not_read_from_the_cache(tmp_path, configu
 )
 def test_where_a_text_is_cut(text, place):
     assert before_line(text, 0, len(text)) == place
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("one\ntwo three", 4),
+        ("one two\n\nthree\n# 4", 3),  # neither in a run of line ends nor before a sign
+        ("one two\r\nthree", 3),
+        ("1\n2 3", 2),  # before the last line
+        ("one", 3),
+        ("", 0),
+    ],
+)
+def test_where_tokens_do_not_depend_on_the_cut(text, place):
+    assert between_words(text, 0, len(text)) == place
+
+
+def test_the_trained_tokenizer_s_parts_have_the_tokens_of_the_whole(monkeypatch):
+    """It has tokens that begin with a line end: no cut is between that and their sign."""
+    text = "".join(f"value {number}\n# of it: {number}\n" for number in range(300))
+    trained = tokenizer_module.train_tokenizer([text], 300)
+    whole = trained.encode([text])
+    assert trained.encode(["a\n# b"]) != [trained.encode(["a\n"])[0] + trained.encode(["# b"])[0]]
+    monkeypatch.setattr(tokenizer_module, "ENCODE_PART_CHARACTERS", 50)
+    assert trained.encode([text]) == whole
