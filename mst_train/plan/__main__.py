@@ -6,6 +6,7 @@ from typing import Any
 
 from mst_train.command import run_command
 from mst_train.config import AUTO, Config
+from mst_train.files import unwritable
 from mst_train.paths import expanded
 
 HELP = """\
@@ -51,12 +52,15 @@ def _plan(config: Config) -> tuple[dict[str, Any], str]:
     from tqdm import tqdm
 
     from mst_train.memory.devices import GIB
+    from mst_train.memory.simulate import with_length
+    from mst_train.plan.before import announce
     from mst_train.plan.choose import choose, longest
     from mst_train.plan.predict import make_target, predict
     from mst_train.plan.show import render
     from mst_train.plan.sweep import over_lengths
 
     target = make_target(config)
+    announce(with_length(config, max(config.plan.sweep, default=config.data.sequence_length)))
     notes: list[str] = []
     with tqdm(desc="predicting", unit=" step", leave=False, disable=None) as bar:
 
@@ -94,7 +98,11 @@ def _write_sweep(config: Config, predictions: list[Any]) -> list[str]:
     from mst_train.plan import plot, show
 
     folder = expanded(config.plan.dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"plan.dir={folder} cannot be written ({error.strerror}): name another folder"
+        raise unwritable(message, error) from error
     table, image, data = (folder / f"sweep.{end}" for end in ("md", "png", "json"))
     header = ("tokens", "peak", "", "host", "step", "tokens/s", "settings")
     table.write_text(show.markdown(header, show.rows(predictions)))

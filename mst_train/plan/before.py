@@ -9,7 +9,7 @@ from mst_train.config import AUTO, Config
 from mst_train.errors import UserError
 from mst_train.memory.devices import GIB, this_device
 from mst_train.plan.choose import choose, describe
-from mst_train.plan.predict import Prediction, make_target, predict
+from mst_train.plan.predict import Prediction, Target, make_target, predict
 from mst_train.plan.show import LABELS
 
 log = logging.getLogger(__name__)
@@ -19,6 +19,9 @@ TRUST = {"cpu": 1.0, "cuda": 1.05}
 
 On a CPU the prediction is exact. On a GPU, attention's workspace is modelled: up to there a run is
 warned of and may try."""
+
+LONG = 2**18
+"""Tokens on a device whose prediction can take more than some seconds."""
 
 STATES = ("parameters", "gradients", "optimizer")
 
@@ -32,6 +35,8 @@ def before_training(config: Config, device: torch.device, processes: int = 1) ->
     Raises UserError where it certainly does not, or auto finds nothing that does.
     """
     target = make_target(config, this_device(device), processes)
+    _require_hidden_states(config, target)
+    announce(config)
     if config.memory.policy == AUTO:
         choice = choose(config, target)
         log.info(choice.reason)
@@ -53,6 +58,31 @@ def before_training(config: Config, device: torch.device, processes: int = 1) ->
     return prediction
 
 
+def announce(config: Config) -> None:
+    """Say that the prediction of such a step takes a while, where it does."""
+    tokens = _tokens(config)
+    if tokens >= LONG:
+        log.info("predicting the memory of a step of %s tokens: this takes a while", f"{tokens:,}")
+
+
+def _tokens(config: Config) -> int:
+    """Of a micro-batch, on one device."""
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    return tokens // config.parallel.sequence_parallel
+
+
+def _require_hidden_states(config: Config, target: Target) -> None:
+    """What every policy holds at once, asked before a prediction that takes minutes."""
+    tokens = _tokens(config)
+    needed = tokens * config.model.hidden_size * target.dtype.itemsize
+    if needed > TRUST[target.device.kind] * target.budget_bytes:
+        raise UserError(
+            f"{config.run.name} does not fit: the hidden states of {tokens:,} tokens alone take "
+            f"{needed / GIB:.2f} GiB and {_whose(target)} {target.budget_bytes / GIB:.2f} GiB. "
+            f"Set a smaller train.micro_batch_size or data.sequence_length."
+        )
+
+
 def largest_parts(prediction: Prediction, count: int = 3) -> str:
     """The largest parts of the peak, with their sizes."""
     parts = sorted(prediction.simulation.breakdown.items(), key=lambda item: -item[1])
@@ -67,14 +97,17 @@ def _device_problems(prediction: Prediction) -> Iterator[str]:
         what += f", offloaded {found.host_bytes / GIB:.2f} GiB"
     if needed <= TRUST[target.device.kind] * target.budget_bytes:
         return
-    whose = f"the {target.device.kind} device has"
-    if target.budget_bytes < target.device.memory_bytes:
-        whose = "memory.device_budget_gib allows"
     name = prediction.config.run.name
     yield (
         f"{name} does not fit: its step needs {needed / GIB:.2f} GiB ({what}) "
-        f"and {whose} {target.budget_bytes / GIB:.2f} GiB. {_advice(prediction)}"
+        f"and {_whose(target)} {target.budget_bytes / GIB:.2f} GiB. {_advice(prediction)}"
     )
+
+
+def _whose(target: Target) -> str:
+    if target.budget_bytes < target.device.memory_bytes:
+        return "memory.device_budget_gib allows"
+    return f"the {target.device.kind} device has"
 
 
 def _host_problems(prediction: Prediction) -> Iterator[str]:

@@ -82,3 +82,28 @@ def test_a_gpu_may_try_what_is_close(monkeypatch, caplog):
 
 def test_memory_of_this_machine():
     assert GIB < device_bytes(CPU) < 2**50
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train.micro_batch_size=1000000", "data.sequence_length=1024"),
+        ("data.sequence_length=1000000000", "memory.policy=auto"),
+        ("data.sequence_length=1000000000", "parallel.sequence_parallel=2", "memory.offload=host"),
+    ],
+)
+def test_what_no_policy_can_hold_is_refused_before_it_is_predicted(arguments, monkeypatch):
+    for name in ("predict", "choose"):
+        monkeypatch.setattr(before, name, None)
+    message = refusal("memory.device_budget_gib=4", *arguments)
+    assert "tokens alone take" in message
+    assert "memory.device_budget_gib allows" in message
+
+
+def test_a_long_prediction_is_announced(monkeypatch, caplog):
+    monkeypatch.setattr(before, "LONG", 2048)
+    with caplog.at_level("INFO"):
+        before_training(compose(SMALL), CPU)
+        assert "predicting" not in caplog.text
+        before_training(compose([*SMALL, "train.micro_batch_size=2"]), CPU)
+    assert "predicting the memory of a step of 2,048 tokens" in caplog.text
