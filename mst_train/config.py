@@ -60,6 +60,13 @@ AUTO = "auto"
 MOST_TOKENS = 2**31
 """In a step: one process holds their ids on the host, and kernels count them in 32 bits."""
 
+NOT_IN_PROJECTS = "/\\#?%:"
+LONGEST_PROJECT = 128
+"""What W&B refuses in a project's name."""
+
+MOST_MINUTES = 525_600
+"""A year: the longest wait. Collectives count nanoseconds in 64 bits."""
+
 MOST_PROCESSES = 4096
 """And threads: more than any machine has cores."""
 
@@ -485,6 +492,7 @@ def _run_problems(config: Config) -> Iterator[str]:
     yield from _one_of("kernel.attention", config.kernel.attention, ATTENTION_BACKENDS)
     yield from _one_of("kernel.backend", config.kernel.backend, KERNEL_BACKENDS)
     yield from _one_of("logging.wandb.mode", config.logging.wandb.mode, WANDB_MODES)
+    yield from _project_problems(config.logging.wandb)
     yield from _one_of("logging.wandb.artifacts", config.logging.wandb.artifacts, WANDB_ARTIFACTS)
     yield from _at_least("train.steps", train.steps, 1)
     yield from _at_least("train.seed", train.seed, 0)
@@ -507,6 +515,16 @@ def _run_problems(config: Config) -> Iterator[str]:
         yield f"train.spike_factor={train.spike_factor} must be greater than 1 and below 10^12"
     yield from _at_least("checkpoint.every", checkpoint.every, 1)
     yield from _at_least("checkpoint.keep", checkpoint.keep, 1)
+
+
+def _project_problems(wandb: WandbConfig) -> Iterator[str]:
+    """What W&B's own check of a project's name would say, which ends its start."""
+    found = [character for character in NOT_IN_PROJECTS if character in wandb.project]
+    if wandb.mode != "disabled" and (found or len(wandb.project) > LONGEST_PROJECT):
+        yield (
+            f"logging.wandb.project={wandb.project:.40} cannot be a project of W&B: leave out "
+            f"{' '.join(NOT_IN_PROJECTS)}, and use {LONGEST_PROJECT} characters at most"
+        )
 
 
 def model_problems(model: ModelConfig) -> Iterator[str]:
@@ -717,7 +735,11 @@ def _parallel_problems(config: Config) -> Iterator[str]:
     degree = parallel.sequence_parallel
     yield from _at_least("parallel.sequence_parallel", degree, 1)
     yield from _one_of("parallel.zero_stage", parallel.zero_stage, ZERO_STAGES)
-    yield from _positive("parallel.timeout_minutes", parallel.timeout_minutes)
+    if not 0 < parallel.timeout_minutes <= MOST_MINUTES:
+        yield (
+            f"parallel.timeout_minutes={parallel.timeout_minutes} must be greater than 0 and at "
+            f"most {MOST_MINUTES}, which is a year"
+        )
     if parallel.deepspeed and parallel.zero_stage == 0:
         yield (
             "parallel.deepspeed is read with ZeRO alone: set parallel.zero_stage to 1, 2 or 3, or "

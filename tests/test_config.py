@@ -66,6 +66,9 @@ def test_defaults_are_valid():
         ("prepare.shard_mib", 2**40, "prepare.shard_mib=1099511627776 must be at least 1 and at"),
         ("prepare.shard", "1/5000", "prepare.shard=1/5000 must be i/N"),
         ("prepare.shard", "1/" + "9" * 5000, "prepare.shard=1/9999"),
+        ("parallel.timeout_minutes", 1e11, "parallel.timeout_minutes=100000000000.0 must be gre"),
+        ("logging.wandb.project", "a/b", "logging.wandb.project=a/b cannot be a project of W&B"),
+        ("logging.wandb.project", "x" * 129, "logging.wandb.project=xxxx"),
         ("report.compare", [""], "report.compare[0] is empty"),
     ],
 )
