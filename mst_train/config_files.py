@@ -25,6 +25,9 @@ KINDS = [
 EVERYWHERE = ("experiment/", "bench/")
 """Groups whose files have settings of all groups."""
 
+_PACKAGED = re.compile(r"\s*#[ \t]*@package ")
+"""As Hydra reads the first line."""
+
 _MISLEADING = re.compile(r"[-+]?0[0-9_]+|.*:.*")
 """010 is 8, and 1:30 is 90."""
 
@@ -67,7 +70,7 @@ def _problems(
     except yaml.YAMLError as error:
         yield f"{path} is not YAML: {str(error).partition(chr(10))[0]}"
         return
-    if name.startswith(EVERYWHERE) and not text.startswith("# @package "):
+    if name.startswith(EVERYWHERE) and not _PACKAGED.match(text):
         yield f"{path}, line 1, is not '# @package _global_', so it sets nothing: begin with that"
         return
     if node is None:
