@@ -1,5 +1,6 @@
 """What all commands share: how an error becomes a message and an exit status."""
 
+import errno
 import io
 import logging
 import os
@@ -11,15 +12,19 @@ from mst_train.errors import Stopped, TrainingError, UserError
 from mst_train.launched import end_with_launcher, process_name, rank
 from mst_train.signals import interruptible_once
 
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""What is wrong with a path until the user changes it."""
+
 
 def run_command(
     command: Callable[[list[str]], int], arguments: list[str] | None, interrupted: str
 ) -> int:
     """Run ``command`` with ``arguments`` (None: the process's own); returns its exit status.
 
-    2 and one line per problem for what the user gave, 75 where another process is using it; 1 and
-    one line for what failed later; 143 and 138 and one line for SIGTERM and SIGUSR1, which asked a
-    run to stop; 130 and ``interrupted`` for Ctrl-C. Anything else is a bug and keeps its traceback.
+    2 and one line per problem for what the user gave, and for a path without permission; 75 where
+    another process is using it; 1 and one line for what failed later; 143 and 138 and one line for
+    SIGTERM and SIGUSR1, which asked a run to stop; 130 and ``interrupted`` for Ctrl-C. Anything
+    else is a bug and keeps its traceback.
 
     Of several processes the first one logs; the others only say what ends them, with their names.
     An error without a message is one that another process tells.
@@ -49,7 +54,7 @@ def run_command(
     except OSError as error:
         unnamed = "standard output" if _is_output_lost() else "a file"
         _tell("error", f"{error.filename or unnamed}: {error.strerror or error}")
-        return 1
+        return 2 if error.filename and error.errno in FORBIDDEN else 1
     except KeyboardInterrupt:
         _tell("interrupted", "" if rank() else interrupted)
         return 130

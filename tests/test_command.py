@@ -1,5 +1,6 @@
 """python -m mst_train, as a user runs it."""
 
+import errno
 import io
 import json
 import os
@@ -157,3 +158,11 @@ def test_a_closed_stream_and_one_that_knows_no_unicode(monkeypatch):
 
     assert run_command(command, [], "") == 0
     assert shown.getvalue() == b"\\u65e5\\u672c\n"
+
+
+def test_a_path_without_permission_is_the_users_to_change(capsys):
+    def command(arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", "/given")
+
+    assert run_command(command, [], "") == 2
+    assert capsys.readouterr().err == "error: /given: Permission denied\n"
