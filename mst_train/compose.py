@@ -5,6 +5,7 @@ so that one message lists every unknown key, wrong type and impossible value.
 """
 
 import difflib
+import logging
 import sysconfig
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
@@ -23,6 +24,8 @@ from mst_train.config import Config, validate
 from mst_train.config_files import DEEPEST, file_problems
 from mst_train.errors import UserError
 from mst_train.settings import build, flat, is_group, is_known, is_text, nested, shown, unknown
+
+log = logging.getLogger(__name__)
 
 DEFAULT_EXPERIMENT = "tiny"
 
@@ -86,6 +89,18 @@ def recompose(settings: dict[str, Any], arguments: Sequence[str]) -> Config:
     known = [(key, value) for key, value in flat(settings) if is_known(key)]
     changed = [(argument.key, argument.value) for argument in given if not argument.file]
     return _checked(nested([*known, *changed]), problems)
+
+
+def warn_of_unused(arguments: Sequence[str], used: tuple[str, ...]) -> None:
+    """Say which of the arguments do nothing for a command that reads these settings alone.
+
+    used: how the keys of settings begin that it reads, and of groups.
+    """
+    given, _ = _read(config_folder(), arguments)
+    for argument in given:
+        for key, _ in flat({argument.key: argument.value}):
+            if not key.startswith((*used, "experiment")):
+                log.warning("%s does nothing in this command", argument.hydra.lstrip("+"))
 
 
 def config_folder() -> Path:

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    from mst_train.compose import compose, describe
+    from mst_train.compose import compose, describe, warn_of_unused
     from mst_train.config import Config
 
     if "--help" in arguments or "-h" in arguments:
@@ -55,6 +55,7 @@ def _run(arguments: list[str]) -> int:
     if "--config" in arguments:
         print(describe(config), end="")
         return 0
+    warn_of_unused(arguments, ("data", "prepare.", "model.from_pretrained"))
     if config.prepare.output is None:
         raise UserError("prepare.output is not set: name the folder to write to")
     folder = expanded(config.prepare.output)

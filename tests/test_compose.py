@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 import mst_train.compose
-from mst_train.compose import choices, compose, config_folder, describe, recompose
+from mst_train.compose import (
+    choices,
+    compose,
+    config_folder,
+    describe,
+    recompose,
+    warn_of_unused,
+)
 from mst_train.config import Config, validate
 from mst_train.errors import UserError
 from mst_train.settings import build, is_text, known_keys
@@ -229,6 +236,15 @@ def test_texts_stay_as_they_are_typed():
         assert compose([f"run.name={typed}"]).run.dir == f"runs/{typed}"
 
 
+def test_what_a_command_does_not_read_is_said(caplog):
+    arguments = ["+experiment=tiny", "run.name=x", "train.steps=3", "train={seed: 1}", "data=code"]
+    warn_of_unused(arguments, ("run.", "train.seed"))
+    assert caplog.messages == [
+        "train.steps=3 does nothing in this command",
+        "data=code does nothing in this command",
+    ]
+
+
 @pytest.fixture(scope="module")
 def copied_configs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("copied") / "configs"
@@ -251,6 +267,12 @@ def write(copied_configs, monkeypatch):
 
 
 HEADER = "# @package _global_\n"
+
+
+@pytest.mark.parametrize("header", ["\n\n# @package _global_\n", "#@package _global_\r\n"])
+def test_first_lines_that_hydra_reads(copied_configs, write, header):
+    (copied_configs / "experiment" / "other.yaml").write_text(f"{header}train: {{steps: 3}}\n")
+    assert compose(["+experiment=other"]).train.steps == 3
 
 
 @pytest.mark.parametrize(

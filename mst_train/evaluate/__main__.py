@@ -22,6 +22,10 @@ checkpoint. Writes DIR/evaluation.json. Settings are the run's own, but for thos
 WEIGHTS = ("model", "precision")
 """What a checkpoint decides."""
 
+USED = ("run.", "data.", "evaluation.", "memory.", "kernel.")
+USED += ("train.seed", "train.micro_batch_size", "train.eval_sequences")
+"""What this command reads of a run's settings, besides."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
@@ -58,7 +62,7 @@ def _evaluate(run: Path, arguments: list[str]) -> dict[str, Any]:
     import torch
 
     from mst_train.checkpoint_form import load_progress
-    from mst_train.compose import recompose
+    from mst_train.compose import recompose, warn_of_unused
     from mst_train.environment import describe
     from mst_train.evaluate.checkpoint import evaluate_checkpoint, newest_checkpoint
 
@@ -66,6 +70,7 @@ def _evaluate(run: Path, arguments: list[str]) -> dict[str, Any]:
     about = describe(device, "mst_train.evaluate")
     with newest_checkpoint(run) as checkpoint:
         config = recompose(load_progress(checkpoint)["config"], arguments)
+        warn_of_unused(arguments, USED)
         return {**evaluate_checkpoint(config, checkpoint), "environment": about}
 
 

@@ -25,10 +25,11 @@ def _run(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(HELP)
         return 0
-    from mst_train.compose import compose
+    from mst_train.compose import compose, warn_of_unused
     from mst_train.report.read import read_run
 
     config = compose(arguments)
+    warn_of_unused(arguments, ("run.", "report."))
     folder = expanded(config.run.dir)
     others = [expanded(name) for name in config.report.compare]
     runs = [read_run(path) for path in (folder, *others)]
