@@ -12,7 +12,7 @@ from mst_train.errors import Stopped, TrainingError, UserError
 from mst_train.launched import end_with_launcher, process_name, rank
 from mst_train.signals import interruptible_once
 
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 """What is wrong with a path until the user changes it."""
 
 
@@ -21,7 +21,7 @@ def run_command(
 ) -> int:
     """Run ``command`` with ``arguments`` (None: the process's own); returns its exit status.
 
-    2 and one line per problem for what the user gave, and for a path without permission; 75 where
+    2 and one line per problem for what the user gave, and for a path that is forbidden; 75 where
     another process is using it; 1 and one line for what failed later; 143 and 138 and one line for
     SIGTERM and SIGUSR1, which asked a run to stop; 130 and ``interrupted`` for Ctrl-C. Anything
     else is a bug and keeps its traceback.
@@ -34,6 +34,7 @@ def run_command(
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mst_train").setLevel(logging.ERROR if rank() else logging.INFO)
     try:
+        _require_working_folder()
         with interruptible_once():
             status = command(sys.argv[1:] if arguments is None else arguments)
             print(end="", flush=True)
@@ -58,6 +59,15 @@ def run_command(
     except KeyboardInterrupt:
         _tell("interrupted", "" if rank() else interrupted)
         return 130
+
+
+def _require_working_folder() -> None:
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UserError(
+            f"the working folder is gone or closed ({error.strerror}): change to another"
+        ) from error
 
 
 def _is_output_lost() -> bool:

@@ -38,6 +38,15 @@ def unwritable(message: str, error: Exception) -> UserError | TrainingError:
     return TrainingError(message)
 
 
+def make_folder(folder: Path, key: str) -> None:
+    """Have the folder that a setting names, before the work whose result goes there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"{key}={folder} cannot be written ({error.strerror}): name another folder"
+        raise unwritable(message, error) from error
+
+
 def is_at(file: IO[str], path: Path) -> bool:
     """Whether an open file is still the one at ``path``, and has not been removed or replaced."""
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())

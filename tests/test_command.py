@@ -12,7 +12,9 @@ import time
 import pytest
 
 from mst_train.__main__ import main
+from mst_train.bench import __main__ as bench
 from mst_train.command import run_command
+from mst_train.plan import __main__ as plan
 
 pytestmark = pytest.mark.slow
 
@@ -166,3 +168,28 @@ def test_a_path_without_permission_is_the_users_to_change(capsys):
 
     assert run_command(command, [], "") == 2
     assert capsys.readouterr().err == "error: /given: Permission denied\n"
+
+
+def test_a_working_folder_that_is_gone(tmp_path, monkeypatch, capsys):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main(["train.steps=0"]) == 2
+    assert "error: the working folder is gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [(plan, ["plan.sweep=[64]", "plan.dir=file/x"]), (bench, ["+bench=step", "bench.dir=file/x"])],
+)
+def test_where_results_go_is_asked_before_the_work(
+    command, arguments, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mst_train.plan.predict.predict", None)
+    monkeypatch.setattr("mst_train.bench.step.run", None)
+    (tmp_path / "file").touch()
+    assert command.main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert f"{arguments[-1]} cannot be written (Not a directory): name another" in printed

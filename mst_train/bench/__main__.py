@@ -9,6 +9,7 @@ from typing import Any
 from mst_train.command import run_command
 from mst_train.config import Config
 from mst_train.errors import TrainingError, UserError
+from mst_train.files import make_folder
 from mst_train.paths import expanded
 
 HELP = """\
@@ -74,8 +75,7 @@ def _measure(config: Config) -> tuple[dict[str, Any], str]:
         "max_sequence": max_sequence.run,
     }
     folder = expanded(config.bench.dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"bench.dir={folder} is a file: name a folder")
+    make_folder(folder, "bench.dir")
     device = prepare_device(config)
     about = environment.describe(device, "mst_train.bench")  # before the load that this makes
     rows, problems = benches[config.bench.kind](config, device)

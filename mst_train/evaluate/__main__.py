@@ -22,8 +22,10 @@ checkpoint. Writes DIR/evaluation.json. Settings are the run's own, but for thos
 WEIGHTS = ("model", "precision")
 """What a checkpoint decides."""
 
-USED = ("run.", "data.", "evaluation.", "memory.", "kernel.")
-USED += ("train.seed", "train.micro_batch_size", "train.eval_sequences")
+USED = (
+    *("run.", "data.", "evaluation.", "memory.", "kernel."),
+    *("train.seed", "train.micro_batch_size", "train.eval_sequences"),
+)
 """What this command reads of a run's settings, besides."""
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from mst_train.command import run_command
 from mst_train.config import AUTO, Config
-from mst_train.files import unwritable
+from mst_train.files import make_folder
 from mst_train.paths import expanded
 
 HELP = """\
@@ -60,6 +60,8 @@ def _plan(config: Config) -> tuple[dict[str, Any], str]:
     from mst_train.plan.sweep import over_lengths
 
     target = make_target(config)
+    if config.plan.sweep:
+        make_folder(expanded(config.plan.dir), "plan.dir")
     announce(with_length(config, max(config.plan.sweep, default=config.data.sequence_length)))
     notes: list[str] = []
     with tqdm(desc="predicting", unit=" step", leave=False, disable=None) as bar:
@@ -98,11 +100,6 @@ def _write_sweep(config: Config, predictions: list[Any]) -> list[str]:
     from mst_train.plan import plot, show
 
     folder = expanded(config.plan.dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        message = f"plan.dir={folder} cannot be written ({error.strerror}): name another folder"
-        raise unwritable(message, error) from error
     table, image, data = (folder / f"sweep.{end}" for end in ("md", "png", "json"))
     header = ("tokens", "peak", "", "host", "step", "tokens/s", "settings")
     table.write_text(show.markdown(header, show.rows(predictions)))

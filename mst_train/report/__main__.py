@@ -26,12 +26,14 @@ def _run(arguments: list[str]) -> int:
         print(HELP)
         return 0
     from mst_train.compose import compose, warn_of_unused
-    from mst_train.report.read import read_run
 
     config = compose(arguments)
     warn_of_unused(arguments, ("run.", "report."))
     folder = expanded(config.run.dir)
     others = [expanded(name) for name in config.report.compare]
+    # torch is imported only now: a mistake in the command line is answered at once.
+    from mst_train.report.read import read_run
+
     runs = [read_run(path) for path in (folder, *others)]
 
     from mst_train.report.memory import over_lengths
