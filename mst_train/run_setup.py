@@ -234,6 +234,7 @@ def _require_vocabulary(config: Config, data: Data) -> None:
 def _require_same_data(start: Start, data: Data) -> None:
     if start.checkpoint is not None and start.progress["corpus"] != data.corpus_fingerprint:
         raise UserError(
-            f"data.source holds other documents than when {start.checkpoint} was made, so the "
-            f"run's place in them is lost: restore them, or start anew with another run.dir"
+            f"data.source holds other documents than when {start.checkpoint} was made, or another "
+            f"version of mst_train made tokens of them, so the run's place in them is lost: "
+            f"restore them, or that version, or start anew with another run.dir"
         )
