@@ -224,13 +224,14 @@ class RowwiseLayer:
         mlp = self._layer.mlp
         if self._activation is not None:
             weights = [projection.weight for projection in self._projections()]
-            return mini_sequence_mlp(
+            y: Tensor = mini_sequence_mlp(
                 x_BTD,
                 *weights,
                 chunk_tokens=self._mlp_chunk_tokens,
                 activation=self._activation,
                 values=values,
             )
+            return y
         if self._rerun or not torch.is_grad_enabled():
             result: Tensor = mlp(x_BTD)
             return result

@@ -54,6 +54,8 @@ def gated_mlp(
     return F.linear(gate * F.linear(x, up_weight), down_weight)
 
 
+# A compiled graph would lose the first of the two nodes, and all gradients with it.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def mini_sequence_mlp(
     x: Tensor,
     gate_weight: Tensor,
@@ -131,7 +133,6 @@ class _Unread(Tensor):
     """A result that is not computed: it has a graph and no memory, and using its values fails."""
 
     @staticmethod
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def of(x_ND: Tensor, shape: torch.Size) -> "_Unread":
         """In the place of a result of this shape, of x's type and device."""
         unread: _Unread = Tensor._make_wrapper_subclass(
@@ -161,7 +162,8 @@ class _Result(torch.autograd.Function):
         chunk_tokens: int,
         activation: str,
     ) -> Tensor:
-        y_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
+        y = x_ND.new_empty(unread.shape)  # no view, so that it may be changed in place
+        y_ND = y.view(x_ND.shape)
         buffers = x_ND.new_empty(2, chunk_tokens, gate_weight.shape[0])
         for chunk in chunk_slices(x_ND.shape[0], chunk_tokens):
             x_CD = x_ND[chunk]
@@ -170,7 +172,7 @@ class _Result(torch.autograd.Function):
             torch.mm(x_CD, up_weight.t(), out=up_CF)
             product_CF = glu_forward(gate_CF, up_CF, activation, out=gate_CF)
             torch.mm(product_CF, down_weight.t(), out=y_ND[chunk])
-        return y_ND.view(unread.shape)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

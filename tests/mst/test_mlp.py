@@ -177,3 +177,29 @@ def test_gradients_of_gradients_are_refused():
     y = mini_sequence_mlp(*inputs).sum()
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(y, inputs[0], create_graph=True)
+
+
+def test_inside_a_compiled_function():
+    inputs = make_inputs((5,))
+    dy = torch.randn_like(inputs[0])
+
+    def around(mlp):
+        return lambda x, *weights, **options: x.sin() + mlp(x.tanh(), *weights, **options)
+
+    expected = gradients(around(gated_mlp), inputs, dy)
+    compiled = torch.compile(around(mini_sequence_mlp), backend="aot_eager")
+    actual = gradients(compiled, inputs, dy, chunk_tokens=2)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3)])
+def test_a_result_that_is_changed_in_place(shape):
+    inputs = make_inputs(shape)
+    dy = torch.randn_like(inputs[0])
+
+    def around(mlp):
+        return lambda x, *weights, **options: mlp(x, *weights, **options).mul_(2).add_(x)
+
+    expected = gradients(around(gated_mlp), inputs, dy)
+    actual = gradients(around(mini_sequence_mlp), inputs, dy, chunk_tokens=4)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
