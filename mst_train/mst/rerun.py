@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def owner(tensor: Tensor) -> Tensor:
@@ -101,7 +102,8 @@ class RandomState:
 
     def moved(self) -> bool:
         """Whether random numbers have been drawn since. Waits for no device."""
-        return not all(map(torch.equal, self._states, self._now()))
+        with _disable_current_modes():  # FakeTensorMode refuses states, which are real there too
+            return not all(map(torch.equal, self._states, self._now()))
 
     @contextmanager
     def drawn_again(self) -> Iterator[None]:
