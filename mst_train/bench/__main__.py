@@ -75,10 +75,16 @@ def _measure(config: Config) -> tuple[dict[str, Any], str]:
         "max_sequence": max_sequence.run,
     }
     folder = expanded(config.bench.dir)
+    new = not folder.exists()
     make_folder(folder, "bench.dir")
     device = prepare_device(config)
     about = environment.describe(device, "mst_train.bench")  # before the load that this makes
-    rows, problems = benches[config.bench.kind](config, device)
+    try:
+        rows, problems = benches[config.bench.kind](config, device)
+    except UserError:
+        if new:
+            folder.rmdir()
+        raise
     problems += [f"{row['variant']}: {row['problem']}" for row in rows if row["failed"]]
     result = {
         "bench": config.bench.kind,
