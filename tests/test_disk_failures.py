@@ -201,7 +201,9 @@ def test_a_finished_run_on_storage_that_is_read_alone(small_config, change, capl
     assert "is finished" in caplog.text and "summary.json cannot be written" in caplog.text
 
 
-def test_a_full_disk_is_the_same_for_all_commands(small_config, change, tmp_path, limit_files):
+def test_a_full_disk_is_the_same_for_all_commands(
+    small_config, change, tmp_path, limit_files, capsys
+):
     """Something that may go by itself: 1, not what a scheduler takes for a wrong setting."""
     train(change(small_config, **{"train.steps": 2}))
     data = small_config.data

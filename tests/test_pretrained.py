@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import mst_train.train as training
+from mst_train import run_setup
 from mst_train.checkpoint_writer import CheckpointWriter
 from mst_train.compose import compose
 from mst_train.config import ModelConfig
@@ -246,7 +246,7 @@ def test_resuming_takes_the_runs_own_weights(arguments, monkeypatch):
     def never(*_):
         raise AssertionError("the pretrained weights were read again")
 
-    monkeypatch.setattr(training, "find_weights", never)
+    monkeypatch.setattr(run_setup, "find_weights", never)
     train(other)
     for name, tensor in weights(other, 4).items():
         assert torch.equal(tensor, expected[name]), name

@@ -190,7 +190,7 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_path_that_cannot_be_looked_up() -> None:
-    assert "cannot be looked up" in refusal("~no-such-user-here/x")
+    assert "there is no such home folder" in refusal("~no-such-user-here/x")
     assert "cannot be looked up" in refusal("x" * 300)
 
 

@@ -132,10 +132,11 @@ def test_what_goes_wrong_is_raised_with_its_batch() -> None:
 
 
 def test_loaders_leave_no_threads() -> None:
+    before = set(threading.enumerate())
     for _ in range(20):
         next(Loader(make(5), 1, seed=0))
     deadline = time.monotonic() + 300
-    while any(thread.name.startswith("loader") for thread in threading.enumerate()):
+    while any(thread.name.startswith("loader") for thread in {*threading.enumerate()} - before):
         gc.collect()
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -169,7 +169,7 @@ def test_edited_manifests_are_refused(folder: Path, change: Callable[[Any], None
 def test_other_manifests(folder: Path) -> None:
     edit(folder, lambda manifest: manifest.update(format=99))
     assert refusal(folder).endswith(
-        "has format 99, and this version reads 3: name another folder, or delete this one, and "
+        "has format 99, and this version reads 4: name another folder, or delete this one, and "
         "prepare the data again"
     )
     (folder / "manifest.json").write_text('{"kind": "mst_train')

@@ -141,8 +141,8 @@ def test_mixture_on_the_command_line() -> None:
         ("data.mixture=[{source:a,weight:0}]", "data.mixture[0].weight=0.0 must be greater"),
         ("data.mixture=[{weight:1}]", "data.mixture[0].source is empty"),
         ("data.mixture=[{source:a,min_document_tokens:-1}]", "tokens=-1 must be at least 0"),
-        ("data.mixture=[{sauce:a}]", "data.mixture=[{'sauce': 'a'}]: "),
-        ("data.mixture=3", "data.mixture=3: "),
+        ("data.mixture=[{sauce:a}]", "data.mixture[0].sauce is not a setting: "),
+        ("data.mixture=3", "data.mixture=3 is not a list"),
     ):
         with pytest.raises(UserError) as caught:
             compose([argument])

@@ -109,7 +109,7 @@ def test_predicted_is_measured_with_zero(measured, name):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_planner_knows_what_the_optimizer_takes_to_the_host(stage):
     def held(*settings):
-        config = compose([*SMALL, *zero(stage, MASTERS), *settings])
+        config = compose([*SMALL, *zero(stage, MASTERS), "kernel.attention=auto", *settings])
         return simulate(config, find_device("h100_80gb"), gpus=2)
 
     here, there = held(), held("optimizer.offload=host")

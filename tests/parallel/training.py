@@ -162,7 +162,10 @@ def whole(state, topology):
     """Weights and states of all processes, each of which has some of them."""
     weights, states = {}, {}
     shares = [None] * topology.world
-    dist.all_gather_object(shares, state, group=topology.object_group)
+    if topology.world == 1:
+        shares = [state]
+    else:
+        dist.all_gather_object(shares, state, group=topology.object_group)
     for some_weights, some_states in shares:
         assert some_weights
         assert not weights.keys() & some_weights.keys()
