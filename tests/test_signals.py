@@ -181,6 +181,7 @@ def test_a_second_interrupt_ends_the_process_at_once():
     """While the first one is leaving, with a thread that is still writing a checkpoint."""
     code = (
         "import os, signal, threading, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
         "from mst_train.command import run_command\n"
         "def command(arguments):\n"
         "    try:\n"
@@ -198,6 +199,8 @@ def test_a_second_interrupt_ends_the_process_at_once():
 
 
 def test_one_interrupt_is_a_message(capsys):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+
     def command(arguments):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
