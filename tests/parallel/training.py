@@ -104,6 +104,7 @@ def make_config(
             warmup_steps=4,
             max_grad_norm=None if in_backward else max_grad_norm,
             weight_decay=0.1,
+            epsilon=1e-4,  # a gradient that is nearly zero is no place to see rounding
             in_backward=in_backward,
             offload=offload,
         ),
