@@ -35,8 +35,8 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from mst_train import store
-from mst_train.launched import LAUNCHER
+from mst_train.rendezvous import store
+from mst_train.rendezvous.dist_env import LAUNCHER
 
 FINAL = (0, 2, 130, 138, 143)
 """Success, something given that cannot be, a signal: nothing to start again for."""

@@ -2,8 +2,8 @@
 
 import sys
 
-from mst_train.command import run_command
-from mst_train.launched import rank
+from mst_train.cli.command import run_command
+from mst_train.rendezvous.dist_env import rank
 
 HELP = """\
 python -m mst_train [+experiment=NAME] [GROUP=NAME ...] [key=value ...]
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    from mst_train.compose import compose, describe
+    from mst_train.cli.compose import compose, describe
 
     if "--help" in arguments or "-h" in arguments:
         print(_help())
@@ -35,7 +35,7 @@ def _run(arguments: list[str]) -> int:
         print(describe(config), end="")
         return 0
     # torch is imported only now: a mistake in the command line is answered at once.
-    from mst_train.train import train
+    from mst_train.run.train import train
 
     summary = train(config)
     if rank() != 0:
@@ -51,7 +51,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _help() -> str:
-    from mst_train.compose import choices, config_folder, describe
+    from mst_train.cli.compose import choices, config_folder, describe
     from mst_train.config import Config
 
     groups = "\n".join(

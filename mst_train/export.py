@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mst_train.command import run_command
+from mst_train.cli.command import run_command
 from mst_train.errors import UserError
-from mst_train.paths import expanded
+from mst_train.files import expanded
 
 if TYPE_CHECKING:
     from mst_train.config import Config, DataConfig
@@ -80,7 +80,7 @@ def export(
             is left behind then.
         TrainingError: no room.
     """
-    from mst_train.checkpoint import held
+    from mst_train.checkpoint.files import held
 
     output = expanded(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -96,9 +96,9 @@ def _export(
     """As ``export``, of an undamaged checkpoint; returns its step."""
     import torch
 
-    from mst_train.checkpoint_form import load_progress, load_weights
+    from mst_train.checkpoint.form import load_progress, load_weights
     from mst_train.model import build_model
-    from mst_train.model.huggingface import save_pretrained
+    from mst_train.model.hf.weights import save_pretrained
 
     trainer = load_progress(checkpoint)
     config = _config(trainer["config"], checkpoint)
@@ -123,7 +123,7 @@ def _export(
 
 def _candidates(path: Path) -> list[Path]:
     """The whole checkpoints that a path names, the best first."""
-    from mst_train.checkpoint import MARKER, complete_checkpoints, find_checkpoint
+    from mst_train.checkpoint.files import MARKER, complete_checkpoints, find_checkpoint
 
     if (path / MARKER).exists():
         return [find_checkpoint(path)]
@@ -138,9 +138,9 @@ def _candidates(path: Path) -> list[Path]:
 
 def _config(settings: dict[str, Any], checkpoint: Path) -> "Config":
     """A run's settings, as a checkpoint has them; what this version lacks in a model is refused."""
-    from mst_train.compose import recompose
+    from mst_train.cli.compose import recompose
+    from mst_train.cli.settings import known_keys
     from mst_train.config import leaves
-    from mst_train.settings import known_keys
 
     model = {"model": settings.get("model", {})}
     unknown = sorted({key for key, _ in leaves(model)} - set(known_keys()))

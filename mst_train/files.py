@@ -2,13 +2,14 @@
 
 import contextlib
 import errno
+import json
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mst_train.errors import TrainingError, UserError
 
@@ -97,3 +98,23 @@ def to_disk(path: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def expanded(path: str | Path) -> Path:
+    """The path, with ``~`` and ``~NAME`` at its beginning as the home folders that they mean.
+
+    Raises UserError where there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: there is no such home folder: write the whole path") from error
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a small file so that it is there whole or not at all.
+
+    Raises TrainingError where it cannot be written.
+    """
+    with writing(path):
+        replace_text(path, json.dumps(value, indent=2) + "\n")

@@ -9,10 +9,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mst_train.command import run_command
+from mst_train.cli.command import run_command
 from mst_train.errors import UserError
-from mst_train.files import unwritable
-from mst_train.paths import expanded
+from mst_train.files import expanded, unwritable
 
 if TYPE_CHECKING:
     from mst_train.config import Config
@@ -44,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    from mst_train.compose import compose, describe, warn_of_unused
+    from mst_train.cli.compose import compose, describe, warn_of_unused
     from mst_train.config import Config
 
     if "--help" in arguments or "-h" in arguments:

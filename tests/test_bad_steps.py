@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import mst_train.train as training
-from mst_train.bad_steps import BadSteps
+import mst_train.run.train as training
 from mst_train.config import TrainConfig
+from mst_train.engine.step import BadStep
 from mst_train.errors import TrainingError
-from mst_train.metrics import Metrics
 from mst_train.optim import learning_rate
-from mst_train.step import BadStep
-from mst_train.train import train
+from mst_train.run.bad_steps import BadSteps
+from mst_train.run.train import train
+from mst_train.tracking.metrics import Metrics
 
 SKIP = {"train.bad_step": "skip"}
 IN_BACKWARD = {"optimizer.in_backward": True, "optimizer.max_grad_norm": None}

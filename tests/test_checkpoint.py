@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from mst_train.checkpoint import (
+from mst_train.checkpoint.files import (
     complete_checkpoints,
     find_checkpoint,
     first_undamaged,
@@ -121,7 +121,7 @@ def test_a_folder_without_checkpoints_is_refused(tmp_path):
 def test_a_write_cut_off_anywhere_leaves_the_one_before(tmp_path, monkeypatch, stage):
     """An interruption (here an exception nobody handles) at each stage of the writing."""
     save(tmp_path, 10)
-    import mst_train.checkpoint as module
+    import mst_train.checkpoint.files as module
 
     class Killed(BaseException):
         pass

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mst_train.checkpoint import MARKER, complete_checkpoints, first_undamaged, load_part
-from mst_train.checkpoint_form import load_progress, load_states, load_weights
+from mst_train.checkpoint.files import MARKER, complete_checkpoints, first_undamaged, load_part
+from mst_train.checkpoint.form import load_progress, load_states, load_weights
 from mst_train.errors import UserError
 from mst_train.export import export
 from mst_train.model import build_model
-from mst_train.random_state import random_state, restore_random_state
-from mst_train.train import train
+from mst_train.run.random_state import random_state, restore_random_state
+from mst_train.run.train import train
 
 
 @pytest.fixture(scope="module")

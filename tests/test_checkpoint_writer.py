@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import mst_train.checkpoint_writer as module
-from mst_train.checkpoint import complete_checkpoints, load_part, save_checkpoint
-from mst_train.checkpoint_writer import CheckpointWriter, on_host
+import mst_train.checkpoint.writer as module
+from mst_train.checkpoint.files import complete_checkpoints, load_part, save_checkpoint
+from mst_train.checkpoint.writer import CheckpointWriter, on_host
 from mst_train.config import CheckpointConfig
 from mst_train.errors import TrainingError
-from mst_train.train import train
+from mst_train.run.train import train
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_a_failure_of_the_last_checkpoint_is_not_missed(small_config, change, mo
 
 
 def test_a_run_that_fails_waits_for_its_checkpoint(small_config, monkeypatch):
-    import mst_train.train as training
+    import mst_train.run.train as training
 
     step, save = training.train_step, module.save_checkpoint
 

@@ -13,7 +13,7 @@ import pytest
 
 from mst_train.__main__ import main
 from mst_train.bench import __main__ as bench
-from mst_train.command import run_command
+from mst_train.cli.command import run_command
 from mst_train.plan import __main__ as plan
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import mst_train.compose
-from mst_train.compose import (
+import mst_train.cli.compose
+from mst_train.cli.compose import (
     choices,
     compose,
     config_folder,
@@ -17,9 +17,9 @@ from mst_train.compose import (
     recompose,
     warn_of_unused,
 )
+from mst_train.cli.settings import build, is_text, known_keys
 from mst_train.config import Config, validate
 from mst_train.errors import UserError
-from mst_train.settings import build, is_text, known_keys
 
 
 def problems(*arguments):
@@ -256,7 +256,7 @@ def copied_configs(tmp_path_factory):
 def write(copied_configs, monkeypatch):
     """Writes an experiment, mine.yaml, among the others; returns the problems of composing it."""
     folder = copied_configs
-    monkeypatch.setattr(mst_train.compose, "config_folder", lambda: folder)
+    monkeypatch.setattr(mst_train.cli.compose, "config_folder", lambda: folder)
 
     def problems_of(text, name="mine"):
         path = folder / "experiment" / f"{name}.yaml"

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-import mst_train.train as training
-from mst_train import run
+import mst_train.run.train as training
 from mst_train.data import Loader, checked
 from mst_train.data.checked import CheckedArray
 from mst_train.errors import DataError, TrainingError
-from mst_train.train import train
+from mst_train.run import run
+from mst_train.run.train import train
 
 
 def losses(config):

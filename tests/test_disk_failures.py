@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-import mst_train.train as training
-from mst_train import checkpoint_writer
+import mst_train.run.train as training
 from mst_train.__main__ import main
-from mst_train.checkpoint import complete_checkpoints, save_checkpoint
+from mst_train.checkpoint import writer as checkpoint_writer
+from mst_train.checkpoint.files import complete_checkpoints, save_checkpoint
 from mst_train.data import load_data
 from mst_train.errors import TrainingError, UserError
 from mst_train.export import main as export
 from mst_train.prepare import main as prepare
-from mst_train.train import train
+from mst_train.run.train import train
 
 
 def losses(config):
@@ -74,7 +74,7 @@ def test_a_checkpoint_that_does_not_fit(
     config = change(whole, **{"run.dir": small_config.run.dir + "_full"})
     if size == 100:
         # The parts fit and the marker does not: the limit comes after them.
-        import mst_train.checkpoint as checkpoint
+        import mst_train.checkpoint.files as checkpoint
 
         replace = checkpoint.replace_text
 

@@ -10,13 +10,14 @@ import itertools
 import pytest
 import torch
 
+from mst_train.attention import select_attention
 from mst_train.config import ModelConfig, OptimizerConfig
 from mst_train.data import Batch
-from mst_train.model import build_model, select_attention
-from mst_train.mst import Offload, Policy
+from mst_train.engine import NativeEngine
+from mst_train.engine.step import train_step
+from mst_train.model import Policy, build_model
+from mst_train.mst import Offload
 from mst_train.optim import build_optimizer
-from mst_train.parallel import NativeEngine
-from mst_train.step import train_step
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(

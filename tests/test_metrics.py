@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mst_train.metrics import Metrics, Progress
+from mst_train.tracking.metrics import Metrics, Progress
 
 RECORD = {
     "step": 1,
@@ -59,7 +59,7 @@ def test_a_wandb_that_fails_does_not_end_the_run(path, small_config, monkeypatch
         def log(self, record):
             raise ConnectionResetError("Connection lost")
 
-    monkeypatch.setattr("mst_train.metrics.start_wandb", lambda folder, config: Failing())
+    monkeypatch.setattr("mst_train.tracking.metrics.start_wandb", lambda folder, config: Failing())
     metrics = Metrics(path, small_config, None)
     metrics.log(RECORD)
     metrics.log({**RECORD, "step": 2})

@@ -16,8 +16,7 @@ import mst_train.optim as optim
 from mst_train.config import ModelConfig, OptimizerConfig
 from mst_train.errors import TrainingError, UserError
 from mst_train.memory.tracker import MemoryTracker
-from mst_train.model import build_model
-from mst_train.mst import Policy
+from mst_train.model import Policy, build_model
 from mst_train.optim import (
     HostOptimizer,
     InBackwardOptimizer,

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from mst_train import run_setup
-from mst_train.checkpoint_writer import CheckpointWriter
-from mst_train.compose import compose
+from mst_train.checkpoint.writer import CheckpointWriter
+from mst_train.cli.compose import compose
 from mst_train.config import ModelConfig
 from mst_train.data import load_data
 from mst_train.errors import UserError
 from mst_train.export import export, main
 from mst_train.model import build_model
-from mst_train.model.huggingface import load_pretrained, save_pretrained
-from mst_train.train import train
+from mst_train.model.hf.weights import load_pretrained, save_pretrained
+from mst_train.run import setup as run_setup
+from mst_train.run.train import train
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mst_train.checkpoint import MARKER, complete_checkpoints, find_checkpoint, save_checkpoint
+from mst_train.checkpoint.files import (
+    MARKER,
+    complete_checkpoints,
+    find_checkpoint,
+    save_checkpoint,
+)
 from mst_train.errors import UserError
 
 ROOT = Path(__file__).parent.parent

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-import mst_train.checkpoint_writer as checkpoint_writer
-import mst_train.train as training
-from mst_train import run
-from mst_train.checkpoint_writer import CheckpointWriter
-from mst_train.command import run_command
+import mst_train.checkpoint.writer as checkpoint_writer
+import mst_train.run.train as training
+from mst_train.checkpoint.writer import CheckpointWriter
+from mst_train.cli.command import run_command
+from mst_train.cli.signals import STOP_SIGNALS, StopSignals
 from mst_train.data import Loader
+from mst_train.distributed import Topology
 from mst_train.errors import Stopped
-from mst_train.parallel import Topology
-from mst_train.signals import STOP_SIGNALS, StopSignals
-from mst_train.train import train
+from mst_train.run import run
+from mst_train.run.train import train
 
 
 def records(config):
@@ -165,7 +165,7 @@ def test_a_signal_in_the_last_step_does_not_stop_a_run_that_is_done(small_config
 def test_a_second_signal_ends_the_process_at_once():
     code = (
         "import os, signal, time\n"
-        "from mst_train.signals import StopSignals\n"
+        "from mst_train.cli.signals import StopSignals\n"
         "stop = StopSignals()\n"
         "os.kill(os.getpid(), signal.SIGUSR1)\n"
         "assert stop.received is signal.SIGUSR1\n"
@@ -182,7 +182,7 @@ def test_a_second_interrupt_ends_the_process_at_once():
     code = (
         "import os, signal, threading, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
-        "from mst_train.command import run_command\n"
+        "from mst_train.cli.command import run_command\n"
         "def command(arguments):\n"
         "    try:\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"

@@ -11,16 +11,16 @@ import pytest
 import torch
 import yaml
 
-import mst_train.train as training
-from mst_train.command import run_command
+import mst_train.run.train as training
+from mst_train.cli.command import run_command
 from mst_train.data import Batch
+from mst_train.distributed import Topology, together
+from mst_train.engine import NativeEngine
+from mst_train.engine.step import BadStep, evaluate, train_step
 from mst_train.errors import InUse, TrainingError, UserError
-from mst_train.model import build_model
-from mst_train.mst import Policy
+from mst_train.model import Policy, build_model
 from mst_train.optim import InBackwardOptimizer, Optimizer
-from mst_train.parallel import NativeEngine, Topology, together
-from mst_train.step import BadStep, evaluate, train_step
-from mst_train.train import train
+from mst_train.run.train import train
 
 
 def records(config):
@@ -255,7 +255,7 @@ def test_other_documents_are_refused(small_config, change, tmp_path):
 
 
 def test_two_processes_do_not_share_a_folder(small_config):
-    from mst_train.run_folder import RunFolder
+    from mst_train.run.folder import RunFolder
 
     first, second = RunFolder(small_config), RunFolder(small_config)
     first.open()
@@ -269,7 +269,7 @@ def test_two_processes_do_not_share_a_folder(small_config):
 
 @pytest.mark.parametrize("_", range(10))
 def test_of_two_that_start_at_once_one_runs(small_config, _):
-    from mst_train.run_folder import RunFolder
+    from mst_train.run.folder import RunFolder
 
     barrier = threading.Barrier(2)
 
@@ -289,7 +289,7 @@ def test_of_two_that_start_at_once_one_runs(small_config, _):
 
 
 def test_one_that_another_has_just_been_in_is_in_use(small_config, change):
-    from mst_train.run_folder import RunFolder
+    from mst_train.run.folder import RunFolder
 
     late = RunFolder(small_config)
     train(change(small_config, **{"train.steps": 2}))
@@ -298,7 +298,7 @@ def test_one_that_another_has_just_been_in_is_in_use(small_config, change):
 
 
 def test_the_run_that_another_goes_on_from_may_go_on_meanwhile(small_config, change):
-    from mst_train.run_folder import RunFolder
+    from mst_train.run.folder import RunFolder
 
     train(change(small_config, **{"train.steps": 2}))
     before = small_config.run.dir

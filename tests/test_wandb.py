@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mst_train.metrics import Metrics
-from mst_train.wandb_run import GIB, NAMES, START_SECONDS, WandbRun, grouped
+from mst_train.tracking.metrics import Metrics
+from mst_train.tracking.wandb_run import NAMES, START_SECONDS, WandbRun, grouped
+from mst_train.units import GIB
 
 RECORD = {
     "step": 1,
@@ -151,7 +152,7 @@ def test_a_run_that_continues_is_the_same_run(path, config):
 
 
 def write_checkpoint(folder, step):
-    from mst_train.checkpoint import save_checkpoint
+    from mst_train.checkpoint.files import save_checkpoint
 
     save_checkpoint(folder / "checkpoints", step, {"trainer": {"step": step}}, keep=2)
 

@@ -6,11 +6,10 @@ import json
 import sys
 from typing import Any
 
-from mst_train.command import run_command
+from mst_train.cli.command import run_command
 from mst_train.config import Config
 from mst_train.errors import TrainingError, UserError
-from mst_train.files import make_folder
-from mst_train.paths import expanded
+from mst_train.files import expanded, make_folder
 
 HELP = """\
 python -m mst_train.bench +bench=NAME [key=value ...]
@@ -40,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    from mst_train.compose import choices, compose, describe
+    from mst_train.cli.compose import choices, compose, describe
 
     if "--help" in arguments or "-h" in arguments:
         settings = describe(Config()).partition("\nbench:\n")[2].rstrip()
@@ -65,7 +64,7 @@ def _measure(config: Config) -> tuple[dict[str, Any], str]:
     """The report, written to its folder, and what to show of it."""
     from mst_train import environment
     from mst_train.bench import max_sequence, peers, report, short, step, systems
-    from mst_train.bench.environment import prepare_device
+    from mst_train.bench.machine import prepare_device
 
     benches = {
         "step": step.run,

@@ -11,25 +11,28 @@ from typing import Any
 
 import torch
 
-from mst_train.bench.environment import dtype_of
+from mst_train.attention import select_attention
+from mst_train.bench.machine import dtype_of
 from mst_train.bench.measure import collect_garbage, out_of_memory, synchronize
 from mst_train.bench.progress import Progress
 from mst_train.bench.step import VARIANTS, policy_of
 from mst_train.bench.workload import chosen
 from mst_train.config import Config
 from mst_train.data import Batch
+from mst_train.engine import NativeEngine
+from mst_train.engine.step import train_step
 from mst_train.errors import UserError
-from mst_train.memory.devices import GIB, this_device
+from mst_train.memory.devices import this_device
 from mst_train.memory.simulate import with_length
-from mst_train.memory.tracker import OPTIMIZER_RANGE, MemoryTracker
-from mst_train.model import Transformer, build_model, select_attention
+from mst_train.memory.tracker import MemoryTracker
+from mst_train.model import Transformer, build_model
 from mst_train.mst import Offload
 from mst_train.optim import Optimizer, build_optimizer
-from mst_train.parallel import NativeEngine
 from mst_train.plan.choose import longest
 from mst_train.plan.predict import Target, make_target, predict
 from mst_train.plan.search import STEP, longest_fitting
-from mst_train.step import train_step
+from mst_train.ranges import OPTIMIZER_RANGE
+from mst_train.units import GIB
 
 NEAR = 0.03
 """The search begins this far from the prediction, on both sides."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mst_train.bench.environment import dtype_of
+from mst_train.bench.machine import dtype_of
 from mst_train.bench.measure import (
     Measurement,
     Variant,

@@ -6,16 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mst_train.bench.environment import dtype_of
+from mst_train.bench.machine import dtype_of
 from mst_train.bench.measure import Measurement, Variant, collect_garbage, measure
 from mst_train.bench.progress import Progress
 from mst_train.bench.workload import Batch, build, chosen, lengths, loss_problems, random_batch
 from mst_train.config import Config
-from mst_train.memory.devices import GIB, this_device
-from mst_train.model import Transformer
+from mst_train.memory.devices import this_device
+from mst_train.model import Policy, Transformer
 from mst_train.model.flops import training_flops
-from mst_train.mst import Offload, Policy
+from mst_train.mst import Offload
 from mst_train.optim import Optimizer, build_optimizer
+from mst_train.units import GIB
 
 VARIANTS = ("vanilla", "recompute", "mst", "mst_without_keeping", "mst_offload")
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mst_train.bench.environment import dtype_of
+from mst_train.bench.machine import dtype_of
 from mst_train.bench.measure import Measurement, Variant, collect_garbage, measure
 from mst_train.bench.progress import Progress
 from mst_train.bench.step import policy_of, step_rows

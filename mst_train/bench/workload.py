@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mst_train.bench.environment import dtype_of
+from mst_train.attention import select_attention
+from mst_train.bench.machine import dtype_of
 from mst_train.bench.measure import Measurement
 from mst_train.config import Config
 from mst_train.errors import UserError
-from mst_train.model import Transformer, build_model, select_attention
+from mst_train.model import Transformer, build_model
 
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
 """How far the losses of variants may lie apart, relative to the loss, by the weights' type."""

@@ -39,8 +39,7 @@ from mst_train.data.tokenizer import (
 )
 from mst_train.data.tokenizer_file import load_tokenizer, open_tokenizer
 from mst_train.errors import UserError
-from mst_train.files import unwritable
-from mst_train.paths import expanded
+from mst_train.files import expanded, unwritable
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from mst_train.data.readers import (
     unreadable,
 )
 from mst_train.errors import UserError
-from mst_train.paths import expanded
+from mst_train.files import expanded
 
 STDLIB = "stdlib"
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "__pycache__"}

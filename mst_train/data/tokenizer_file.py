@@ -5,7 +5,7 @@ from pathlib import Path
 from mst_train.data.tokenizer import Tokenizer, Vocabulary
 from mst_train.data.tokenizer_json import JsonTokenizer
 from mst_train.errors import UserError
-from mst_train.paths import expanded
+from mst_train.files import expanded
 
 FILE_NAMES = (JsonTokenizer.file_name, Tokenizer.file_name)
 """In a folder with both, the first: it says more about special tokens."""

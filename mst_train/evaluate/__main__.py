@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mst_train.command import run_command
+from mst_train.cli.command import run_command
 from mst_train.errors import UserError
-from mst_train.paths import expanded
+from mst_train.files import expanded
 
 HELP = """\
 python -m mst_train.evaluate run.dir=DIR [key=value ...]
@@ -38,14 +38,14 @@ def _run(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(HELP)
         return 0
-    from mst_train.compose import compose
+    from mst_train.cli.compose import compose
 
     names_run = ("run.", "experiment=")
     run = expanded(compose([a for a in arguments if a.lstrip("+").startswith(names_run)]).run.dir)
     result = _evaluate(run, arguments)
 
     from mst_train.evaluate.show import render
-    from mst_train.metrics import write_json
+    from mst_train.files import write_json
 
     file = run / "evaluation.json"
     write_json(file, result)
@@ -63,8 +63,8 @@ def _evaluate(run: Path, arguments: list[str]) -> dict[str, Any]:
         )
     import torch
 
-    from mst_train.checkpoint_form import load_progress
-    from mst_train.compose import recompose, warn_of_unused
+    from mst_train.checkpoint.form import load_progress
+    from mst_train.cli.compose import recompose, warn_of_unused
     from mst_train.environment import describe
     from mst_train.evaluate.checkpoint import evaluate_checkpoint, newest_checkpoint
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from mst_kernels import set_backend, use_triton
-from mst_train.checkpoint import complete_checkpoints, held
-from mst_train.checkpoint_form import load_progress, load_weights
+from mst_train.attention import select_attention
+from mst_train.checkpoint.files import complete_checkpoints, held
+from mst_train.checkpoint.form import load_progress, load_weights
 from mst_train.config import Config
 from mst_train.data import Vocabulary, fixed_batches, load_data
+from mst_train.engine.step import evaluate
 from mst_train.errors import UserError
 from mst_train.evaluate.passkey import Probe, make_probes, passkey_record
-from mst_train.model import Transformer, build_model, select_attention
-from mst_train.mst import Policy
-from mst_train.step import evaluate
+from mst_train.model import Policy, Transformer, build_model
 
 PASSKEY = ("passkey_accuracy", "passkey_loss", "passkey")
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from mst_train.config import Config
 from mst_train.data import IGNORED, Batch, Vocabulary
+from mst_train.distributed import Topology
 from mst_train.errors import UserError
 from mst_train.model import Transformer
-from mst_train.parallel import Topology
 
 INTRODUCTION = "Somewhere in this text is a number. Find it and remember it.\n"
 FILLER = "The road was long. A door stood open. Leaves moved in the wind. Nobody came by.\n"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from mst_train.memory.tracker import BLOCK_RANGE, HEAD_RANGE, MemoryTracker, in_backward
+from mst_train.memory.tracker import MemoryTracker, in_backward
+from mst_train.ranges import BLOCK_RANGE, HEAD_RANGE
 
 aten = torch.ops.aten
 

@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 
 from mst_train.errors import UserError
-from mst_train.launched import local_world_size
-
-GIB = 2**30
+from mst_train.rendezvous.dist_env import local_world_size
+from mst_train.units import GIB
 
 
 @dataclass(frozen=True)

@@ -23,28 +23,28 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from mst_train.attention import select_attention
+from mst_train.attention.select import FOR_CUDA, HALF, Attention, KernelAttention
 from mst_train.config import AUTO, Config, ModelConfig
 from mst_train.data import Batch
+from mst_train.engine import NativeEngine
+from mst_train.engine.step import train_step
 from mst_train.memory.counter import Numbers, StepCounter, Work
 from mst_train.memory.devices import Device
-from mst_train.memory.simulated_zero import Buckets, SimulatedZero
-from mst_train.memory.stand_ins import (
+from mst_train.memory.fakes import (
     SimulatedHostOptimizer,
     SimulatedKernel,
     SimulatedUlysses,
     without_data,
 )
-from mst_train.memory.tracker import OPTIMIZER_RANGE
-from mst_train.model import Transformer, build_model, select_attention
-from mst_train.model.attention import FOR_CUDA, HALF, Attention, KernelAttention
-from mst_train.mst import Offload, Policy
+from mst_train.memory.simulated_zero import Buckets, SimulatedZero
+from mst_train.model import Policy, Transformer, build_model
+from mst_train.mst import Offload
 from mst_train.mst.attention import KEYS_AT_ONCE
 from mst_train.mst.offload import AHEAD
 from mst_train.optim import Optimizer, build_optimizer
-from mst_train.parallel import NativeEngine
-from mst_train.step import train_step
-
-MIB, GIB = 2**20, 2**30
+from mst_train.ranges import OPTIMIZER_RANGE
+from mst_train.units import MIB
 
 CUDA_CONTEXT_BYTES = 512 * MIB
 """What a process takes of a GPU before its first tensor: context and loaded kernels."""

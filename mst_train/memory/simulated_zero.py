@@ -39,10 +39,11 @@ import torch
 from torch import Tensor, nn
 
 from mst_train.config import Config
+from mst_train.distributed import Topology
+from mst_train.engine import NativeEngine
 from mst_train.memory.counter import StepCounter
 from mst_train.model.flops import parameter_count
 from mst_train.optim import Optimizer, build_adamw
-from mst_train.parallel import NativeEngine, Topology
 
 FP32 = torch.float32
 DEFAULTS = {  # of deepspeed/runtime/zero/config.py, in elements

@@ -32,6 +32,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mst_train.ranges import BLOCK_RANGE, HEAD_RANGE, HOST_RANGE, OPTIMIZER_RANGE
+
 KINDS = (
     "parameters",
     "gradients",
@@ -42,10 +44,6 @@ KINDS = (
     "other",
 )
 
-BLOCK_RANGE = "mst_train::block"
-HEAD_RANGE = "mst_train::head"
-OPTIMIZER_RANGE = "mst_train::optimizer"
-HOST_RANGE = "mst_train::host"
 _HOST = "host"
 _OPTIMIZER = {OPTIMIZER_RANGE: "optimizer", "Optimizer.step#": "optimizer"}
 _PARTS = {BLOCK_RANGE: "working_set", HEAD_RANGE: "head"}

@@ -1,6 +1,6 @@
-"""The decoder: its layers, its attention, its checkpoints in others' format and what it costs."""
+"""The decoder: its layers, how it computes, its checkpoints in others' format and what it costs."""
 
-from mst_train.model.attention import Attention, select_attention
+from mst_train.model.policy import Policy
 from mst_train.model.transformer import Transformer, build_model
 
-__all__ = ["Attention", "Transformer", "build_model", "select_attention"]
+__all__ = ["Policy", "Transformer", "build_model"]

@@ -18,14 +18,13 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from mst_kernels import add_rms_norm, rms_norm
+from mst_train.attention.select import Attention, KernelAttention, reference_attention
 from mst_train.config import ModelConfig
-from mst_train.memory.tracker import BLOCK_RANGE, HEAD_RANGE
-from mst_train.model.attention import Attention, KernelAttention, reference_attention
+from mst_train.model import Policy
 from mst_train.model.rope import rope, rotary_angles
 from mst_train.mst import (
     Documents,
     Offload,
-    Policy,
     Scores,
     cross_entropy,
     gated_mlp,
@@ -35,6 +34,7 @@ from mst_train.mst import (
     mini_sequence_mlp,
     recompute_block,
 )
+from mst_train.ranges import BLOCK_RANGE, HEAD_RANGE
 
 
 class RMSNorm(nn.Module):

@@ -14,7 +14,6 @@ from mst_train.mst.head import (
 )
 from mst_train.mst.mlp import gated_mlp, mini_sequence_mlp
 from mst_train.mst.offload import HostBudgetError, Offload
-from mst_train.mst.policy import Policy
 from mst_train.mst.recompute import recompute_block
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "Documents",
     "HostBudgetError",
     "Offload",
-    "Policy",
     "RowwiseBlock",
     "Scores",
     "attend",

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from mst_train.memory.tracker import HOST_RANGE
+from mst_train.ranges import HOST_RANGE
 
 AHEAD = 1
 """How many blocks' tensors are on their way at once, in each direction.

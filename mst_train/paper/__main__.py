@@ -5,7 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
-from mst_train.command import run_command
+from mst_train.cli.command import run_command
 
 NAMES = ("longest", "several", "lengths", "ablations", "convergence")
 OUTPUT = Path("docs", "paper")

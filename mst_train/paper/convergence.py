@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mst_train.compose import compose
+from mst_train.attention import select_attention
+from mst_train.cli.compose import compose
 from mst_train.config import Config
 from mst_train.data import Batch, Loader, fixed_batches, load_data
+from mst_train.engine import NativeEngine
+from mst_train.engine.step import train_step
 from mst_train.errors import TrainingError
-from mst_train.model import Transformer, build_model, select_attention
-from mst_train.mst import Policy
+from mst_train.model import Policy, Transformer, build_model
 from mst_train.optim import build_optimizer, learning_rate
-from mst_train.parallel import NativeEngine
-from mst_train.step import train_step
 
 SETTINGS = (
     "run.name=paper_convergence",

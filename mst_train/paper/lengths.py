@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mst_train.compose import compose
+from mst_train.cli.compose import compose
 from mst_train.plan.predict import make_target
 from mst_train.plan.sweep import over_lengths
 

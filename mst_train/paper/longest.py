@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mst_train.compose import compose
+from mst_train.cli.compose import compose
 from mst_train.memory.simulate import Build
 from mst_train.paper.reported import MODELS, Reported
 from mst_train.plan.baseline import transformers_baseline

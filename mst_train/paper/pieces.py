@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from mst_train.environment import describe
+from mst_train.files import write_json
 from mst_train.memory import simulate
 from mst_train.memory.devices import DEVICES
-from mst_train.metrics import write_json
 from mst_train.paper import plot
 from mst_train.paper.ablations import number_of_chunks
 from mst_train.paper.convergence import converge

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mst_train.memory.devices import GIB
 from mst_train.paper.reported import K
 from mst_train.paper.words import short_number
 from mst_train.plan.plot import INK, stack
+from mst_train.units import GIB
 
 Report = dict[str, Any]
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from mst_train.memory.devices import GIB
 from mst_train.paper.reported import K
 from mst_train.paper.words import duration, prose, short_number, tokens_of
 from mst_train.plan.show import gib, markdown
+from mst_train.units import GIB
 
 Report = dict[str, Any]
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mst_train.compose import compose
+from mst_train.cli.compose import compose
 from mst_train.paper.reported import SEVERAL_GPUS
 from mst_train.plan.choose import longest
 from mst_train.plan.predict import make_target, predict

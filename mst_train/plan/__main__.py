@@ -4,10 +4,9 @@ import json
 import sys
 from typing import Any
 
-from mst_train.command import run_command
+from mst_train.cli.command import run_command
 from mst_train.config import AUTO, Config
-from mst_train.files import make_folder
-from mst_train.paths import expanded
+from mst_train.files import expanded, make_folder
 
 HELP = """\
 python -m mst_train.plan [the arguments of a training command] [plan.KEY=VALUE ...]
@@ -30,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    from mst_train.compose import compose, describe
+    from mst_train.cli.compose import compose, describe
 
     if "--help" in arguments or "-h" in arguments:
         from mst_train.memory.devices import DEVICES
@@ -51,13 +50,13 @@ def _plan(config: Config) -> tuple[dict[str, Any], str]:
     """The report and what to show of it."""
     from tqdm import tqdm
 
-    from mst_train.memory.devices import GIB
     from mst_train.memory.simulate import with_length
     from mst_train.plan.before import announce
     from mst_train.plan.choose import choose, longest
     from mst_train.plan.predict import make_target, predict
     from mst_train.plan.show import render
     from mst_train.plan.sweep import over_lengths
+    from mst_train.units import GIB
 
     target = make_target(config)
     if config.plan.sweep:

@@ -17,11 +17,12 @@ from mst_train.config import Config
 from mst_train.errors import UserError
 from mst_train.memory.counter import StepCounter
 from mst_train.memory.devices import Device
+from mst_train.memory.fakes import SimulatedKernel
 from mst_train.memory.simulate import Build
-from mst_train.memory.stand_ins import SimulatedKernel
-from mst_train.memory.tracker import BLOCK_RANGE
-from mst_train.model.hf_config import write_config
-from mst_train.mst import Documents, Policy, Scores, attend
+from mst_train.model import Policy
+from mst_train.model.hf.config import write_config
+from mst_train.mst import Documents, Scores, attend
+from mst_train.ranges import BLOCK_RANGE
 
 _ATTENTION = "mst_train_simulated"
 

@@ -7,10 +7,11 @@ import torch
 
 from mst_train.config import AUTO, Config
 from mst_train.errors import UserError
-from mst_train.memory.devices import GIB, this_device
+from mst_train.memory.devices import this_device
 from mst_train.plan.choose import choose, describe
 from mst_train.plan.predict import Prediction, Target, make_target, predict
 from mst_train.plan.show import LABELS
+from mst_train.units import GIB
 
 log = logging.getLogger(__name__)
 

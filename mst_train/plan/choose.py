@@ -15,10 +15,10 @@ from typing import Any
 
 from mst_train.config import AUTO, Config
 from mst_train.errors import UserError
-from mst_train.memory.devices import GIB
 from mst_train.memory.simulate import Build, with_length
 from mst_train.plan.predict import Prediction, Target, predict
 from mst_train.plan.search import STEP, longest_fitting
+from mst_train.units import GIB
 
 SMALL_BLOCK_CHUNK = 1024
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mst_train.memory.devices import GIB
 from mst_train.memory.tracker import KINDS
 from mst_train.plan.predict import Prediction
 from mst_train.plan.show import LABELS
+from mst_train.units import GIB
 
 COLORS = {
     "parameters": "#334e68",

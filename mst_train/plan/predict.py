@@ -7,12 +7,13 @@ import torch
 
 from mst_train.config import Config
 from mst_train.errors import UserError
-from mst_train.launched import local_world_size
-from mst_train.memory.devices import GIB, Device, device_bytes, find_device
+from mst_train.memory.devices import Device, device_bytes, find_device
 from mst_train.memory.simulate import Build, Simulation, simulate
 from mst_train.memory.tracker import KINDS
 from mst_train.model.flops import parameter_count
 from mst_train.plan.speed import Rates, rates, seconds
+from mst_train.rendezvous.dist_env import local_world_size
+from mst_train.units import GIB
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from mst_train.memory.devices import GIB
 from mst_train.memory.tracker import KINDS
 from mst_train.plan.choose import describe
 from mst_train.plan.predict import Prediction
+from mst_train.units import GIB
 
 LABELS = {
     "parameters": "weights",

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from mst_train.attention.select import CpuKernel
 from mst_train.memory.counter import LARGE_BYTES, attention_flops
 from mst_train.memory.devices import Device
 from mst_train.memory.simulate import Simulation
-from mst_train.model.attention import CpuKernel
 
 PRODUCT_SHARE = 0.70
 ATTENTION_FORWARD_SHARE = 0.60

@@ -3,9 +3,9 @@
 import contextlib
 import sys
 
-from mst_train.command import run_command
+from mst_train.cli.command import run_command
 from mst_train.errors import TrainingError
-from mst_train.paths import expanded
+from mst_train.files import expanded
 
 HELP = """\
 python -m mst_train.report run.dir=DIR [report.compare=[DIR,...]]
@@ -25,7 +25,7 @@ def _run(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(HELP)
         return 0
-    from mst_train.compose import compose, warn_of_unused
+    from mst_train.cli.compose import compose, warn_of_unused
 
     config = compose(arguments)
     warn_of_unused(arguments, ("run.", "report."))

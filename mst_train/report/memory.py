@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from mst_train.compose import recompose
+from mst_train.cli.compose import recompose
 from mst_train.config import Config
 from mst_train.errors import UserError
 from mst_train.memory.devices import find_device

@@ -18,8 +18,7 @@ from mst_train.report.charts import (
     smooth,
 )
 from mst_train.report.read import Run, curve, group
-
-GIB = 2**30
+from mst_train.units import GIB
 
 Report = dict[str, Any]
 

@@ -149,7 +149,7 @@ def test_help(option, capsys):
 
 @pytest.mark.parametrize("name", ["step", "systems", "peers", "short"])
 def test_presets_for_gpus_hold_the_papers_model(name):
-    from mst_train.compose import compose
+    from mst_train.cli.compose import compose
 
     config = compose([f"+bench={name}_gpu"])
     assert (config.bench.kind, config.bench.name) == (name, f"{name}_gpu")

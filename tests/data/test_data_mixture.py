@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mst_train.compose import compose
+from mst_train.cli.compose import compose
 from mst_train.config import DataConfig, MixtureConfig
 from mst_train.data import Loader, load_data
 from mst_train.data.mixture import MixedSequences

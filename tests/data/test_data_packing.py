@@ -6,12 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mst_train.attention import select_attention
 from mst_train.config import ModelConfig
 from mst_train.data import IGNORED, PackedSequences, split_stream
 from mst_train.data.loader import collate
 from mst_train.errors import UserError
-from mst_train.model import build_model, select_attention
-from mst_train.mst import Documents, Policy
+from mst_train.model import Policy, build_model
+from mst_train.mst import Documents
 
 
 class Recorder:

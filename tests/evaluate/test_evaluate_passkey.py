@@ -16,7 +16,7 @@ from mst_train.evaluate.__main__ import main
 from mst_train.evaluate.passkey import make_probe, make_probes, passkey_record
 from mst_train.model import build_model
 from mst_train.optim import build_optimizer
-from mst_train.train import train
+from mst_train.run.train import train
 
 LENGTH = 512
 

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 
 from mst_train.config import ModelConfig
 from mst_train.data import IGNORED, Batch
-from mst_train.evaluate.positions import PositionLosses
+from mst_train.engine.positions import PositionLosses
+from mst_train.engine.step import evaluate
 from mst_train.memory.tracker import MemoryTracker
-from mst_train.model import build_model
-from mst_train.mst import Policy, mini_sequence_cross_entropy, mini_sequence_losses
-from mst_train.step import evaluate
+from mst_train.model import Policy, build_model
+from mst_train.mst import mini_sequence_cross_entropy, mini_sequence_losses
 
 CONFIG = ModelConfig(
     vocab_size=61,

@@ -11,12 +11,12 @@ pytest.importorskip("transformers")
 
 from hf_models import CHUNKS, assert_same, make_batch, make_model, step
 
-from mst_train.integrations.hf_head import takes_labels
-from mst_train.integrations.hf_layers import FAMILIES, RowwiseLayer
 from mst_train.integrations.huggingface import (
     apply_mini_sequence,
     remove_mini_sequence,
 )
+from mst_train.integrations.huggingface.head import takes_labels
+from mst_train.integrations.huggingface.layers import FAMILIES, RowwiseLayer
 
 ORDERS = pytest.mark.parametrize("order", ["before", "after"])
 LAYERS = [f"model.layers.{index}" for index in range(3)]

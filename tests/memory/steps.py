@@ -13,9 +13,10 @@ from unittest.mock import patch
 import torch
 
 import mst_kernels.row_blocks as row_blocks
+import mst_train.attention.cpu as kernels_cpu
+import mst_train.attention.tiled as kernels_tiled
 import mst_train.memory.simulate as simulate_module
-import mst_train.model.kernels_cpu as kernels_cpu
-import mst_train.model.kernels_tiled as kernels_tiled
+from mst_train.attention import select_attention
 from mst_train.config import (
     ACTIVATIONS,
     NORM_PLACEMENTS,
@@ -31,14 +32,14 @@ from mst_train.config import (
     validate,
 )
 from mst_train.data import Batch
+from mst_train.engine import NativeEngine
+from mst_train.engine.step import train_step
 from mst_train.memory.devices import find_device
 from mst_train.memory.simulate import simulate
 from mst_train.memory.tracker import MemoryTracker
-from mst_train.model import build_model, select_attention
-from mst_train.mst import Offload, Policy
+from mst_train.model import Policy, build_model
+from mst_train.mst import Offload
 from mst_train.optim import build_optimizer
-from mst_train.parallel import NativeEngine
-from mst_train.step import train_step
 
 CPU = torch.device("cpu")
 KERNELS = ("auto", "cpu", "tiled", "reference", "sdpa")

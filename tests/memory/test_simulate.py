@@ -4,9 +4,10 @@ import pytest
 import torch
 from steps import describe, measured, predicted, random_step
 
-from mst_train.compose import compose
-from mst_train.memory.devices import GIB, find_device
+from mst_train.cli.compose import compose
+from mst_train.memory.devices import find_device
 from mst_train.memory.simulate import simulate
+from mst_train.units import GIB
 
 SEEDS = [seed for seed in range(48) if random_step(seed).config.optimizer.offload == "none"]
 """Without DeepSpeed, which may have to compile first; ``steps.py`` runs those with it too."""

@@ -6,8 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mst_train.config import ModelConfig, OptimizerConfig
 from mst_train.memory.tracker import KINDS, MemoryTracker
-from mst_train.model import build_model
-from mst_train.mst import Policy
+from mst_train.model import Policy, build_model
 from mst_train.optim import Optimizer
 
 KIB = 1024

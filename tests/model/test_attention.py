@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
+from mst_train.attention.select import KERNELS, CpuKernel, ReferenceKernel, select_attention
 from mst_train.errors import UserError
 from mst_train.memory.tracker import MemoryTracker
-from mst_train.model.attention import KERNELS, CpuKernel, ReferenceKernel, select_attention
 from mst_train.mst import Documents, Scores
 
 CPU = torch.device("cpu")

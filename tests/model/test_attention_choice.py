@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from formula import assert_same, in_chunks, make_documents, make_inputs, whole
 
+from mst_train.attention import measure as attention_choice
+from mst_train.attention.measure import MeasuredKernel, Problem, fastest
+from mst_train.attention.select import CpuKernel, ReferenceKernel, TiledKernel
 from mst_train.errors import UserError
-from mst_train.model import attention_choice
-from mst_train.model.attention import CpuKernel, ReferenceKernel, TiledKernel
-from mst_train.model.attention_choice import MeasuredKernel, Problem, fastest
 from mst_train.mst import Scores
 
 CPU = torch.device("cpu")

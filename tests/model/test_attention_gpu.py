@@ -4,9 +4,9 @@ import pytest
 import torch
 from formula import in_chunks, make_documents, make_inputs
 
+from mst_train.attention import select_attention
+from mst_train.attention.select import FOR_CUDA, ReferenceKernel
 from mst_train.errors import UserError
-from mst_train.model import select_attention
-from mst_train.model.attention import FOR_CUDA, ReferenceKernel
 from mst_train.mst import Scores
 
 pytestmark = [

@@ -12,15 +12,15 @@ import pytest
 import torch
 from formula import DOCUMENTS, SCORES, assert_same, in_chunks, make_documents, make_inputs, whole
 
-from mst_train.errors import UserError
-from mst_train.model import select_attention
-from mst_train.model.attention import (
+from mst_train.attention import select_attention
+from mst_train.attention.cuda import packages
+from mst_train.attention.select import (
     FlashAttn3Kernel,
     FlashAttn4Kernel,
     FlashAttnKernel,
     ReferenceKernel,
 )
-from mst_train.model.kernels_cuda import packages
+from mst_train.errors import UserError
 from mst_train.mst import Scores
 
 CUDA = torch.device("cuda")

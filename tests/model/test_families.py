@@ -10,12 +10,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mst_train.compose import choices, compose
+from mst_train.attention import select_attention
+from mst_train.cli.compose import choices, compose
 from mst_train.config import Config, ModelConfig, RopeScalingConfig, validate
 from mst_train.errors import UserError
-from mst_train.model import build_model, select_attention
+from mst_train.model import Policy, build_model
 from mst_train.model.flops import matrix_parameters, parameter_count, training_flops
-from mst_train.mst import Documents, Offload, Policy
+from mst_train.mst import Documents, Offload
 
 CPU = torch.device("cpu")
 SEQUENCE = 29

@@ -11,19 +11,20 @@ from keeps_float64 import KeepsFloat64
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mst_train.attention import select_attention
 from mst_train.config import ModelConfig, RopeScalingConfig
 from mst_train.errors import TrainingError, UserError
-from mst_train.model import build_model, huggingface, select_attention
-from mst_train.model.hf_config import read_config, write_config
-from mst_train.model.hf_families import FAMILIES
-from mst_train.model.huggingface import (
+from mst_train.model import Policy, build_model
+from mst_train.model.hf import weights as huggingface
+from mst_train.model.hf.config import read_config, write_config
+from mst_train.model.hf.families import FAMILIES
+from mst_train.model.hf.weights import (
     load_pretrained,
     load_weights,
     pretrained_config,
     save_pretrained,
 )
 from mst_train.model.rope import rotary_angles
-from mst_train.mst import Policy
 
 transformers = pytest.importorskip("transformers")
 
@@ -611,7 +612,7 @@ def test_the_family_is_found_by_the_settings(changes, family):
 
 
 def test_every_presets_configuration_survives_the_way_out_and_back():
-    from mst_train.compose import choices, compose
+    from mst_train.cli.compose import choices, compose
 
     families = set()
     for preset in choices("model"):

@@ -17,10 +17,10 @@ from formula import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mst_train.errors import UserError
-from mst_train.memory.tracker import MemoryTracker
-from mst_train.model import kernels_cpu, kernels_tiled, select_attention
-from mst_train.model.attention import (
+from mst_train.attention import cpu as kernels_cpu
+from mst_train.attention import select_attention
+from mst_train.attention import tiled as kernels_tiled
+from mst_train.attention.select import (
     KERNELS,
     PACKAGES,
     CpuKernel,
@@ -29,6 +29,8 @@ from mst_train.model.attention import (
     SdpaAttention,
     TiledKernel,
 )
+from mst_train.errors import UserError
+from mst_train.memory.tracker import MemoryTracker
 from mst_train.mst import Scores
 from mst_train.mst.attention_rows import attend_rows, attend_rows_backward
 

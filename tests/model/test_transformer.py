@@ -6,11 +6,12 @@ from itertools import pairwise
 import pytest
 import torch
 
+from mst_train.attention import select_attention
 from mst_train.config import ModelConfig
 from mst_train.memory.tracker import MemoryTracker
-from mst_train.model import build_model, select_attention
+from mst_train.model import Policy, build_model
 from mst_train.model.flops import matrix_parameters, parameter_count, training_flops
-from mst_train.mst import Documents, Offload, Policy
+from mst_train.mst import Documents, Offload
 
 CONFIG = ModelConfig(
     vocab_size=97,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mst_train.model.attention import CpuKernel, ReferenceKernel
+from mst_train.attention.select import CpuKernel, ReferenceKernel
 from mst_train.mst import Documents
 from mst_train.mst.attention_rows import attend_rows, attend_rows_backward
 from mst_train.mst.chunking import chunk_slices

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mst_train.model.kernels_cpu import CpuKernel
+from mst_train.attention.cpu import CpuKernel
 from mst_train.mst import (
     attend,
     cross_entropy,

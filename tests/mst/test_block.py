@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from mst_train.attention.select import CpuKernel, ReferenceKernel
 from mst_train.memory.tracker import MemoryTracker
-from mst_train.model.attention import CpuKernel, ReferenceKernel
 from mst_train.mst import (
     Documents,
     Offload,

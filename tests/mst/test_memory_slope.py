@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mst_train.attention import select_attention
 from mst_train.config import ModelConfig
 from mst_train.memory.tracker import MemoryTracker
-from mst_train.model import build_model, select_attention
-from mst_train.mst import Offload, Policy
+from mst_train.model import Policy, build_model
+from mst_train.mst import Offload
 
 CPU = torch.device("cpu")
 KIB = 1024

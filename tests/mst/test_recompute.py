@@ -6,8 +6,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mst_train.mst.mlp as mlp_module
+from mst_train.attention.select import CpuKernel, ReferenceKernel
 from mst_train.memory.tracker import MemoryTracker
-from mst_train.model.attention import CpuKernel, ReferenceKernel
 from mst_train.mst import attend, mini_sequence_mlp, recompute_block
 from mst_train.mst.offload import HostBudgetError, Offload
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from mst_train.model.attention import CpuKernel
+from mst_train.attention.select import CpuKernel
 from mst_train.mst import attend, gated_mlp, mini_sequence_block, mini_sequence_mlp, recompute_block
 
 TOKENS, HIDDEN, INTERMEDIATE = 14, 8, 12

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from mst_train.data import Batch
+from mst_train.engine.step import evaluate
 from mst_train.errors import TrainingError
 from mst_train.paper import convergence
 from mst_train.paper.convergence import Run, compare, cut, mean_loss, token_losses
-from mst_train.step import evaluate
 
 QUIET = lambda _: None  # noqa: E731
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from mst_train.compose import compose
+from mst_train.cli.compose import compose
 from mst_train.memory.simulate import with_length
 from mst_train.paper import __main__ as command
 from mst_train.paper import ablations, lengths, longest, pieces, several

@@ -11,7 +11,7 @@ from torch.distributed import distributed_c10d
 
 from mst_train.__main__ import main
 from mst_train.errors import TrainingError
-from mst_train.metrics import Metrics
+from mst_train.tracking.metrics import Metrics
 
 log = Metrics.log
 

@@ -2,11 +2,12 @@
 
 import torch
 
+from mst_train.attention import select_attention
 from mst_train.config import Config, DataConfig, ModelConfig, ParallelConfig
 from mst_train.data import IGNORED, Batch
-from mst_train.model import build_model, select_attention
-from mst_train.mst import Documents, Offload, Policy
-from mst_train.parallel import UlyssesAttention, joined
+from mst_train.distributed import UlyssesAttention, joined
+from mst_train.model import Policy, build_model
+from mst_train.mst import Documents, Offload
 
 CPU = torch.device("cpu")
 LENGTH, ROWS = 24, 2

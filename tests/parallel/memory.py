@@ -3,14 +3,15 @@
 import torch
 import torch.distributed as dist
 
-from mst_train.compose import compose
+from mst_train.attention import select_attention
+from mst_train.cli.compose import compose
 from mst_train.config import Config, ModelConfig, ParallelConfig
 from mst_train.data import Batch
+from mst_train.distributed import UlyssesAttention, grid, joined
+from mst_train.engine import build_engine, partition
+from mst_train.engine.step import train_step
 from mst_train.memory.tracker import MemoryTracker
-from mst_train.model import build_model, select_attention
-from mst_train.mst import Policy
-from mst_train.parallel import UlyssesAttention, build_engine, grid, joined, partition
-from mst_train.step import train_step
+from mst_train.model import Policy, build_model
 
 CPU = torch.device("cpu")
 LENGTH = 1024

@@ -9,9 +9,10 @@ from processes import run
 from training import STEPS, forget_and_refuse, save_and_continue, train_alone, train_together
 
 from mst_train.config import Config, OptimizerConfig, ParallelConfig
+from mst_train.distributed import Topology
+from mst_train.engine import build_engine
 from mst_train.errors import UserError
 from mst_train.model import build_model
-from mst_train.parallel import Topology, build_engine
 
 STAGES = (0, 1, 2, 3)
 COVERING = {

@@ -583,7 +583,7 @@ def test_kubernetes_fits_the_script():
 
 
 def test_kubernetes_settings_compose():
-    from mst_train.compose import compose
+    from mst_train.cli.compose import compose
 
     *_, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
     (container,) = job["spec"]["template"]["spec"]["containers"]

@@ -4,7 +4,7 @@ import pytest
 from memory import peak_bytes, step_peaks
 from processes import run
 
-from mst_train.compose import compose
+from mst_train.cli.compose import compose
 from mst_train.memory.devices import find_device
 from mst_train.memory.simulate import simulate
 

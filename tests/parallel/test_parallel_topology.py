@@ -8,8 +8,8 @@ import torch
 from mst_train.config import Config, DataConfig, ModelConfig, ParallelConfig
 from mst_train.data import Batch, Loader, Sequences
 from mst_train.data.packing import Sequence
+from mst_train.distributed import SharedSequences, Topology, check_degree, joined
 from mst_train.errors import UserError
-from mst_train.parallel import SharedSequences, Topology, check_degree, joined
 
 
 def topology(rank, world=4, degree=2):

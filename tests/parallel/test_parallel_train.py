@@ -16,7 +16,7 @@ from processes import free_port, run
 from mst_train.__main__ import main
 from mst_train.config import ModelConfig
 from mst_train.model import build_model
-from mst_train.model.huggingface import save_pretrained
+from mst_train.model.hf.weights import save_pretrained
 
 pytestmark = pytest.mark.distributed
 

@@ -6,7 +6,7 @@ import pytest
 from exact import POLICIES, largest_differences
 from processes import run
 
-from mst_train.parallel.ulysses import Heads
+from mst_train.distributed.ulysses import Heads
 
 PLAIN = {}
 WINDOWS = {

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mst_train.attention import select_attention
 from mst_train.config import (
     Config,
     DataConfig,
@@ -19,19 +20,12 @@ from mst_train.config import (
 from mst_train.data import IGNORED, Loader, Sequences
 from mst_train.data.loader import collate
 from mst_train.data.packing import Sequence
-from mst_train.model import build_model, select_attention
-from mst_train.mst import Documents, Policy
+from mst_train.distributed import SharedSequences, Topology, UlyssesAttention, grid, joined
+from mst_train.engine import build_engine, partition
+from mst_train.engine.step import evaluate, train_step
+from mst_train.model import Policy, build_model
+from mst_train.mst import Documents
 from mst_train.optim import learning_rate
-from mst_train.parallel import (
-    SharedSequences,
-    Topology,
-    UlyssesAttention,
-    build_engine,
-    grid,
-    joined,
-    partition,
-)
-from mst_train.step import evaluate, train_step
 
 CPU = torch.device("cpu")
 LENGTH, STEP_SEQUENCES, ACCUMULATION, STEPS = 24, 8, 2, 20

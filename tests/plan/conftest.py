@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+import mst_train.memory.fakes as stand_ins
 import mst_train.memory.simulate as simulate_module
-import mst_train.memory.stand_ins as stand_ins
 from mst_train.config import PlanConfig, RunConfig
 
 

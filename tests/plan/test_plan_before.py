@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import mst_train.plan.before as before
-from mst_train.compose import compose
+from mst_train.cli.compose import compose
 from mst_train.errors import UserError
-from mst_train.memory.devices import GIB, Device, device_bytes
+from mst_train.memory.devices import Device, device_bytes
 from mst_train.plan.before import before_training
+from mst_train.units import GIB
 
 CPU = torch.device("cpu")
 IN_BACKWARD = ("optimizer.in_backward=true", "optimizer.max_grad_norm=null")

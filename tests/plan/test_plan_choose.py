@@ -2,12 +2,12 @@
 
 import pytest
 
-from mst_train.compose import compose
+from mst_train.cli.compose import compose
 from mst_train.errors import UserError
 from mst_train.memory.tracker import MemoryTracker
 from mst_train.plan.choose import choose, describe
 from mst_train.plan.predict import make_target, predict
-from mst_train.train import train
+from mst_train.run.train import train
 
 AUTO = ["model=llama_bench", "plan.device=cpu", "memory.policy=auto"]
 IN_BACKWARD = ["optimizer.max_grad_norm=null"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mst_train.compose import compose
+from mst_train.cli.compose import compose
 from mst_train.plan.choose import choose
 from mst_train.plan.predict import make_target, predict
 

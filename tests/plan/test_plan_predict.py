@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
+import mst_train.memory.fakes as stand_ins
 import mst_train.memory.simulate as simulate_module
-import mst_train.memory.stand_ins as stand_ins
-from mst_train.compose import compose
+from mst_train.cli.compose import compose
 from mst_train.memory.devices import DEVICES, find_device
 from mst_train.memory.simulate import simulate, with_length
 from mst_train.memory.tracker import KINDS

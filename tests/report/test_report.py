@@ -19,7 +19,7 @@ from mst_train.report.__main__ import main
 from mst_train.report.memory import over_lengths
 from mst_train.report.page import DARK, LIGHT, page
 from mst_train.report.read import read_run
-from mst_train.train import train
+from mst_train.run.train import train
 
 GIB = 2**30
 

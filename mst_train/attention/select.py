@@ -1,0 +1,242 @@
+"""Causal self-attention: one interface, several backends.
+
+An attention takes queries, keys and values and returns what the queries read:
+
+    q [B, S, H, E], k [B, S, K, E], v [B, S, K, E]  ->  [B, S, H, E]
+
+with H a multiple of K: query heads share key-value heads in groups of H/K. Every query sees itself
+and what lies before it, in its document where documents are given and in its row otherwise. What
+scores are (scaled, capped, within a window) is ``mst.Scores``.
+
+Backends that are kernels (``AttentionKernel``) give their log-sum-exp, so that a block can keep
+their result; the others are computed again where a block is.
+
+                            windows  capped  fp32, fp64
+    cpu          CPU        yes      yes     yes         torch's flash attention for CPUs
+    torch_flash  CUDA       yes      no      no          the FlashAttention-2 in torch
+    cudnn        CUDA       no       no      no          cuDNN's; documents through torch_flash
+    flash_attn   CUDA       yes      yes     no          the flash-attn package: FlashAttention-2
+    flash_attn_3 Hopper     yes      yes     no          the flash-attn-3 package
+    flash_attn_4 Hopper on  yes      yes     no          the flash-attn-4 package
+    tiled        any        yes      yes     yes         torch's matrix products, tile by tile
+    sdpa         any        no       no      yes         what torch chooses; not a kernel
+    reference    any        yes      yes     yes         the formula; holds the whole score matrix
+
+On a CUDA device ``kernel.attention=auto`` measures which of them is the fastest (see
+model/attention_choice.py). The CUDA backends, flash_attn_3 and flash_attn_4 among them, have not
+been run on a GPU yet (see model/kernels_cuda).
+
+Legend: B batch, S sequence, H query heads, K key-value heads, E head size.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mst_train.attention.cpu import CpuKernel
+from mst_train.attention.cuda import (
+    CudnnKernel,
+    FlashAttn3Kernel,
+    FlashAttn4Kernel,
+    FlashAttnKernel,
+    TorchFlashKernel,
+    flash_attn_2,
+    flash_attn_3,
+    flash_attn_4,
+)
+from mst_train.attention.layouts import heads_first
+from mst_train.attention.measure import MeasuredKernel
+from mst_train.attention.reference import ReferenceKernel
+from mst_train.attention.tiled import TiledKernel
+from mst_train.config import AUTO
+from mst_train.errors import UserError
+from mst_train.mst.attention import PLAIN, AttentionKernel, Documents, Scores, attend
+
+__all__ = [
+    "KERNELS",
+    "Attention",
+    "CpuKernel",
+    "CudnnKernel",
+    "FlashAttn3Kernel",
+    "FlashAttn4Kernel",
+    "FlashAttnKernel",
+    "KernelAttention",
+    "ReferenceKernel",
+    "SdpaAttention",
+    "TiledKernel",
+    "TorchFlashKernel",
+    "reference_attention",
+    "select_attention",
+]
+
+log = logging.getLogger(__name__)
+
+WITHOUT_WINDOWS = ("cudnn", "sdpa")
+WITHOUT_SOFTCAP = ("torch_flash", "cudnn", "sdpa")
+HALF = (torch.float16, torch.bfloat16)
+FOR_CUDA = ("flash_attn_4", "flash_attn_3", "cudnn", "flash_attn", "torch_flash")
+PACKAGES = {
+    "flash_attn": flash_attn_2.problem,
+    "flash_attn_3": flash_attn_3.problem,
+    "flash_attn_4": flash_attn_4.problem,
+}
+"""Why a package's kernel cannot be used on a device for some scores."""
+
+
+class Attention(Protocol):
+    """What the decoder calls; sequence-parallel attention has the same form."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
+    ) -> Tensor: ...
+
+    def of(self, scores: Scores) -> "Attention":
+        """The same for other scores. Raises UserError where it cannot compute them."""
+        ...
+
+
+def select_attention(
+    name: str, device: torch.device, dtype: torch.dtype, scores: Scores = PLAIN
+) -> Attention:
+    """The backend of this name for tensors of this device and type.
+
+    "auto" is cpu on a CPU. On CUDA it is the fastest of FOR_CUDA that work for these scores,
+    measured at its first call, and tiled where none does; in fp32 it is sdpa, and tiled where
+    scores are capped or in windows. Raises UserError where the backend asked for cannot work here.
+    """
+    choose = partial(select_attention, name, device, dtype)
+    if name == AUTO and device.type == "cuda" and dtype in HALF:
+        return KernelAttention(_measured(device, dtype, scores), choose)
+    chosen = _automatic(device, scores) if name == AUTO else name
+    problem = _problem(chosen, device, dtype, scores)
+    if problem:
+        raise UserError(f"kernel.attention={chosen} cannot be used: {problem}")
+    if chosen == "sdpa":
+        return SdpaAttention(scores, choose)
+    if chosen == "tiled":
+        return KernelAttention(TiledKernel(scores, device.type), choose)
+    return KernelAttention(KERNELS[chosen](scores), choose)
+
+
+def _automatic(device: torch.device, scores: Scores) -> str:
+    """Without measuring."""
+    if device.type != "cuda":
+        return "cpu"
+    return "sdpa" if scores.window is None and scores.softcap is None else "tiled"
+
+
+def _measured(device: torch.device, dtype: torch.dtype, scores: Scores) -> AttentionKernel:
+    """The fastest kernel of those that do not refuse."""
+    names = [name for name in FOR_CUDA if _problem(name, device, dtype, scores) is None]
+    if not names:
+        _warn_of_tiled()
+        return TiledKernel(scores, device.type)
+    return MeasuredKernel({name: KERNELS[name](scores) for name in names}, scores)
+
+
+@functools.cache
+def _warn_of_tiled() -> None:
+    """Once, and not for every layer."""
+    log.warning(
+        "attention with model.attention_softcap runs in tiles of plain matrix products, in fp32: "
+        "the package flash-attn is much faster (pip install 'mst-train[gpu]')"
+    )
+
+
+def _problem(name: str, device: torch.device, dtype: torch.dtype, scores: Scores) -> str | None:
+    if name == "cpu" and device.type != "cpu":
+        return f"it runs on the CPU, and this run's device is {device.type}"
+    if scores.window is not None and name in WITHOUT_WINDOWS:
+        return (
+            f"it has no sliding window, and model.sliding_window={scores.window}: set "
+            f"kernel.attention={AUTO}"
+        )
+    if scores.softcap is not None and name in WITHOUT_SOFTCAP:
+        return (
+            f"it does not cap scores, and model.attention_softcap={scores.softcap}: set "
+            f"kernel.attention={AUTO}"
+        )
+    if name not in FOR_CUDA:
+        return None
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, and this run's device is {device.type}"
+    if dtype not in HALF:
+        return "it computes in bf16: set precision=bf16 or precision=bf16_master"
+    return PACKAGES[name](device, scores) if name in PACKAGES else None
+
+
+@dataclass(frozen=True)
+class KernelAttention:
+    """A kernel as an attention: differentiable, and open to whoever can use the kernel itself.
+
+    choose: gives the attention for other scores; without it there is this kernel alone.
+    """
+
+    kernel: AttentionKernel
+    choose: Callable[[Scores], Attention] | None = None
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
+    ) -> Tensor:
+        return attend(self.kernel, q, k, v, documents)
+
+    def of(self, scores: Scores) -> Attention:
+        if scores == self.kernel.scores:
+            return self
+        if self.choose is None:
+            raise ValueError(f"this attention computes {self.kernel.scores}, not {scores}")
+        return self.choose(scores)
+
+
+@dataclass(frozen=True)
+class SdpaAttention:
+    """Whatever torch's ``scaled_dot_product_attention`` chooses; documents one after the other."""
+
+    scores: Scores
+    of: Callable[[Scores], Attention]
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
+    ) -> Tensor:
+        if documents is not None:
+            # One split of each, whose backward puts all gradients together at once.
+            lengths = [end - start for start, end in pairwise(documents.offsets)]
+            rows = [t.reshape(1, -1, *t.shape[2:]).split(lengths, dim=1) for t in (q, k, v)]
+            parts = [self.whole(*tensors) for tensors in zip(*rows, strict=True)]
+            return torch.cat(parts, dim=1).view(q.shape)
+        return self.whole(q, k, v)
+
+    def whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Without documents."""
+        q_BHSE, k_BKSE, v_BKSE = heads_first(q, k, v)
+        out_BHSE = F.scaled_dot_product_attention(
+            q_BHSE,
+            k_BKSE,
+            v_BKSE,
+            is_causal=True,
+            scale=self.scores.scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        return out_BHSE.transpose(1, 2)
+
+
+KERNELS: dict[str, Callable[[Scores], AttentionKernel]] = {
+    "cpu": CpuKernel,
+    "torch_flash": TorchFlashKernel,
+    "cudnn": CudnnKernel,
+    "flash_attn": FlashAttnKernel,
+    "flash_attn_3": FlashAttn3Kernel,
+    "flash_attn_4": FlashAttn4Kernel,
+    "tiled": TiledKernel,
+    "reference": ReferenceKernel,
+}
+
+reference_attention: Attention = select_attention("reference", torch.device("cpu"), torch.float32)

@@ -1,0 +1,102 @@
+"""What all commands share: how an error becomes a message and an exit status."""
+
+import errno
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mst_train.cli.signals import interruptible_once
+from mst_train.errors import Stopped, TrainingError, UserError
+from mst_train.rendezvous.dist_env import end_with_launcher, process_name, rank
+
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+"""What is wrong with a path until the user changes it."""
+
+
+def run_command(
+    command: Callable[[list[str]], int], arguments: list[str] | None, interrupted: str
+) -> int:
+    """Run ``command`` with ``arguments`` (None: the process's own); returns its exit status.
+
+    2 and one line per problem for what the user gave, and for a path that is forbidden; 75 where
+    another process is using it; 1 and one line for what failed later; 143 and 138 and one line for
+    SIGTERM and SIGUSR1, which asked a run to stop; 130 and ``interrupted`` for Ctrl-C. Anything
+    else is a bug and keeps its traceback.
+
+    Of several processes the first one logs; the others only say what ends them, with their names.
+    An error without a message is one that another process tells.
+    """
+    end_with_launcher()
+    _repair_streams()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("mst_train").setLevel(logging.ERROR if rank() else logging.INFO)
+    try:
+        _require_working_folder()
+        with interruptible_once():
+            status = command(sys.argv[1:] if arguments is None else arguments)
+            print(end="", flush=True)
+            return status
+    except UserError as error:
+        for problem in error.problems:
+            _tell("error", problem)
+        return error.status
+    except Stopped as stopped:
+        _tell("stopped", str(stopped))
+        return stopped.status
+    except TrainingError as error:
+        _tell("error", str(error))
+        return 1
+    except BrokenPipeError:
+        _is_output_lost()
+        return 1
+    except OSError as error:
+        unnamed = "standard output" if _is_output_lost() else "a file"
+        _tell("error", f"{error.filename or unnamed}: {error.strerror or error}")
+        return 2 if error.filename and error.errno in FORBIDDEN else 1
+    except KeyboardInterrupt:
+        _tell("interrupted", "" if rank() else interrupted)
+        return 130
+
+
+def _require_working_folder() -> None:
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UserError(
+            f"the working folder is gone or closed ({error.strerror}): change to another"
+        ) from error
+
+
+def _is_output_lost() -> bool:
+    """Whether what was printed cannot be written; it is then forgotten, or Python itself would try
+    again at its end, and fail."""
+    try:
+        print(flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return True
+    return False
+
+
+def _repair_streams() -> None:
+    """Have streams that a run can write to, whatever the shell made of them.
+
+    A file that is opened where one was closed (``2>&-``) would get what is meant for that one. A
+    stream that cannot hold a character has its number instead.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - for good
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _tell(what: str, message: str) -> None:
+    if message:
+        who = f"{process_name()}: " if rank() else ""
+        print(f"{who}{what}: {message}", file=sys.stderr)

@@ -1,0 +1,259 @@
+"""From a command line to a frozen configuration: Hydra composes, the dataclasses decide.
+
+Hydra reads ``configs/``; the result is checked leaf by leaf against the dataclasses of config.py,
+so that one message lists every unknown key, wrong type and impossible value.
+"""
+
+import difflib
+import logging
+import sysconfig
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mst_train.cli.config_files import DEEPEST, file_problems
+from mst_train.cli.settings import build, flat, is_group, is_known, is_text, nested, shown, unknown
+from mst_train.config import Config, validate
+from mst_train.errors import UserError
+
+log = logging.getLogger(__name__)
+
+DEFAULT_EXPERIMENT = "tiny"
+
+
+class _Argument(NamedTuple):
+    """One argument of a command, and how Hydra takes it."""
+
+    key: str
+    value: Any
+    file: bool
+    """Whether it names a file of a group rather than the value of a setting."""
+    hydra: str
+
+    @classmethod
+    def choice(cls, group: str, name: str) -> "_Argument":
+        added = "+" if group in ("experiment", "bench") else ""
+        return cls(group, name, True, f"{added}{group}={name}")
+
+
+def compose(arguments: Sequence[str]) -> Config:
+    """The configuration that command-line overrides such as ``train.steps=40`` ask for.
+
+    Without a ``+experiment=NAME`` or ``+bench=NAME`` among them, it is the experiment "tiny".
+    Raises UserError with every problem found.
+    """
+    folder = config_folder()
+    given, problems = _read(folder, arguments)
+    if not any(argument.key in ("experiment", "bench") for argument in given):
+        given.insert(0, _Argument.choice("experiment", DEFAULT_EXPERIMENT))
+    files = ["config", *(f"{argument.key}/{argument.value}" for argument in given if argument.file)]
+    broken = [line for file in files for line in file_problems(folder, file, _misread)]
+    if broken:
+        raise UserError([*problems, *broken])
+    try:
+        tree = _compose_tree(folder, [argument.hydra for argument in given])
+    except UserError as error:
+        raise UserError([*problems, *error.problems]) from error
+    given_values, _ = _resolved(tree, problems)
+    name = given_values.get("model.from_pretrained")
+    if name is not None and not problems:
+        build([("model.from_pretrained", name)], problems)
+    if isinstance(name, str) and name.strip() and not problems:
+        from mst_train.cli.pretrained import with_pretrained  # which imports torch
+
+        tree = with_pretrained(tree, name, {argument.key for argument in given})
+    return _checked(tree, problems)
+
+
+def recompose(settings: dict[str, Any], arguments: Sequence[str]) -> Config:
+    """A run's own ``settings`` (groups of them), with those of the arguments in their place.
+
+    Settings of a run that are unknown today are left out. Raises UserError with every problem
+    found.
+    """
+    given, problems = _read(config_folder(), arguments)
+    problems += [
+        f"cannot use {argument.hydra}: a run keeps its own settings; change them one by one"
+        for argument in given
+        if argument.file and argument.key != "experiment"
+    ]
+    known = [(key, value) for key, value in flat(settings) if is_known(key)]
+    changed = [(argument.key, argument.value) for argument in given if not argument.file]
+    return _checked(nested([*known, *changed]), problems)
+
+
+def warn_of_unused(arguments: Sequence[str], used: tuple[str, ...]) -> None:
+    """Say which of the arguments do nothing for a command that reads these settings alone.
+
+    used: how the keys of settings begin that it reads, and of groups.
+    """
+    given, _ = _read(config_folder(), arguments)
+    for argument in given:
+        for key, _ in flat({argument.key: argument.value}):
+            if not key.startswith((*used, "experiment")):
+                log.warning("%s does nothing in this command", argument.hydra.lstrip("+"))
+
+
+def config_folder() -> Path:
+    """The folder of configuration files: the checkout's, or the installed copy."""
+    beside = Path(__file__).parent.parent
+    installed = Path("share", "mst_train", "configs")
+    places = [beside / "configs", beside / installed, Path(sysconfig.get_path("data")) / installed]
+    return next((place for place in places if place.is_dir()), places[0])
+
+
+def choices(group: str) -> list[str]:
+    """The names of a configuration group's files."""
+    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+
+
+def describe(config: Config) -> str:
+    """The configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _read(folder: Path, arguments: Sequence[str]) -> tuple[list[_Argument], list[str]]:
+    """The arguments that can be used, and what is wrong with the others."""
+    groups = {path.name for path in folder.iterdir() if path.is_dir()}
+    parser = OverridesParser.create()
+    given, problems = [], []
+    for argument in arguments:
+        try:
+            given.append(_read_one(parser, groups, argument))
+        except UserError as error:
+            problems += error.problems
+    return given, problems
+
+
+def _read_one(parser: OverridesParser, groups: Collection[str], argument: str) -> _Argument:
+    text, override = _parsed(parser, argument)
+    if text[0] == "~" or override.is_sweep_override():
+        raise UserError(f"cannot use '{shown(argument)}': give a setting one value (null for none)")
+    key, value = override.key_or_group, override.value()
+    typed = text.partition("=")[2].strip()
+    if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+        raise UserError(
+            f"cannot use '{shown(argument)}': Hydra composes settings here and runs nothing"
+        )
+    if override.package is not None or not key:
+        raise UserError(f"cannot use '{shown(argument)}': expected key=value")
+    if key in groups and not (isinstance(value, dict) and is_group(key) and value):
+        known = choices(key)
+        if isinstance(value, str) and value in known:
+            return _Argument.choice(key, value)
+        close = difflib.get_close_matches(typed[:200], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+        raise UserError(f"{key}={shown(typed)} is not known: {hint}")
+    if not is_known(key) and not (isinstance(value, dict) and is_group(key) and value):
+        raise UserError(unknown(key))
+    if is_text(key) and isinstance(value, (bool, int, float)):
+        value = typed  # 007 and 1e3 are names too
+        text = f"{key}='{typed}'"
+    problem = _misread(value)
+    if problem:
+        raise UserError(f"{key}={shown(typed)}: {problem}")
+    return _Argument(key, value, False, "++" + text.lstrip("+"))
+
+
+def _parsed(parser: OverridesParser, argument: str) -> tuple[str, Override]:
+    """An argument as Hydra reads it: its value in quotes where Hydra has no such bare word
+    (~/texts)."""
+    if _levels(argument) > DEEPEST:
+        raise UserError(f"cannot read '{shown(argument)}': more than {DEEPEST} levels of brackets")
+    key, equals, value = argument.partition("=")
+    quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+    texts = [argument]
+    if equals and key and not key.startswith("-"):
+        texts.append(f"{key}='{quoted}'")
+    for text in texts:
+        try:
+            return text, parser.parse_override(text)
+        except HydraException as error:
+            problem = _first_line(error)
+        except ValueError as error:  # of a number with thousands of digits
+            problem = _first_line(error)
+            break
+    raise UserError(f"cannot read '{shown(argument)}': expected key=value ({problem})")
+
+
+def _levels(text: str) -> int:
+    """How deep brackets are in brackets."""
+    level = deepest = 0
+    for character in text:
+        level += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, level)
+    return deepest
+
+
+def _compose_tree(folder: Path, overrides: list[str]) -> Any:
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            config = hydra_compose("config", overrides)
+        return OmegaConf.to_container(config)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        # ValueError is Hydra's for a list of defaults that it cannot read.
+        raise UserError(f"{', '.join(overrides)}: {_first_line(error)}") from error
+
+
+def _misread(value: object) -> str | None:
+    """What is wrong with a value's interpolations, or with what it is at all, if anything."""
+    try:
+        OmegaConf.create([value])
+    except OmegaConfBaseException as error:
+        return _first_line(error)
+    return None
+
+
+def _resolved(tree: Any, problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A tree's settings, and defaults that are made of others, with what interpolations stand for.
+
+    What cannot be resolved is left out, and told in ``problems`` where it is the tree's.
+    """
+    given = dict(flat(tree))
+    for key in list(given):
+        problem = _misread(given[key])
+        if problem:
+            problems.append(f"{key}={shown(given.pop(key))}: {problem}")
+    derived = {key: value for key, value in flat(asdict(Config())) if key not in given}
+    config = OmegaConf.create(
+        nested((key, value) for key, value in (derived | given).items() if is_known(key))
+    )
+    derived = {key: value for key, value in derived.items() if "${" in str(value)}
+    for values, found in ((given, problems), (derived, list[str]())):
+        for key, value in list(values.items()):
+            if "${" in str(value) and is_known(key):
+                try:
+                    node = OmegaConf.select(config, key)
+                    plain = OmegaConf.is_config(node)
+                    values[key] = OmegaConf.to_container(node, resolve=True) if plain else node
+                except OmegaConfBaseException as error:
+                    del values[key]
+                    found.append(f"{key}={shown(value)}: {_first_line(error)}")
+    return given, derived
+
+
+def _checked(tree: Any, problems: list[str]) -> Config:
+    """The configuration with a tree's settings; UserError with its ``problems`` and all others."""
+    given, derived = _resolved(tree, problems)
+    config = build(given.items(), problems)
+    if not problems:  # or what they are made of is wrong
+        config = build((given | derived).items(), problems)
+    problems = problems or validate(config)
+    if problems:
+        raise UserError(list(dict.fromkeys(problems)))
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    line = f"{first} {others[0]}" if first.endswith(":") and others else first
+    return shown(line or type(error).__name__, 300)

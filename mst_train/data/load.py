@@ -1,0 +1,117 @@
+"""Everything a run reads, from what its configuration names."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mst_train.config import DataConfig
+from mst_train.data import best_fit
+from mst_train.data.best_fit import BestFitSequences
+from mst_train.data.corpus import Corpus, cache_folder, load_corpus, writing_to
+from mst_train.data.documents import digest
+from mst_train.data.mixture import MixedSequences
+from mst_train.data.packing import PackedSequences, Sequences
+from mst_train.data.splitting import long_documents, split_corpus
+from mst_train.data.tokenizer import Vocabulary
+from mst_train.errors import UserError
+
+Ints = NDArray[np.int64]
+
+PACKING = "packing"
+"""The folder of packing indices, beside a prepared folder's shards and in the cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    tokenizer: Vocabulary
+    training: Sequences
+    validation: Sequences | None
+    """None where ``data.validation_fraction`` is 0."""
+    corpus_fingerprint: str
+    """Stands for the tokens of the corpus, their tokenizer and how they become sequences."""
+
+
+def load_data(data: DataConfig) -> Data:
+    """Everything a run reads, from ``data.source`` or from the cache of an earlier run.
+
+    Raises:
+        UserError: what the configuration names cannot be used, or is too short for
+            ``data.sequence_length``.
+    """
+    if not data.mixture:
+        return load_source(data)
+    parts = [
+        load_source(replace(data, source=part.source, mixture=[]), part.min_document_tokens)
+        for part in data.mixture
+    ]
+    for part, settings in zip(parts, data.mixture, strict=True):
+        if part.tokenizer.fingerprint != parts[0].tokenizer.fingerprint:
+            raise UserError(
+                f"data.mixture has sources with different tokenizers ({data.mixture[0].source} and "
+                f"{settings.source}): set data.tokenizer, or prepare them with the same one"
+            )
+    weights = [part.weight for part in data.mixture]
+    validations = [part.validation for part in parts if part.validation is not None]
+    return Data(
+        tokenizer=parts[0].tokenizer,
+        training=MixedSequences([part.training for part in parts], weights),
+        validation=MixedSequences(validations, weights) if validations else None,
+        corpus_fingerprint=digest("mixture", [part.corpus_fingerprint for part in parts], weights),
+    )
+
+
+def load_source(data: DataConfig, min_document_tokens: int = 0) -> Data:
+    """One source; ``min_document_tokens``: shorter documents are left out of training."""
+    corpus = load_corpus(data)
+    training, validation = split_corpus(
+        corpus.documents, data.validation_fraction, data.sequence_length
+    )
+    fingerprint = corpus.fingerprint
+    if min_document_tokens:
+        training = long_documents(corpus.documents, training, min_document_tokens)
+        fingerprint = digest(fingerprint, min_document_tokens)
+        if not len(training):
+            raise UserError(
+                f"data.mixture: {data.source} has no documents of min_document_tokens="
+                f"{min_document_tokens} or more for training: lower it or leave the source out"
+            )
+    streams = streams_of(training, validation)
+    places = [corpus.folder / PACKING, cache_folder(data) / PACKING]
+    with writing_to(places[-1].parent):
+        sequences = pack(corpus, streams, data, places, min_document_tokens)
+    if data.packing != "stream":
+        fingerprint = digest(fingerprint, data.packing)
+    return Data(
+        tokenizer=corpus.tokenizer,
+        training=sequences["training"],
+        validation=sequences.get("validation"),
+        corpus_fingerprint=fingerprint,
+    )
+
+
+def streams_of(training: Ints, validation: Ints | None) -> dict[str, Ints]:
+    return {"training": training} | ({} if validation is None else {"validation": validation})
+
+
+def pack(
+    corpus: Corpus, streams: dict[str, Ints], data: DataConfig, places: list[Path], minimum: int = 0
+) -> dict[str, Sequences]:
+    """The sequences of each stream, packed as ``data.packing`` says.
+
+    ``places``: where packing indices are looked for; one that is missing is made in the last.
+    """
+    confined, length = data.attention == "documents", data.sequence_length
+    if data.packing == "stream":
+        confine_to = corpus.eod if confined else None
+        return {
+            name: PackedSequences(corpus.tokens, spans, length, confine_to)
+            for name, spans in streams.items()
+        }
+    key = digest(best_fit.FORMAT, corpus.fingerprint, length, data.validation_fraction, minimum)
+    indices = best_fit.load_index(corpus, key, streams, length, places)
+    return {
+        name: BestFitSequences(corpus.tokens, *indices[name], length, corpus.eod, confined)
+        for name in streams
+    }

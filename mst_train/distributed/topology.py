@@ -1,0 +1,202 @@
+"""Processes as a grid: world = data x sequence.
+
+The processes of a sequence group read the same samples, and each keeps its own rows of them; the
+data groups read different samples. The ranks of a sequence group follow each other, so that they
+exchange heads over the fast links inside a node where the node has them all.
+
+    world 4, sequence 2     rank             0  1  2  3
+                            data index       0  0  1  1
+                            sequence index   0  1  0  1
+
+Weights are the same everywhere, so gradients are summed over all processes, whatever the grid.
+
+Legend: B batch, S sequence, T = S/P rows of a process, P processes that share a sequence.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from itertools import islice
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+
+from mst_train.config import Config
+from mst_train.data import IGNORED, Batch
+from mst_train.distributed.comm_timer import WAITING
+from mst_train.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """One process's place among all.
+
+    sequence_group: the process group that shares its sequences; None where it is alone.
+    object_group: all processes, for what is not a tensor; None where it is alone.
+    """
+
+    rank: int = 0
+    world: int = 1
+    sequence_parallel: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    sequence_group: "dist.ProcessGroup | None" = None
+    object_group: "dist.ProcessGroup | None" = None
+
+    @property
+    def data_parallel(self) -> int:
+        """Groups that read different samples."""
+        return self.world // self.sequence_parallel
+
+    @property
+    def data_index(self) -> int:
+        """Which of these groups this process belongs to."""
+        return self.rank // self.sequence_parallel
+
+    @property
+    def sequence_index(self) -> int:
+        """Which rows of its group's sequences this process has."""
+        return self.rank % self.sequence_parallel
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def rows_of(self, batch: Batch) -> Batch:
+        """This process's rows of a batch, [B, S] -> [B, T] each.
+
+        Labels were shifted before, so the last row's label is the token that the next process has
+        first. Document boundaries stay those of the whole sequences, which attention sees.
+
+        Raises UserError where the length is not a multiple of the degree.
+        """
+        if self.sequence_parallel == 1:
+            return batch
+        length = batch.tokens.shape[1]
+        if length % self.sequence_parallel:
+            raise UserError(
+                f"a sequence of {length} tokens cannot be shared by parallel.sequence_parallel="
+                f"{self.sequence_parallel} processes: set data.sequence_length to a multiple of it"
+            )
+        rows = length // self.sequence_parallel
+        own = slice(self.sequence_index * rows, (self.sequence_index + 1) * rows)
+        return replace(
+            batch,
+            tokens=batch.tokens[:, own].contiguous(),
+            labels=batch.labels[:, own].contiguous(),
+            positions=batch.positions[:, own].contiguous(),
+        )
+
+    def shared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """This process's rows of the batches of its data group, which takes every D-th one.
+
+        All processes get equally many, as exchanges need: a group for which none is left gets one
+        of another group without labels.
+        """
+        batches = iter(batches)
+        while turn := list(islice(batches, self.data_parallel)):
+            if self.data_index < len(turn):
+                yield self.rows_of(turn[self.data_index])
+            else:
+                labels = torch.full_like(turn[0].labels, IGNORED)
+                yield self.rows_of(replace(turn[0], labels=labels))
+
+    def from_first(self, value: T) -> T:
+        """What the first process has given, as ``gather`` gives it."""
+        return self.gather(value if self.is_first else None)[0]  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """What every process has given, by rank.
+
+        It travels as JSON, whose tuples are lists: a pickle would run what anyone sends who gets
+        between the processes.
+        """
+        if self.world == 1:
+            return [value]
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([own.numel()]), group=self.object_group)
+        longest = max(size.item() for size in sizes)
+        texts = [torch.empty(int(longest), dtype=torch.uint8) for _ in range(self.world)]
+        own = functional.pad(own, (0, int(longest) - own.numel()))
+        dist.all_gather(texts, own, group=self.object_group)
+        return [
+            json.loads(text[: int(size)].numpy().tobytes())
+            for text, size in zip(texts, sizes, strict=True)
+        ]
+
+    def patient(self, longest: timedelta) -> "Topology":
+        """The same processes with another connection for objects, on which they wait longer for
+        each other, and which a thread may use for itself. All processes call this together.
+        """
+        if self.world == 1:
+            return self
+        return replace(self, object_group=dist.new_group(backend="gloo", timeout=longest))
+
+    def total(self, numbers: Sequence[float]) -> list[float]:
+        """The sums of these numbers over all processes, in fp64."""
+        if self.world == 1:
+            return list(numbers)
+        sums = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        with WAITING.measured(self.device):
+            dist.all_reduce(sums)
+        totals: list[float] = sums.tolist()
+        return totals
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over all processes."""
+        if self.world > 1:
+            with WAITING.measured(self.device):
+                works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+                for work in works:
+                    work.wait()
+
+
+def check_degree(config: Config, world: int) -> None:
+    """Whether ``world`` processes can share the work as configured.
+
+    Key-value heads may be fewer than the processes that share a sequence; query heads may not.
+
+    Raises UserError, with every problem, where they cannot.
+    """
+    degree, heads = config.parallel.sequence_parallel, config.model.num_heads
+    problems = []
+    if degree < 1 or world % degree:
+        problems.append(
+            f"parallel.sequence_parallel={degree} does not divide the number of processes, "
+            f"{world}: start a multiple of it (torchrun --nproc_per_node), or change it"
+        )
+    if degree > 1 and heads % degree:
+        problems.append(
+            f"parallel.sequence_parallel={degree} does not divide model.num_heads={heads}: in "
+            f"attention each process has some of the query heads, at least one"
+        )
+    if degree > 1 and config.data.sequence_length % degree:
+        problems.append(
+            f"data.sequence_length={config.data.sequence_length} is not a multiple of "
+            f"parallel.sequence_parallel={degree}"
+        )
+    if problems:
+        raise UserError(problems)
+
+
+def grid(processes: Topology, config: Config) -> Topology:
+    """The processes with the sequence groups that ``config`` asks for; all call this together."""
+    degree, own = config.parallel.sequence_parallel, None
+    if degree > 1:
+        for first in range(0, processes.world, degree):
+            ranks = list(range(first, first + degree))
+            group = dist.new_group(ranks, timeout=exchange_timeout(config))
+            own = group if processes.rank in ranks else own
+    return replace(processes, sequence_parallel=degree, sequence_group=own)
+
+
+def exchange_timeout(config: Config) -> timedelta:
+    """How long an exchange between processes may take."""
+    return timedelta(minutes=config.parallel.timeout_minutes)

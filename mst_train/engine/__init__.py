@@ -1,0 +1,30 @@
+"""One optimizer step by one process or by many: the same numbers either way.
+
+Every process computes the loss of its own tokens, divided by the number of valid tokens of the
+whole step, which all of them know before the first backward. The step's gradient is then the sum
+over all processes and micro-batches, never a mean of means:
+
+    valid_tokens = engine.topology.total([own valid tokens])
+    engine.begin_step(rate)
+    for each micro-batch:
+        loss_sum, _ = engine(tokens, labels, positions, documents)
+        engine.backward(loss_sum / valid_tokens, last=...)
+    norm = engine.gradient_norm()
+    engine.clip(max_norm, norm)
+    engine.step()
+
+All processes make the same calls in the same order.
+"""
+
+from mst_train.engine.build import build_engine, check_engine, partition, whole_parameters
+from mst_train.engine.native import NativeEngine
+from mst_train.engine.protocol import Engine
+
+__all__ = [
+    "Engine",
+    "NativeEngine",
+    "build_engine",
+    "check_engine",
+    "partition",
+    "whole_parameters",
+]

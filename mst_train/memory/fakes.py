@@ -1,0 +1,249 @@
+"""What takes the place of a device's own code in a simulated step.
+
+Each takes the memory that what it stands for takes, at the same moments, and computes nothing.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mst_train.attention.layouts import heads_first
+from mst_train.attention.select import Attention, KernelAttention, SdpaAttention
+from mst_train.distributed.ulysses import Heads, LocalAttention
+from mst_train.memory.counter import StepCounter, attention_flops
+from mst_train.mst import Documents, Scores
+from mst_train.mst.attention import KEYS_AT_ONCE, PLAIN, AttentionKernel
+from mst_train.optim import HostOptimizer
+
+
+class SimulatedHostOptimizer(HostOptimizer):
+    """The host's AdamW by torch, which works on tensors without data as CPUAdam does not."""
+
+    def _build_adamw(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([{"params": [w]} for w in self._weights.values()], fused=True)
+
+    def begin_step(self, rate: float) -> None:
+        pass
+
+    def _state(self, weight: Tensor, saved: dict[str, Tensor]) -> dict[str, Any]:
+        return super()._state(weight, saved) | {"step": saved["step"]}
+
+
+def without_data(attention: Attention, counter: StepCounter) -> Attention:
+    """An attention of torch's own operations as it is, on tensors that have only shapes.
+
+    Its kernel runs the largest of its tiles alone, so what it computes is counted by the formula;
+    and what torch would choose for real tensors is taken in its place.
+    """
+
+    def of(scores: Scores) -> Attention:
+        return without_data(attention.of(scores), counter)
+
+    if isinstance(attention, SdpaAttention):
+        return SimulatedSdpa(attention.scores, of)
+    assert isinstance(attention, KernelAttention)
+    return KernelAttention(CountedKernel(attention.kernel, counter), of)
+
+
+class CountedKernel:
+    """A kernel, its operations counted by the formula rather than one by one."""
+
+    def __init__(self, kernel: AttentionKernel, counter: StepCounter) -> None:
+        self.scores = kernel.scores
+        self.keys_at_once = kernel.keys_at_once
+        self._kernel = kernel
+        self._counter = counter
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents | None = None,
+        causal: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        flops = attention_flops(q, k, causal, self.scores.window)
+        self._counter.attention_forward_flops += flops
+        with self._counter.counted_elsewhere():
+            return self._kernel.forward(q, k, v, documents, causal)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        documents: Documents | None = None,
+        causal: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        flops = attention_flops(q, k, causal, self.scores.window)
+        self._counter.attention_backward_flops += 2.5 * flops
+        with self._counter.counted_elsewhere():
+            return self._kernel.backward(dout, q, k, v, out, lse, documents, causal)
+
+
+class SimulatedSdpa(SdpaAttention):
+    """Torch's ``scaled_dot_product_attention`` as it is with data: without, it takes the formula.
+
+    What it takes on a CPU; on other devices that needs no less than theirs.
+    """
+
+    def whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out_BHSE: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *heads_first(q, k, v), 0.0, True, scale=self.scores.scale
+        )[0]
+        return out_BHSE.transpose(1, 2)
+
+
+class SimulatedKernel:
+    """Attention on a GPU, as far as memory and work go.
+
+    The backward's workspace is the kernel's own: FlashAttention-2 sums the queries' gradient in
+    fp32, has one number per query and head, and holds the gradients of shared keys and values once
+    for every query head. cuDNN is taken to need the first two.
+    """
+
+    def __init__(self, counter: "StepCounter", name: str, scores: Scores = PLAIN) -> None:
+        self.scores = scores
+        self.keys_at_once = KEYS_AT_ONCE
+        self._counter = counter
+        self._name = name
+        self._expands_shared_heads = name in ("torch_flash", "flash_attn")
+
+    def of(self, scores: Scores) -> "SimulatedKernel":
+        """The same with other scores."""
+        return SimulatedKernel(self._counter, self._name, scores)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents | None = None,
+        causal: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        flops = attention_flops(q, k, causal, self.scores.window)
+        self._counter.attention_forward_flops += flops
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        return out, _log_sum_exp(q)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        documents: Documents | None = None,
+        causal: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        flops = attention_flops(q, k, causal, self.scores.window)
+        self._counter.attention_backward_flops += 2.5 * flops
+        workspace = [torch.empty_like(q, dtype=torch.float32), _log_sum_exp(q)]
+        if self._expands_shared_heads and q.shape[2] != k.shape[2]:
+            workspace += [k.new_empty(*k.shape[:2], *q.shape[2:]) for _ in range(2)]
+        dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+        del workspace
+        return dq, dk, dv
+
+
+def _log_sum_exp(q_BSHE: Tensor) -> Tensor:
+    batch, sequence, heads, _ = q_BSHE.shape
+    return q_BSHE.new_empty(batch, heads, sequence, dtype=torch.float32)
+
+
+class SimulatedUlysses:
+    """``UlyssesAttention`` of one process among ``degree``, which exchanges nothing.
+
+    local: what runs on all rows of this process's heads. The first process's heads stand for all.
+    """
+
+    def __init__(self, local: LocalAttention, degree: int) -> None:
+        self._local = local
+        self._degree = degree
+
+    def of(self, scores: Scores) -> "SimulatedUlysses":
+        return SimulatedUlysses(self._local.of(scores), self._degree)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
+    ) -> Tensor:
+        heads = Heads(q.shape[2], k.shape[2], self._degree)
+        q, k, v = _ToHeads.apply(q, k, v, heads)  # type: ignore[no-untyped-call]
+        readers = heads.readers(0)
+        if readers is not None:
+            k, v = k[:, :, readers], v[:, :, readers]
+        out = self._local(q, k, v, documents)
+        rows: Tensor = _ToRows.apply(out, self._degree)  # type: ignore[no-untyped-call]
+        return rows
+
+
+class _ToHeads(torch.autograd.Function):
+    """q, k and v [B, T, H or K, E] -> [B, S, H/P or this process's K, E]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, heads: Heads
+    ) -> tuple[Tensor, ...]:
+        ctx.heads, ctx.shapes = heads, (q_BTHE.shape, k_BTKE.shape)
+        batch, rows, _, size = q_BTHE.shape
+        sent, own = _widths(heads)
+        received = _exchange(q_BTHE, batch * rows * size, sent, heads.processes * sum(own))
+        results = tuple(
+            q_BTHE.new_empty(batch, rows * heads.processes, width, size) for width in own
+        )
+        del received
+        return results
+
+    @staticmethod
+    def backward(
+        ctx: Any, dq_BShE: Tensor, dk: Tensor, dv: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        heads: Heads = ctx.heads
+        queries, keys = ctx.shapes
+        batch, rows, _, size = queries
+        sent, own = _widths(heads)
+        received = _exchange(dq_BShE, batch * rows * size, heads.processes * sum(own), sent)
+        dtype = dq_BShE.dtype
+        if heads.some_keys_shared:
+            dtype = torch.promote_types(dtype, torch.float32)
+        totals = [dq_BShE.new_empty(queries), *(dk.new_empty(keys, dtype=dtype) for _ in range(2))]
+        del received
+        return totals[0], totals[1].to(dk.dtype), totals[2].to(dv.dtype), None
+
+
+class _ToRows(torch.autograd.Function):
+    """[B, S, H/P, E] -> [B, T, H, E]."""
+
+    @staticmethod
+    def forward(ctx: Any, out_BShE: Tensor, processes: int) -> Tensor:
+        batch, sequence, width, size = ctx.shape = out_BShE.shape
+        received = _exchange(out_BShE, out_BShE.numel(), 1, 1)
+        rows = out_BShE.new_empty(batch, sequence // processes, width * processes, size)
+        del received
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, dout_BTHE: Tensor) -> tuple[Tensor, None]:
+        received = _exchange(dout_BTHE, dout_BTHE.numel(), 1, 1)
+        heads = dout_BTHE.new_empty(ctx.shape)
+        del received
+        return heads, None
+
+
+def _exchange(like: Tensor, head: int, sent: int, received: int) -> Tensor:
+    """What an all-to-all of so many heads of ``head`` elements leaves."""
+    outgoing = like.new_empty(sent * head)
+    incoming = like.new_empty(received * head)
+    del outgoing
+    return incoming
+
+
+def _widths(heads: Heads) -> tuple[int, tuple[int, int, int]]:
+    """Heads of q, k and v together that a process sends, and those of each that it then has."""
+    keys = [len(range(heads.keys)[heads.key_heads(p)]) for p in range(heads.processes)]
+    return heads.queries + 2 * sum(keys), (heads.own_queries, keys[0], keys[0])

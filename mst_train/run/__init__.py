@@ -1,0 +1,1 @@
+"""A training run: the loop, where it stands, how it begins and how it ends."""

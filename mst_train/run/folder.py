@@ -1,0 +1,171 @@
+"""A run's folder: who may write to it, and what a run that is already there means.
+
+config.yaml       the resolved configuration
+metrics.jsonl     one object per step
+summary.json      the outcome, once the run has finished
+environment.json  where it was started: command, commit, machine, versions
+prediction.json   what its memory was predicted to hold
+checkpoints/      see checkpoint.py
+wandb/            W&B's own files
+"""
+
+import fcntl
+import logging
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from mst_train.checkpoint.files import find_checkpoint, own_checkpoints
+from mst_train.config import AUTO, Config, leaves
+from mst_train.errors import InUse, UserError
+from mst_train.files import expanded, is_at, unwritable, writing
+
+FIXED = (
+    "precision",
+    "model",
+    "train.seed",
+    "data.source",
+    "data.mixture",
+    "data.packing",
+    "data.text_suffixes",
+    "data.documents",
+    "data.streaming",
+    "data.text_field",
+    "data.split",
+    "data.sequence_length",
+    "data.attention",
+    "data.validation_fraction",
+    "data.tokenizer",
+    "data.tokenizer_vocab_size",
+)
+"""What a run's weights and its order of data depend on."""
+
+log = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """The folder of one run. Creating this object only looks; ``open`` writes.
+
+    ``candidates`` are the checkpoints to continue from, the best first; none: a fresh start. Raises
+    UserError where the folder cannot be used with this configuration.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.path = expanded(config.run.dir)
+        self.metrics = self.path / "metrics.jsonl"
+        self.summary = self.path / "summary.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.environment = self.path / "environment.json"
+        self.prediction = self.path / "prediction.json"
+        self.lock = ""
+        """What ``open`` has written into the lock file."""
+        self._config = config
+        self._lock: TextIO | None = None
+        for path in (self.path, self.checkpoints):
+            if path.exists() and not path.is_dir():
+                raise UserError(
+                    f"{path} is a file where a folder is needed: choose another run.dir"
+                )
+        self._own = self._own_checkpoints()
+        self.candidates = self._own or self._others_checkpoint()
+
+    def open(self) -> None:
+        """Create the folder, take it for this process alone, and write config.yaml.
+
+        Raises InUse where it is another's; UserError or TrainingError where it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a")  # what another has written stays
+        except OSError as error:
+            message = f"run.dir={self.path} cannot be written: {error.strerror}"
+            raise unwritable(message, error) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise InUse(
+                f"run.dir={self.path} is in use by another process: wait for it, or choose "
+                f"another run.dir"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"run.dir={self.path} cannot be locked ({error.strerror}), so two runs could write "
+                f"to it at once: choose another file system for it"
+            ) from error
+        if not is_at(self._lock, self.path / ".lock") or self._own_checkpoints() != self._own:
+            self.close()
+            raise InUse(f"another process has just worked in run.dir={self.path}: start again")
+        self.lock = uuid.uuid4().hex
+        with writing(self.path / ".lock"):
+            self._lock.truncate(0)
+            self._lock.write(self.lock)
+            self._lock.flush()
+        settings = yaml.safe_dump(asdict(self._config), sort_keys=False)
+        with writing(self.path / "config.yaml"):
+            (self.path / "config.yaml").write_text(settings)
+
+    def require_shared(self, lock: str) -> None:
+        """Whether this is the folder in which another process has written its ``lock``.
+
+        Raises UserError where it is not: on another machine, a folder of the same name.
+        """
+        try:
+            found = (self.path / ".lock").read_text()
+        except OSError:
+            found = ""
+        if found != lock:
+            raise UserError(
+                f"run.dir={self.path} is not the folder that the first process writes: set run.dir "
+                f"to one on storage that all machines share"
+            )
+
+    def close(self) -> None:
+        """Let another process use the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def _own_checkpoints(self) -> list[Path]:
+        if self._config.run.resume == "never" and (
+            self.metrics.exists() or self.checkpoints.exists()
+        ):
+            raise UserError(
+                f"run.dir={self.path} holds a run already, and run.resume=never forbids to "
+                f"continue it: choose another run.dir or run.name, or set run.resume=auto"
+            )
+        return own_checkpoints(self.checkpoints)
+
+    def _others_checkpoint(self) -> list[Path]:
+        """That of ``run.resume``, whose run may be going on."""
+        resume = self._config.run.resume
+        return [] if resume in (AUTO, "never") else [find_checkpoint(expanded(resume))]
+
+
+def check_continuation(before: dict[str, Any], config: Config, checkpoint: Path) -> None:
+    """Compare the settings a checkpoint was made with to today's.
+
+    Raises UserError for changes that would make it another run; warns of the others.
+    """
+    refused = []
+    for key, new in leaves(asdict(config)):
+        old = _lookup(before, key)
+        if old == new or key.startswith("run."):
+            continue
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
+            refused.append(
+                f"{key}={new}, but {checkpoint} was made with {old}: put it back, or start anew "
+                f"with another run.dir"
+            )
+        else:
+            log.warning("%s is %s now and was %s at %s", key, new, old, checkpoint)
+    if refused:
+        raise UserError(refused)
+
+
+def _lookup(tree: Any, key: str) -> Any:
+    for name in key.split("."):
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree

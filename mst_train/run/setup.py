@@ -1,0 +1,232 @@
+"""A run's set-up: everything that can be refused, before anything is written.
+
+find_start   the folder, and the checkpoint that the run goes on from
+set_up       settings, data, model and optimizer, as they were at that checkpoint
+"""
+
+import logging
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mst_kernels import set_backend, use_triton
+from mst_train.attention import select_attention
+from mst_train.attention.select import Attention
+from mst_train.checkpoint.files import first_undamaged, load_part
+from mst_train.checkpoint.form import load_progress, load_states, load_weights
+from mst_train.config import Config, MemoryConfig, OptimizerConfig
+from mst_train.data import Data, load_data
+from mst_train.distributed import Topology, UlyssesAttention, check_same, together
+from mst_train.engine import Engine, build_engine, check_engine, partition, whole_parameters
+from mst_train.errors import UserError
+from mst_train.evaluate.passkey import Probe, make_probes
+from mst_train.model import Policy, Transformer, build_model
+from mst_train.model.hf.weights import copy_weights, find_weights
+from mst_train.mst import Offload
+from mst_train.plan.before import before_training, largest_parts
+from mst_train.plan.predict import Prediction
+from mst_train.rendezvous.dist_env import local_rank
+from mst_train.run.folder import RunFolder, check_continuation
+from mst_train.run.random_state import restore_random_state, seed_everything
+from mst_train.units import GIB
+
+SETTING_UP = timedelta(days=1)
+"""How long processes wait for one that prepares the data or plans the run."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins or goes on.
+
+    patient: all processes, waiting for each other as long as a set-up may take.
+    checkpoint: None for a fresh start.
+    progress: how far the run had come, as its checkpoint says.
+    """
+
+    config: Config
+    topology: Topology
+    patient: Topology
+    folder: RunFolder
+    checkpoint: Path | None
+    progress: dict[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        done: bool = self.progress["step"] >= self.config.train.steps
+        return done
+
+
+@dataclass(frozen=True)
+class SetUp:
+    """What a run is made of, ready for its next step; the folder is open.
+
+    config: with what ``memory.policy=auto`` stands for.
+    prediction: the first process's; None on the others. largest_parts: of the predicted memory.
+    """
+
+    start: Start
+    config: Config
+    prediction: Prediction | None
+    largest_parts: str
+    data: Data
+    passkeys: list[Probe]
+    model: Transformer
+    engine: Engine
+
+
+def find_start(config: Config, topology: Topology) -> Start:
+    """Raises UserError where the folder or its checkpoints do not allow such a run."""
+    patient = topology.patient(SETTING_UP)
+    found: str | None = None
+    with together(patient):
+        check_engine(config, topology.world)
+        folder = RunFolder(config)
+        if topology.is_first:
+            undamaged = first_undamaged(folder.candidates)
+            found = None if undamaged is None else str(undamaged)
+    found = patient.from_first(found)
+    checkpoint = None if found is None else Path(found)
+    with together(patient):
+        progress = _progress_at(checkpoint, config)
+    return Start(config, topology, patient, folder, checkpoint, progress)
+
+
+def set_up(start: Start) -> SetUp:
+    """Everything that the run's steps need; opens the folder last.
+
+    Raises UserError for what cannot be: then nothing is written.
+    """
+    topology, patient, checkpoint = start.topology, start.patient, start.checkpoint
+    prediction, config, largest = _predict(start.config, patient)
+    data = _load_data(config, patient)
+    with together(patient):
+        _require_vocabulary(config, data)
+        _require_same_data(start, data)
+        passkeys = make_probes(config, data.tokenizer) if config.evaluation.passkey_every else []
+        attention = _select_kernels(config, topology)
+    model = _build_model(config, attention, topology)
+    if checkpoint is None and config.model.from_pretrained is not None:
+        with together(patient):
+            pretrained = find_weights(config.model, config.model.from_pretrained)
+        copy_weights(pretrained, model, whole_parameters(config, topology))
+    engine = build_engine(model, config, topology)
+    seed_everything(config.train.seed)
+    with together(patient):
+        if topology.is_first:
+            start.folder.open()
+    lock = patient.from_first(start.folder.lock)
+    with together(patient):
+        start.folder.require_shared(lock)
+        if checkpoint is not None:
+            weights, states = load_weights(checkpoint, model), load_states(checkpoint, model)
+    if checkpoint is not None:
+        engine.load(weights, states)
+        with together(patient):
+            restore_random_state(load_part(checkpoint, "random"))
+        log.info("continuing from %s", checkpoint)
+    return SetUp(start, config, prediction, largest, data, passkeys, model, engine)
+
+
+def weight_type(config: Config) -> torch.dtype:
+    """The type of the model's own weights, as ``precision`` says."""
+    return torch.float32 if config.precision == "fp32" else torch.bfloat16
+
+
+def _progress_at(checkpoint: Path | None, config: Config) -> dict[str, Any]:
+    """How far the run had come; its settings at the time must allow it to go on."""
+    if checkpoint is None:
+        return {"step": 0, "tokens": 0, "position": 0, "summary": {"val_loss": None}}
+    progress = load_progress(checkpoint)
+    check_continuation(progress["config"], config, checkpoint)
+    return progress
+
+
+def _predict(config: Config, topology: Topology) -> tuple[Prediction | None, Config, str]:
+    """What the first process expects of a step: the prediction, which it alone has; the settings
+    with what memory.policy=auto stands for; the largest parts of the memory.
+    """
+    prediction: Prediction | None = None
+    told: dict[str, Any] = {}
+    with together(topology):
+        if topology.is_first:
+            prediction = before_training(config, topology.device, topology.world)
+            chosen = prediction.config
+            told = {
+                "memory": asdict(chosen.memory),
+                "optimizer": asdict(chosen.optimizer),
+                "parts": largest_parts(prediction),
+            }
+    told = topology.from_first(told)
+    config = replace(
+        config,
+        memory=MemoryConfig(**told["memory"]),
+        optimizer=OptimizerConfig(**told["optimizer"]),
+    )
+    return prediction, config, told["parts"]
+
+
+def _load_data(config: Config, topology: Topology) -> Data:
+    """What the first process prepares the others find, in a cache of their machine's at the latest
+    after one of them has prepared it there."""
+    loaded: list[Data] = []
+    for mine in (topology.is_first, local_rank() == 0, True):
+        with together(topology):
+            if mine and not loaded:
+                loaded.append(load_data(config.data))
+    (data,) = loaded
+    check_same(topology, {"what data.source holds": data.corpus_fingerprint})
+    return data
+
+
+def _select_kernels(config: Config, topology: Topology) -> Attention:
+    """The kernels that the settings ask for; UserError where they cannot be used here."""
+    device, dtype = topology.device, weight_type(config)
+    try:
+        set_backend(config.kernel.backend)
+        use_triton(torch.empty(0, device=device, dtype=dtype))
+    except ValueError as error:
+        raise UserError(
+            f"kernel.backend={config.kernel.backend} cannot be used: {error}"
+        ) from error
+    return select_attention(config.kernel.attention, device, dtype)
+
+
+def _build_model(config: Config, attention: Attention, topology: Topology) -> Transformer:
+    """The model as it is drawn; with parallel.zero_stage=3 this process's part of it."""
+    if topology.sequence_group is not None:
+        attention = UlyssesAttention(attention, topology.sequence_group)
+    model = build_model(
+        config.model,
+        policy=Policy.from_config(config.memory),
+        attention=attention,
+        device=topology.device,
+        dtype=weight_type(config),
+        seed=config.train.seed,
+        partition=partition(config, topology),
+    )
+    if config.memory.offload == "host":
+        budget = config.memory.host_budget_gib
+        model.offload = Offload(topology.device, None if budget is None else int(budget * GIB))
+    return model
+
+
+def _require_vocabulary(config: Config, data: Data) -> None:
+    if data.tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
+            f"vocabulary of {data.tokenizer.vocab_size}: raise it to that at least"
+        )
+
+
+def _require_same_data(start: Start, data: Data) -> None:
+    if start.checkpoint is not None and start.progress["corpus"] != data.corpus_fingerprint:
+        raise UserError(
+            f"data.source holds other documents than when {start.checkpoint} was made, or another "
+            f"version of mst_train made tokens of them, so the run's place in them is lost: "
+            f"restore them, or that version, or start anew with another run.dir"
+        )

@@ -1,0 +1,1 @@
+"""What a run reports: metrics.jsonl, summary.json, W&B and the terminal."""
