@@ -23,7 +23,7 @@ test: $(INSTALLED)  ## Run the tests, side by side on all cores (JOBS=0: one aft
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 test-distributed: $(INSTALLED)  ## Run every combination of processes, sequence parallelism and ZeRO (several minutes)
-	$(BIN)/python -m pytest tests/parallel -m "distributed or distributed_full" $(ARGS)
+	$(BIN)/python -m pytest tests/distributed -m "distributed or distributed_full" $(ARGS)
 
 paper: $(INSTALLED)  ## Predict and measure what the paper reports, into docs/paper (ARGS="--only PIECE")
 	@$(BIN)/python -c 'import transformers' 2>/dev/null || \

@@ -65,6 +65,7 @@ def _measure(config: Config) -> tuple[dict[str, Any], str]:
     from mst_train import environment
     from mst_train.bench import max_sequence, peers, report, short, step, systems
     from mst_train.bench.machine import prepare_device
+    from mst_train.bench.write import write
 
     benches = {
         "step": step.run,
@@ -94,7 +95,7 @@ def _measure(config: Config) -> tuple[dict[str, Any], str]:
     }
     if config.bench.kind == "systems":
         result["compared_gradients"] = list(systems.COMPARED)
-    lines = report.write(result, folder)
+    lines = write(result, folder)
     return result, "\n".join([report.plain(result), *lines])
 
 

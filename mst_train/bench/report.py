@@ -1,10 +1,8 @@
-"""The rows of a bench as JSON, as Markdown and as a table for a terminal."""
+"""The rows of a bench as Markdown and as a table for a terminal."""
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 REFERENCES = {"step": "recompute", "short": "vanilla", "systems": "transformers_checkpointing"}
@@ -41,26 +39,6 @@ class Column:
 def label(variant: str) -> str:
     """A variant's name for readers."""
     return LABELS.get(variant, variant)
-
-
-def write(report: dict[str, Any], folder: Path) -> list[str]:
-    """Write results.json, results.md and results.png; returns lines to show the user."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "results.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
-    (folder / "results.md").write_text(markdown(report))
-    lines = [f"Results: {path}, {folder / 'results.md'}"]
-    try:
-        from mst_train.bench.plot import draw
-
-        draw(report, folder / "results.png")
-    except ImportError:
-        return [
-            *lines,
-            f"No plot: matplotlib is not installed here. Where it is: "
-            f"python -m mst_train.bench.plot {path}",
-        ]
-    return [f"{lines[0]}, {folder / 'results.png'}"]
 
 
 def markdown(report: dict[str, Any]) -> str:

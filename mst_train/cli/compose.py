@@ -105,7 +105,7 @@ def warn_of_unused(arguments: Sequence[str], used: tuple[str, ...]) -> None:
 
 def config_folder() -> Path:
     """The folder of configuration files: the checkout's, or the installed copy."""
-    beside = Path(__file__).parent.parent
+    beside = Path(__file__).parents[2]
     installed = Path("share", "mst_train", "configs")
     places = [beside / "configs", beside / installed, Path(sysconfig.get_path("data")) / installed]
     return next((place for place in places if place.is_dir()), places[0])

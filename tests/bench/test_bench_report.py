@@ -7,6 +7,7 @@ import pytest
 
 from mst_train.bench import plot, report
 from mst_train.bench.__main__ import main
+from mst_train.bench.write import write
 
 
 def row(variant, seconds, peak=3 * 2**30, tokens=8192, **other):
@@ -96,7 +97,7 @@ def test_nothing_measured_still_draws(tmp_path):
 
 def test_without_matplotlib_it_says_how_to_draw_later(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    lines = report.write(results(row("mst", 1.0)), tmp_path)
+    lines = write(results(row("mst", 1.0)), tmp_path)
     assert f"python -m mst_train.bench.plot {tmp_path / 'results.json'}" in lines[1]
     assert not (tmp_path / "results.png").exists()
 

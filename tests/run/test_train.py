@@ -318,7 +318,7 @@ def test_in_use_is_a_status_that_is_tried_again(monkeypatch):
 
     monkeypatch.setattr(Topology, "gather", lambda self, value: [value, (None, None)])
     assert run_command(in_use, [], "") == 75
-    launcher = runpy.run_path(str(Path(__file__).parent.parent / "launch/torchrun.py"))
+    launcher = runpy.run_path(str(Path(__file__).parents[2] / "launch/torchrun.py"))
     assert 75 not in launcher["FINAL"]
 
 

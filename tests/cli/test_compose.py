@@ -65,7 +65,7 @@ def test_the_papers_experiments_on_several_gpus(gpus):
 
 def test_every_group_is_installed():
     """Not only in a checkout."""
-    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())
+    project = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())
     installed = project["tool"]["setuptools"]["data-files"]
     for folder in config_folder().iterdir():
         if folder.is_dir():

@@ -21,7 +21,7 @@ RECORD = {
     "model_flops_utilization": None,
     "peak_memory_bytes": 2**29,
 }
-DASHBOARD = Path(__file__).parent.parent / "launch/wandb_dashboard.py"
+DASHBOARD = Path(__file__).parents[2] / "launch/wandb_dashboard.py"
 
 
 @pytest.fixture
