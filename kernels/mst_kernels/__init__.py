@@ -4,7 +4,7 @@
     cross_entropy   loss of each row of logits, its gradient written over the logits
     rms_norm        RMSNorm, alone or fused with the residual addition before it
     rope            rotary position embedding, in place
-    backend         which of the two implementations runs
+    backend         which of the two implementations runs; row_blocks: blocks for torch's
 
 Each of the first four has the formulas, the torch implementation (for CPUs, and for float64), and
 the autograd Function. Its `_triton` neighbour has the kernels, and is imported when the first one

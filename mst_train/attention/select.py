@@ -22,9 +22,8 @@ their result; the others are computed again where a block is.
     sdpa         any        no       no      yes         what torch chooses; not a kernel
     reference    any        yes      yes     yes         the formula; holds the whole score matrix
 
-On a CUDA device ``kernel.attention=auto`` measures which of them is the fastest (see
-model/attention_choice.py). The CUDA backends, flash_attn_3 and flash_attn_4 among them, have not
-been run on a GPU yet (see model/kernels_cuda).
+On a CUDA device ``kernel.attention=auto`` measures which of them is the fastest
+(attention/measure.py). The CUDA backends have not been run on a GPU yet (docs/measured.md).
 
 Legend: B batch, S sequence, H query heads, K key-value heads, E head size.
 """

@@ -2,10 +2,12 @@
 
     python -m mst_train.bench +bench=NAME [key=value ...]
 
-step     whole training steps under each memory policy
-short    the same at lengths that do not need the method
-systems  whole steps of this project, transformers, DeepSpeed's ALST and Liger
-peers    the LM head and the MLP alone, as others implement them
+step           whole training steps under each memory policy
+short          the same at lengths that do not need the method
+systems        whole steps of this project, transformers, DeepSpeed's ALST and Liger
+peers          the LM head and the MLP alone, as others implement them
+max_sequence   the longest sequence that fits under each policy, beside the prediction
 
-measure.py times and weighs the variants of one piece of work; report.py and plot.py show the rows.
+``measure`` times and weighs the variants of one piece of ``workload``; ``machine`` prepares the
+device, ``progress`` shows how far it is; ``report``, ``plot`` and ``write`` are for the result.
 """

@@ -15,7 +15,7 @@ marker and files of the sizes it lists are whole, and every other folder is igno
 compared before a checkpoint is used, and files that the marker does not list are not read.
 
 Files are read with ``weights_only``: a checkpoint cannot carry code. Whether they hold what a run
-takes over is checkpoint_form.py's to say.
+takes over is form.py's to say.
 """
 
 import fcntl

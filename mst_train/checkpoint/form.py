@@ -4,7 +4,7 @@
     model       for each parameter, by name: its weights
     optimizer   for each parameter, by name: what ``optim.Optimizer.state_dict`` gives
 
-A file that is damaged is found by its checksum (checkpoint.py). This is about one that was written
+A file that is damaged is found by its checksum (files.py). This is about one that was written
 by something else.
 """
 

@@ -1,1 +1,9 @@
-"""From a command line to a configuration, and from errors to messages and exit statuses."""
+"""From a command line to a configuration, and from errors to messages and exit statuses.
+
+command        what all commands share: errors, exit statuses, logging
+signals        SIGTERM and SIGUSR1, which ask a run to stop, and Ctrl-C
+compose        a command line -> a checked configuration; the one place that knows Hydra
+settings       whether a value fits its setting
+config_files   what is wrong with a configuration file, by line
+pretrained     the settings of a run that starts from a Hugging Face checkpoint
+"""

@@ -1,7 +1,7 @@
 """From a command line to a frozen configuration: Hydra composes, the dataclasses decide.
 
-Hydra reads ``configs/``; the result is checked leaf by leaf against the dataclasses of config.py,
-so that one message lists every unknown key, wrong type and impossible value.
+Hydra reads ``configs/``; the result is checked leaf by leaf against the dataclasses of
+config/schema.py, so that one message lists every unknown key, wrong type and impossible value.
 """
 
 import difflib

@@ -1,7 +1,7 @@
 """Settings by their keys: which there are, and what values of their types are.
 
-``config.py`` has the types and the rules; this puts plain values, as a command line or a YAML file
-has them, into its dataclasses.
+``config/schema.py`` has the types and the rules; this puts plain values, as a command line or a
+YAML file has them, into its dataclasses.
 """
 
 import difflib

@@ -1,4 +1,7 @@
-"""A run's configuration: what there is to set, and what must hold between settings."""
+"""A run's configuration.
+
+schema   every setting, its type and default, and what must hold between settings
+"""
 
 from mst_train.config.schema import (
     ACTIVATIONS,

@@ -376,8 +376,8 @@ class KernelConfig:
     is installed, torch elsewhere."""
     attention: str = AUTO
     """auto: on CUDA the fastest that works here, measured at the first step; the others are
-    described in model/attention.py. flash_attn, flash_attn_3 and flash_attn_4 need their packages;
-    the last two have not been run on a GPU yet."""
+    described in attention/select.py. flash_attn, flash_attn_3 and flash_attn_4 need their
+    packages."""
 
 
 @dataclass(frozen=True)

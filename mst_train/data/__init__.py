@@ -5,7 +5,7 @@
    (``readers``), Megatron's token files (``megatron``) or a Hugging Face data set
    (``huggingface``).
 2. ``tokenizer``: documents -> a sentencepiece model, trained once on a sample and cached, or the
-   user's; text -> token ids and back, without loss.
+   user's (``tokenizer_file``, ``tokenizer_json``); text -> token ids and back, without loss.
 3. ``build``: source and tokenizer -> a prepared folder: a shard of tokens from each piece
    (``shards``), made by one or many processes (``workers``, ``rate``), and a ``manifest``. Every
    block of its files has a checksum (``checked``).
@@ -18,7 +18,7 @@
    training whose state is one integer (``Loader``), the same few sequences each time for
    validation (``fixed_batches``).
 
-``load_data`` runs stages 1 to 6; ``mst_train.prepare`` stages 1 to 3, and ``statistics`` about 6.
+``load`` runs stages 1 to 6; ``mst_train.prepare`` stages 1 to 3, and ``statistics`` about 6.
 ``order`` holds the pseudo-random orders of stages 5 to 7. Of these, ``loader`` alone imports torch,
 when it makes its first batch.
 """

@@ -14,6 +14,13 @@ over all processes and micro-batches, never a mean of means:
     engine.step()
 
 All processes make the same calls in the same order.
+
+protocol    what every engine does
+native      one process, or several with the whole model each
+zero        ZeRO, by DeepSpeed
+build       the engine that a configuration asks for
+step        one optimizer step; the loss without one
+positions   the validation loss by position in the sequence
 """
 
 from mst_train.engine.build import build_engine, check_engine, partition, whole_parameters

@@ -1,7 +1,8 @@
-"""What a model has learned, and whether it uses its context.
+"""What a model has learned, and whether it uses its context: python -m mst_train.evaluate.
 
-``positions``: the validation loss by position in the sequence. ``passkey``: a number hidden in a
-long text, asked for at its end. The training run records both (``step.evaluate`` computes the
-losses); ``python -m mst_train.evaluate`` does the same with a checkpoint (``checkpoint``) and shows
-it (``show``).
+checkpoint   a run's newest checkpoint, evaluated without its training
+passkey      a number hidden in a long text, asked for at its end
+show         both as tables
+
+The training run records the same: ``engine.positions`` has the validation loss by position.
 """

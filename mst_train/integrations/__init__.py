@@ -1,1 +1,4 @@
-"""The method inside other frameworks' models."""
+"""The method inside other frameworks' models.
+
+huggingface   transformers
+"""

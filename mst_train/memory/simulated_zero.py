@@ -16,7 +16,7 @@ Where it is not "always", buckets are there in the backward and the summed gradi
 the step. fp32 weights have a copy as well; an fp32 summed gradient is copied once more in the step.
 In fp32, stage 2 has a new part of the summed gradient in each micro-batch beside the one before.
 
-From DeepSpeed 0.19's sources in ``deepspeed/runtime``, under the settings of ``parallel.zero``:
+From DeepSpeed 0.19's sources in ``deepspeed/runtime``, under the settings of ``engine.zero``:
 ``zero/stage_1_and_2.py`` (setup_buckets, reduce_independent_p_g_buckets_and_remove_grads,
 copy_grads_in_partition, _build_compact_grad_partition_buffer, allreduce_bucket, step),
 ``bf16_optimizer.py`` (bf16 in stage 1), ``zero/stage3.py`` (_setup_for_real_optimizer,
@@ -99,7 +99,7 @@ class Buckets:
 
 
 class SimulatedZero(NativeEngine):
-    """In the place of ``parallel.zero.ZeroEngine`` in a simulated step of one of ``gpus`` devices.
+    """In the place of ``engine.zero.ZeroEngine`` in a simulated step of one of ``gpus`` devices.
 
     The model's weights are whole; in stage 3 ``counter`` counts a share of them.
     """

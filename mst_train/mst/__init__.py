@@ -1,8 +1,16 @@
 """The mini-sequence method: exact training with bounded intermediates.
 
 ``mini_sequence_mlp`` and ``mini_sequence_cross_entropy`` are the method's two halves;
-``recompute_block`` is one call around a decoder block, and ``attend`` lets it keep what attention
-computed; ``Offload`` keeps it on the host. ``Policy`` says how a decoder puts them to use.
+``mini_sequence_block`` and ``recompute_block`` are one call around a decoder block, ``attend`` lets
+the latter keep what attention computed, and ``Offload`` keeps it on the host.
+
+mlp, head                 the two halves
+block, attention_rows     the whole block in mini-sequences; attention of some rows at a time
+recompute, rerun          a block in one piece, run again; what makes the second run like the first
+attention                 what an attention kernel is
+offload                   kept tensors in host memory
+chunking, accumulate      sizes of chunks; weights' gradients, summed over them
+autograd, autocast        what the autograd functions share
 """
 
 from mst_train.mst.attention import AttentionKernel, Documents, Scores, attend

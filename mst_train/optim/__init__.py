@@ -1,8 +1,10 @@
 """AdamW: its learning-rate schedule, the weights' precision, where and when weights are updated.
 
-    Optimizer              on the device, after the backward
-    InBackwardOptimizer    on the device, each parameter as soon as its gradient is there
-    HostOptimizer          on the host, after the backward; the device holds no states
+adamw         ``Optimizer``: on the device, after the backward
+in_backward   ``InBackwardOptimizer``: there, each parameter as soon as its gradient is there
+host          ``HostOptimizer``: on the host, by ``cpu_adam``, DeepSpeed's; the device has no states
+build         which of them a configuration asks for
+schedule      the learning rate
 
 All three are used in the same way and save the same state, so a run may change from one to another
 at a checkpoint:

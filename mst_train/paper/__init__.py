@@ -10,5 +10,6 @@ ablations     numbers of chunks, predicted
 convergence   training, measured
 pieces        all of these, and their files
 plot          pictures
+sections      the page's parts; words: how they show numbers and paragraphs
 page          README.md
 """

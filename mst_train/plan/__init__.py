@@ -1,9 +1,11 @@
-"""What a run will take, known before it starts.
+"""What a run will take, known before it starts: python -m mst_train.plan.
 
-predict   memory and time of a step of a configuration on a device
-speed     how fast a device does what a step does
-choose    memory.policy=auto: the fastest settings that fit
-search    the longest sequence that fits
-sweep     predictions over lengths
-show      predictions for people; plot draws them
+predict    memory and time of a step of a configuration on a device
+speed      how fast a device does what a step does
+choose     memory.policy=auto: the fastest settings that fit
+search     the longest sequence that fits
+sweep      predictions over lengths
+before     what the training command asks of it before it starts
+baseline   the same for transformers' own models
+show       predictions for people; plot draws them
 """

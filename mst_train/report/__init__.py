@@ -1,6 +1,7 @@
 """A run as one HTML page that needs nothing else: python -m mst_train.report run.dir=DIR.
 
-``read``: a run's folder. ``memory``: what the planner says of its memory at other lengths.
-``charts``: SVG drawings whose colours are the page's. ``sections``: the parts of the page, and
-``page`` the whole of it.
+read       a run's folder
+memory     what the planner says of its memory at other lengths
+charts     SVG drawings whose colours are the page's
+sections   the parts of the page, and page the whole of it
 """

@@ -5,7 +5,7 @@ metrics.jsonl     one object per step
 summary.json      the outcome, once the run has finished
 environment.json  where it was started: command, commit, machine, versions
 prediction.json   what its memory was predicted to hold
-checkpoints/      see checkpoint.py
+checkpoints/      see checkpoint/files.py
 wandb/            W&B's own files
 """
 

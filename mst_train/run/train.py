@@ -1,6 +1,6 @@
 """The training run, from a configuration to a trained model.
 
-train   set up (run_setup.py), loop over steps (step.py), evaluate, save, report (run.py)
+train   set up (setup.py), loop over steps (engine/step.py), evaluate, save, report (run.py)
 """
 
 import logging
@@ -23,7 +23,7 @@ def train(config: Config) -> dict[str, Any]:
     the first one writes the run's folder, and all return the same.
 
     Raises UserError where the run cannot start, TrainingError where it cannot go on, and Stopped
-    where a signal has ended it: SIGTERM and SIGUSR1 do, once the run has begun (signals.py).
+    where a signal has ended it: SIGTERM and SIGUSR1 do, once the run has begun (cli/signals.py).
     """
     with joined(config) as topology:
         start = find_start(config, topology)

@@ -1,1 +1,5 @@
-"""What a run reports: metrics.jsonl, summary.json, W&B and the terminal."""
+"""What a run reports while it goes on.
+
+metrics     records in metrics.jsonl, summary.json, the terminal
+wandb_run   the same in Weights & Biases: names, summary, checkpoints by choice
+"""

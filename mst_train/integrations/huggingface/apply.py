@@ -6,10 +6,10 @@
     remove_mini_sequence(model)
 
 The model, its trunk, its decoder layers and its head get subclasses of their classes with another
-``forward`` (hf_forward.py, hf_head.py), under the same names. Parameters, buffers and modules stay
-the objects they were, so ``state_dict``, ``save_pretrained``, optimizers and wrappers see no
-difference. hf_layers.py has the models that are supported, and hf_calls.py finds what others have
-done to them and would be left out.
+``forward`` (forward.py, head.py), under the same names. Parameters, buffers and modules stay the
+objects they were, so ``state_dict``, ``save_pretrained``, optimizers and wrappers see no
+difference. layers.py has the models that are supported, and calls.py finds what others have done to
+them and would be left out.
 """
 
 import sys

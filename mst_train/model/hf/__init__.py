@@ -1,1 +1,6 @@
-"""Checkpoints in the format of Hugging Face transformers."""
+"""Checkpoints in the format of Hugging Face transformers.
+
+weights    folders of safetensors, read and written
+config     their config.json and this project's settings, both ways
+families   the table of the models that are supported
+"""

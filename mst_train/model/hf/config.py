@@ -1,6 +1,6 @@
 """Configurations of Hugging Face checkpoints (config.json) and this project's, both ways.
 
-``model/hf_families.py`` has the table of what is supported. Whatever a config.json says beyond that
+``families`` has the table of what is supported. Whatever a config.json says beyond that
 is refused where it would change the result, and ignored where transformers ignores it.
 """
 

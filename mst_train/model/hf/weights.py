@@ -2,7 +2,7 @@
 
 ``load_pretrained`` makes a decoder of one, ``save_pretrained`` writes one; tensors pass unchanged
 but for a change of type that was asked for. Files are safetensors alone, which cannot carry code.
-``model/hf_config.py`` says which models are supported.
+``config`` says which models are supported.
 
     folder/
         config.json
