@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from mst_train.optim import cpu_adam as cpu_adam_module
 from mst_train.config import ModelConfig, OptimizerConfig
 from mst_train.errors import TrainingError, UserError
 from mst_train.memory.tracker import MemoryTracker
@@ -24,6 +23,7 @@ from mst_train.optim import (
     build_optimizer,
     learning_rate,
 )
+from mst_train.optim import cpu_adam as cpu_adam_module
 
 CONFIG = OptimizerConfig(
     learning_rate=0.01,
