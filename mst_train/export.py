@@ -94,16 +94,14 @@ def _export(
     checkpoint: Path, output: Path, model_type: str | None, tokenizer: str | Path | None
 ) -> int:
     """As ``export``, of an undamaged checkpoint; returns its step."""
-    import torch
-
     from mst_train.checkpoint.form import load_progress, load_weights
     from mst_train.model import build_model
     from mst_train.model.hf.weights import save_pretrained
+    from mst_train.precision import weight_type
 
     trainer = load_progress(checkpoint)
     config = _config(trainer["config"], checkpoint)
-    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    model = build_model(config.model, device="meta", dtype=dtype)
+    model = build_model(config.model, device="meta", dtype=weight_type(config.precision))
     model.load_state_dict(load_weights(checkpoint, model), assign=True)
     if config.model.tie_embeddings:
         model.head.weight = model.embedding.weight

@@ -13,7 +13,7 @@ FILES = sorted([*ROOT.glob("mst_train/**/*.py"), *ROOT.glob("kernels/mst_kernels
 
 LAYERS = (
     ("mst_kernels", "config", "environment", "errors", "ranges", "rendezvous", "units"),
-    ("files", "mst", "optim"),
+    ("files", "mst", "optim", "precision"),
     ("attention", "data"),
     ("distributed", "integrations", "model"),
     ("cli", "engine"),

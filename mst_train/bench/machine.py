@@ -18,8 +18,3 @@ def prepare_device(config: Config) -> torch.device:
             f"kernel.backend={config.kernel.backend} cannot be used: {error}"
         ) from error
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def dtype_of(config: Config) -> torch.dtype:
-    """The type of weights and activations."""
-    return torch.float32 if config.precision == "fp32" else torch.bfloat16

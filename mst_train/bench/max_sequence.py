@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from mst_train.attention import select_attention
-from mst_train.bench.machine import dtype_of
 from mst_train.bench.measure import collect_garbage, out_of_memory, synchronize
 from mst_train.bench.progress import Progress
 from mst_train.bench.step import VARIANTS, policy_of
@@ -31,6 +30,7 @@ from mst_train.optim import Optimizer, build_optimizer
 from mst_train.plan.choose import longest
 from mst_train.plan.predict import Target, make_target, predict
 from mst_train.plan.search import STEP, longest_fitting
+from mst_train.precision import weight_type
 from mst_train.ranges import OPTIMIZER_RANGE
 from mst_train.units import GIB
 
@@ -174,7 +174,7 @@ class _Stepper:
         self._optimizer.abandon_step()
 
     def _build(self) -> tuple[Transformer, Optimizer]:
-        config, dtype = self._config, dtype_of(self._config)
+        config, dtype = self._config, weight_type(self._config.precision)
         model = build_model(
             config.model,
             attention=select_attention(config.kernel.attention, self.device, dtype),

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mst_train.bench.machine import dtype_of
 from mst_train.bench.measure import (
     Measurement,
     Variant,
@@ -28,6 +27,7 @@ from mst_train.bench.systems import loss_tiles, mlp_tiles
 from mst_train.bench.workload import chosen, lengths, loss_problems
 from mst_train.config import Config
 from mst_train.mst import cross_entropy, gated_mlp, mini_sequence_cross_entropy, mini_sequence_mlp
+from mst_train.precision import weight_type
 
 HEAD = (
     "torch",
@@ -86,7 +86,7 @@ def run(config: Config, device: torch.device) -> tuple[list[dict[str, Any]], lis
                 measurements = _measure(work, wanted, config, device, progress)
                 rows += [_row(work, tokens, m) for m in measurements]
                 if make is head:
-                    problems += loss_problems(measurements, dtype_of(config))
+                    problems += loss_problems(measurements, weight_type(config.precision))
                 del work
                 collect_garbage(device)
     return rows, problems
@@ -95,7 +95,7 @@ def run(config: Config, device: torch.device) -> tuple[list[dict[str, Any]], lis
 def head(config: Config, tokens: int, device: torch.device) -> Work:
     """Mean cross-entropy of hidden states [N, D] under a head [V, D]."""
     generator = torch.Generator(device).manual_seed(config.train.seed)
-    dtype = dtype_of(config)
+    dtype = weight_type(config.precision)
     shape_ND = (tokens, config.model.hidden_size)
     shape_VD = (config.model.vocab_size, config.model.hidden_size)
     hidden = _leaf(shape_ND, 1.0, dtype, generator)
@@ -127,7 +127,7 @@ def head(config: Config, tokens: int, device: torch.device) -> Work:
 def mlp(config: Config, tokens: int, device: torch.device) -> Work:
     """The gated MLP of x [N, D], against a fixed gradient of its output."""
     generator = torch.Generator(device).manual_seed(config.train.seed)
-    dtype = dtype_of(config)
+    dtype = weight_type(config.precision)
     hidden, intermediate = config.model.hidden_size, config.model.intermediate_size
     x = _leaf((1, tokens, hidden), 1.0, dtype, generator)
     gate = _leaf((intermediate, hidden), hidden**-0.5, dtype, generator)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mst_train.bench.machine import dtype_of
 from mst_train.bench.measure import Measurement, Variant, collect_garbage, measure
 from mst_train.bench.progress import Progress
 from mst_train.bench.workload import Batch, build, chosen, lengths, loss_problems, random_batch
@@ -16,6 +15,7 @@ from mst_train.model import Policy, Transformer
 from mst_train.model.flops import training_flops
 from mst_train.mst import Offload
 from mst_train.optim import Optimizer, build_optimizer
+from mst_train.precision import weight_type
 from mst_train.units import GIB
 
 VARIANTS = ("vanilla", "recompute", "mst", "mst_without_keeping", "mst_offload")
@@ -42,7 +42,7 @@ def run(
             variants = [_variant(name, model, batch, optimizer, config) for name in wanted]
             measurements = measure(variants, repetitions[length], device, advance=progress.advance)
             rows += step_rows(config, length, measurements, device)
-            problems += loss_problems(measurements, dtype_of(config))
+            problems += loss_problems(measurements, weight_type(config.precision))
             del variants
             collect_garbage(device)
     return rows, problems

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mst_train.bench.machine import dtype_of
 from mst_train.bench.measure import Measurement, Variant, collect_garbage, measure
 from mst_train.bench.progress import Progress
 from mst_train.bench.step import policy_of, step_rows
 from mst_train.bench.workload import Batch, build, chosen, lengths, loss_problems, random_batch
 from mst_train.config import Config
 from mst_train.model import Transformer
+from mst_train.precision import weight_type
 
 VARIANTS = ("transformers", "transformers_checkpointing", "alst", "liger", "mst")
 
@@ -57,8 +57,8 @@ def run(config: Config, device: torch.device) -> tuple[list[dict[str, Any]], lis
             ]
             measurements = measure(variants, repetitions, device, advance=progress.advance)
             rows += step_rows(config, length, measurements, device)
-            problems += loss_problems(measurements, dtype_of(config))
-            problems += _gradient_problems(measurements, dtype_of(config))
+            problems += loss_problems(measurements, weight_type(config.precision))
+            problems += _gradient_problems(measurements, weight_type(config.precision))
             del variants
             collect_garbage(device)
     return rows, problems
@@ -268,7 +268,8 @@ def _transformers_model(config: Config, ours: Transformer, device: torch.device)
         use_cache=False,
     )
     previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype_of(config))  # a later .to() would round the rotary angles too
+    # Not by a later .to(), which would round the rotary angles too.
+    torch.set_default_dtype(weight_type(config.precision))
     try:
         with torch.device(device):
             model = LlamaForCausalLM(settings).train()

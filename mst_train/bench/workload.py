@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mst_train.attention import select_attention
-from mst_train.bench.machine import dtype_of
 from mst_train.bench.measure import Measurement
 from mst_train.config import Config
 from mst_train.errors import UserError
 from mst_train.model import Transformer, build_model
+from mst_train.precision import weight_type
 
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
 """How far the losses of variants may lie apart, relative to the loss, by the weights' type."""
@@ -42,7 +42,7 @@ def random_batch(config: Config, length: int, device: torch.device) -> Batch:
 
 def build(config: Config, device: torch.device) -> Transformer:
     """The configured model, freshly initialised."""
-    dtype = dtype_of(config)
+    dtype = weight_type(config.precision)
     return build_model(
         config.model,
         attention=select_attention(config.kernel.attention, device, dtype),

@@ -19,6 +19,7 @@ from mst_train.engine.step import evaluate
 from mst_train.errors import UserError
 from mst_train.evaluate.passkey import Probe, make_probes, passkey_record
 from mst_train.model import Policy, Transformer, build_model
+from mst_train.precision import weight_type
 
 PASSKEY = ("passkey_accuracy", "passkey_loss", "passkey")
 
@@ -74,7 +75,7 @@ def _probes(config: Config, tokenizer: Vocabulary) -> list[Probe]:
 def _load(config: Config, checkpoint: Path) -> Transformer:
     """The checkpoint's model on this machine's device, in mini-sequences whatever its policy."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    dtype = weight_type(config.precision)
     try:
         set_backend(config.kernel.backend)
         use_triton(torch.empty(0, device=device, dtype=dtype))

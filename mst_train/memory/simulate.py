@@ -43,6 +43,7 @@ from mst_train.mst import Offload
 from mst_train.mst.attention import KEYS_AT_ONCE
 from mst_train.mst.offload import AHEAD
 from mst_train.optim import Optimizer, build_optimizer
+from mst_train.precision import weight_type
 from mst_train.ranges import OPTIMIZER_RANGE
 from mst_train.units import MIB
 
@@ -119,7 +120,7 @@ def simulate(
     number of blocks, and over the length; the work is one over the blocks, and with attention a
     parabola over the length.
     """
-    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    dtype = weight_type(config.precision)
     whole_blocks = _whole_blocks(config, dtype, device)
     policy = Policy.from_config(config.memory).resolved(
         config.model,

@@ -12,6 +12,7 @@ from mst_train.memory.simulate import Build, Simulation, simulate
 from mst_train.memory.tracker import KINDS
 from mst_train.model.flops import parameter_count
 from mst_train.plan.speed import Rates, rates, seconds
+from mst_train.precision import weight_type
 from mst_train.rendezvous.dist_env import local_world_size
 from mst_train.units import GIB
 
@@ -119,7 +120,7 @@ def make_target(
     if host is None and here:
         host = device_bytes(torch.device("cpu")) // local_world_size()
     gpus = processes or config.plan.gpus or config.parallel.sequence_parallel
-    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    dtype = weight_type(config.precision)
     target = Target(device, gpus, budget, host, dtype)
     _require_weights(config, target, dtype)
     return target

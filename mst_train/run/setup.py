@@ -28,6 +28,7 @@ from mst_train.model.hf.weights import copy_weights, find_weights
 from mst_train.mst import Offload
 from mst_train.plan.before import before_training, largest_parts
 from mst_train.plan.predict import Prediction
+from mst_train.precision import weight_type
 from mst_train.rendezvous.dist_env import local_rank
 from mst_train.run.folder import RunFolder, check_continuation
 from mst_train.run.random_state import restore_random_state, seed_everything
@@ -132,11 +133,6 @@ def set_up(start: Start) -> SetUp:
     return SetUp(start, config, prediction, largest, data, passkeys, model, engine)
 
 
-def weight_type(config: Config) -> torch.dtype:
-    """The type of the model's own weights, as ``precision`` says."""
-    return torch.float32 if config.precision == "fp32" else torch.bfloat16
-
-
 def _progress_at(checkpoint: Path | None, config: Config) -> dict[str, Any]:
     """How far the run had come; its settings at the time must allow it to go on."""
     if checkpoint is None:
@@ -185,7 +181,7 @@ def _load_data(config: Config, topology: Topology) -> Data:
 
 def _select_kernels(config: Config, topology: Topology) -> Attention:
     """The kernels that the settings ask for; UserError where they cannot be used here."""
-    device, dtype = topology.device, weight_type(config)
+    device, dtype = topology.device, weight_type(config.precision)
     try:
         set_backend(config.kernel.backend)
         use_triton(torch.empty(0, device=device, dtype=dtype))
@@ -205,7 +201,7 @@ def _build_model(config: Config, attention: Attention, topology: Topology) -> Tr
         policy=Policy.from_config(config.memory),
         attention=attention,
         device=topology.device,
-        dtype=weight_type(config),
+        dtype=weight_type(config.precision),
         seed=config.train.seed,
         partition=partition(config, topology),
     )
