@@ -21,5 +21,5 @@ ARG TORCH_CUDA_ARCH_LIST="8.0;9.0"
 RUN pip install --no-build-isolation flash-attn==2.8.3.post2
 
 COPY --chown=trainer . .
-RUN pip install --constraint constraints.txt --editable .
+RUN pip install --constraint constraints.txt --editable '.[train]'
 ENTRYPOINT ["python", "-m", "mst_train"]

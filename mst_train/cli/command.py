@@ -15,16 +15,33 @@ from mst_train.rendezvous.dist_env import end_with_launcher, process_name, rank
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 """What is wrong with a path until the user changes it."""
 
+FRAMEWORK = (
+    "datasets",
+    "huggingface_hub",
+    "hydra",
+    "matplotlib",
+    "omegaconf",
+    "pyarrow",
+    "rich",
+    "safetensors",
+    "sentencepiece",
+    "tokenizers",
+    "tqdm",
+    "wandb",
+    "yaml",
+)
+"""Packages of the extra "train", which a plain install, for the method alone, does not have."""
+
 
 def run_command(
     command: Callable[[list[str]], int], arguments: list[str] | None, interrupted: str
 ) -> int:
     """Run ``command`` with ``arguments`` (None: the process's own); returns its exit status.
 
-    2 and one line per problem for what the user gave, and for a path that is forbidden; 75 where
-    another process is using it; 1 and one line for what failed later; 143 and 138 and one line for
-    SIGTERM and SIGUSR1, which asked a run to stop; 130 and ``interrupted`` for Ctrl-C. Anything
-    else is a bug and keeps its traceback.
+    2 and one line per problem for what the user gave, for a path that is forbidden and for a
+    package that is not installed; 75 where another process is using a path; 1 and one line for what
+    failed later; 143 and 138 and one line for SIGTERM and SIGUSR1, which asked a run to stop; 130
+    and ``interrupted`` for Ctrl-C. Anything else is a bug and keeps its traceback.
 
     Of several processes the first one logs; the others only say what ends them, with their names.
     An error without a message is one that another process tells.
@@ -49,6 +66,12 @@ def run_command(
     except TrainingError as error:
         _tell("error", str(error))
         return 1
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in FRAMEWORK:
+            raise
+        _tell("error", f"{package} is not installed: pip install 'mst-train[train]'")
+        return 2
     except BrokenPipeError:
         _is_output_lost()
         return 1
