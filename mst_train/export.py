@@ -137,11 +137,11 @@ def _candidates(path: Path) -> list[Path]:
 def _config(settings: dict[str, Any], checkpoint: Path) -> "Config":
     """A run's settings, as a checkpoint has them; what this version lacks in a model is refused."""
     from mst_train.cli.compose import recompose
-    from mst_train.cli.settings import known_keys
-    from mst_train.config import leaves
+    from mst_train.cli.settings import Settings
+    from mst_train.config import Config, leaves
 
     model = {"model": settings.get("model", {})}
-    unknown = sorted({key for key, _ in leaves(model)} - set(known_keys()))
+    unknown = sorted({key for key, _ in leaves(model)} - set(Settings(Config)))
     if unknown:
         raise UserError(
             f"{checkpoint} has {unknown[0]}, which this version does not know: export it with the "

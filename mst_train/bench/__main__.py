@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mst_train.cli.command import run_command
-from mst_train.config import Config
 from mst_train.errors import TrainingError, UserError
 from mst_train.files import expanded, make_folder
+
+if TYPE_CHECKING:
+    from mst_train.bench.config import BenchConfig
 
 HELP = """\
 python -m mst_train.bench +bench=NAME [key=value ...]
@@ -39,13 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    from mst_train.cli.compose import choices, compose, describe
+    from mst_train.bench.config import BenchConfig, read
+    from mst_train.cli.compose import choices, describe
 
     if "--help" in arguments or "-h" in arguments:
-        settings = describe(Config()).partition("\nbench:\n")[2].rstrip()
+        settings = describe(BenchConfig()).partition("\nbench:\n")[2].rstrip()
         print(HELP.format(benches=", ".join(choices("bench")), about=ABOUT, settings=settings))
         return 0
-    config = compose([a for a in arguments if a != "--config"])
+    config = read([a for a in arguments if a != "--config"])
     if "--config" in arguments:
         print(describe(config), end="")
         return 0
@@ -60,7 +63,7 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _measure(config: Config) -> tuple[dict[str, Any], str]:
+def _measure(config: "BenchConfig") -> tuple[dict[str, Any], str]:
     """The report, written to its folder, and what to show of it."""
     from mst_train import environment
     from mst_train.bench import max_sequence, peers, report, short, step, systems

@@ -3,11 +3,11 @@
 import torch
 
 from mst_kernels import set_backend
-from mst_train.config import Config
+from mst_train.bench.config import BenchConfig
 from mst_train.errors import UserError
 
 
-def prepare_device(config: Config) -> torch.device:
+def prepare_device(config: BenchConfig) -> torch.device:
     """The device to measure on, with the threads and kernels that are configured."""
     if config.bench.threads is not None:
         torch.set_num_threads(config.bench.threads)

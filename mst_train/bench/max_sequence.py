@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mst_train.attention import select_attention
+from mst_train.bench.config import BenchConfig
 from mst_train.bench.measure import collect_garbage, out_of_memory, synchronize
 from mst_train.bench.progress import Progress
 from mst_train.bench.step import VARIANTS, policy_of
@@ -38,7 +39,7 @@ NEAR = 0.03
 """The search begins this far from the prediction, on both sides."""
 
 
-def run(config: Config, device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
+def run(config: BenchConfig, device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of measurements, and what is wrong with them."""
     if device.type == "cpu" and config.memory.device_budget_gib is None:
         raise UserError("+bench=max_sequence on a CPU needs a limit: set memory.device_budget_gib")
@@ -123,7 +124,7 @@ def _start(guess: int | None) -> tuple[int, int] | None:
 class _Stepper:
     """Training steps of one model at any length and policy, and what they take."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: BenchConfig, device: torch.device) -> None:
         self.device = device
         self._config = config
         self._tracker = MemoryTracker() if device.type == "cpu" else None

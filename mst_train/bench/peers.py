@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mst_train.bench.config import BenchConfig
 from mst_train.bench.measure import (
     Measurement,
     Variant,
@@ -25,7 +26,6 @@ from mst_train.bench.measure import (
 from mst_train.bench.progress import Progress
 from mst_train.bench.systems import loss_tiles, mlp_tiles
 from mst_train.bench.workload import chosen, lengths, loss_problems
-from mst_train.config import Config
 from mst_train.mst import cross_entropy, gated_mlp, mini_sequence_cross_entropy, mini_sequence_mlp
 from mst_train.precision import weight_type
 
@@ -73,7 +73,7 @@ class Work:
     bytes_per_token: int
 
 
-def run(config: Config, device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
+def run(config: BenchConfig, device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of measurements, and what is wrong with them."""
     names = (*HEAD, MATCHED)
     wanted = chosen(config, names)
@@ -92,7 +92,7 @@ def run(config: Config, device: torch.device) -> tuple[list[dict[str, Any]], lis
     return rows, problems
 
 
-def head(config: Config, tokens: int, device: torch.device) -> Work:
+def head(config: BenchConfig, tokens: int, device: torch.device) -> Work:
     """Mean cross-entropy of hidden states [N, D] under a head [V, D]."""
     generator = torch.Generator(device).manual_seed(config.train.seed)
     dtype = weight_type(config.precision)
@@ -124,7 +124,7 @@ def head(config: Config, tokens: int, device: torch.device) -> Work:
     )
 
 
-def mlp(config: Config, tokens: int, device: torch.device) -> Work:
+def mlp(config: BenchConfig, tokens: int, device: torch.device) -> Work:
     """The gated MLP of x [N, D], against a fixed gradient of its output."""
     generator = torch.Generator(device).manual_seed(config.train.seed)
     dtype = weight_type(config.precision)
@@ -157,7 +157,7 @@ def mlp(config: Config, tokens: int, device: torch.device) -> Work:
 
 
 def _measure(
-    work: Work, wanted: Sequence[str], config: Config, device: torch.device, progress: Progress
+    work: Work, wanted: Sequence[str], config: BenchConfig, device: torch.device, progress: Progress
 ) -> list[Measurement]:
     variants = [_variant(name, loss, work) for name, loss in work.loss.items() if name in wanted]
     measurements = []

@@ -5,13 +5,13 @@ from typing import Any
 import torch
 
 from mst_train.bench import step
+from mst_train.bench.config import BenchConfig
 from mst_train.bench.workload import lengths
-from mst_train.config import Config
 
 VARIANTS = ("vanilla", "recompute", "mst")
 
 
-def run(config: Config, device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
+def run(config: BenchConfig, device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of measurements, and what is wrong with them."""
     longest = max(lengths(config))
     return step.run(config, device, VARIANTS, lambda n: max(min(longest // n // 2, 8), 1))

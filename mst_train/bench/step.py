@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mst_train.bench.config import BenchConfig
 from mst_train.bench.measure import Measurement, Variant, collect_garbage, measure
 from mst_train.bench.progress import Progress
 from mst_train.bench.workload import Batch, build, chosen, lengths, loss_problems, random_batch
-from mst_train.config import Config
 from mst_train.memory.devices import this_device
 from mst_train.model import Policy, Transformer
 from mst_train.model.flops import training_flops
@@ -22,7 +22,7 @@ VARIANTS = ("vanilla", "recompute", "mst", "mst_without_keeping", "mst_offload")
 
 
 def run(
-    config: Config,
+    config: BenchConfig,
     device: torch.device,
     names: tuple[str, ...] = VARIANTS,
     more_often: Callable[[int], int] = lambda length: 1,
@@ -48,7 +48,7 @@ def run(
     return rows, problems
 
 
-def policy_of(name: str, config: Config) -> Policy:
+def policy_of(name: str, config: BenchConfig) -> Policy:
     """What a variant's name means for the decoder."""
     return Policy(
         recompute=name != "vanilla",
@@ -61,7 +61,7 @@ def policy_of(name: str, config: Config) -> Policy:
 
 
 def step_rows(
-    config: Config, length: int, measurements: list[Measurement], device: torch.device
+    config: BenchConfig, length: int, measurements: list[Measurement], device: torch.device
 ) -> list[dict[str, Any]]:
     """One row for each variant, with speed and utilisation."""
     rate = this_device(device).bf16_flops
@@ -90,7 +90,7 @@ def step_rows(
 
 
 def _variant(
-    name: str, model: Transformer, batch: Batch, optimizer: Optimizer | None, config: Config
+    name: str, model: Transformer, batch: Batch, optimizer: Optimizer | None, config: BenchConfig
 ) -> Variant:
     offload = _offload(config, batch.tokens.device) if name == "mst_offload" else None
 
@@ -120,12 +120,12 @@ def _variant(
     return Variant(name, run, prepare, inspect, warm_up)
 
 
-def _offload(config: Config, device: torch.device) -> Offload:
+def _offload(config: BenchConfig, device: torch.device) -> Offload:
     budget = config.memory.host_budget_gib
     return Offload(device, None if budget is None else int(budget * GIB))
 
 
-def _optimizer(config: Config, model: Transformer) -> Optimizer | None:
+def _optimizer(config: BenchConfig, model: Transformer) -> Optimizer | None:
     """The configured optimizer, with its states in place; None where it is not measured."""
     if not config.bench.optimizer:
         return None

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mst_train.bench.config import BenchConfig
 from mst_train.bench.measure import Measurement, Variant, collect_garbage, measure
 from mst_train.bench.progress import Progress
 from mst_train.bench.step import policy_of, step_rows
 from mst_train.bench.workload import Batch, build, chosen, lengths, loss_problems, random_batch
-from mst_train.config import Config
 from mst_train.model import Transformer
 from mst_train.precision import weight_type
 
@@ -34,7 +34,7 @@ COMPARED_ROWS = 512
 """Rows of each compared gradient that are kept: enough to tell, and little memory."""
 
 
-def run(config: Config, device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
+def run(config: BenchConfig, device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of measurements, and what is wrong with them."""
     wanted = chosen(config, VARIANTS)
     ours = build(config, device)
@@ -86,7 +86,7 @@ def _variant(
     models: dict[str, Any],
     batch: Batch,
     reference: dict[str, Tensor],
-    config: Config,
+    config: BenchConfig,
 ) -> Variant:
     if problem is not None:
         return Variant(name, _never, problem=problem, peer=True)
@@ -160,7 +160,7 @@ def _never() -> None:
 Arranged = tuple[Callable[[], None], Callable[[], Tensor]]
 
 
-def _mst(ours: Transformer, models: dict[str, Any], batch: Batch, config: Config) -> Arranged:
+def _mst(ours: Transformer, models: dict[str, Any], batch: Batch, config: BenchConfig) -> Arranged:
     def arrange() -> None:
         ours.policy = policy_of("mst", config)
 
@@ -172,13 +172,13 @@ def _mst(ours: Transformer, models: dict[str, Any], batch: Batch, config: Config
 
 
 def _transformers(
-    ours: Transformer, models: dict[str, Any], batch: Batch, config: Config
+    ours: Transformer, models: dict[str, Any], batch: Batch, config: BenchConfig
 ) -> Arranged:
     return partial(_arrange, models, checkpointing=False), partial(_own_loss, models, batch)
 
 
 def _checkpointing(
-    ours: Transformer, models: dict[str, Any], batch: Batch, config: Config
+    ours: Transformer, models: dict[str, Any], batch: Batch, config: BenchConfig
 ) -> Arranged:
     return partial(_arrange, models), partial(_own_loss, models, batch)
 
@@ -198,7 +198,7 @@ def _own_loss(models: dict[str, Any], batch: Batch, name: str = "transformers") 
     return loss
 
 
-def _alst(ours: Transformer, models: dict[str, Any], batch: Batch, config: Config) -> Arranged:
+def _alst(ours: Transformer, models: dict[str, Any], batch: Batch, config: BenchConfig) -> Arranged:
     """DeepSpeed's tiled MLP and tiled loss under checkpointing, as ArcticTraining sets them up.
 
     The loss reaches the tiled loss's end with a gradient of one: its backward does not scale the
@@ -225,7 +225,9 @@ def _alst(ours: Transformer, models: dict[str, Any], batch: Batch, config: Confi
     return partial(_arrange, models, tiled=True), loss
 
 
-def _liger(ours: Transformer, models: dict[str, Any], batch: Batch, config: Config) -> Arranged:
+def _liger(
+    ours: Transformer, models: dict[str, Any], batch: Batch, config: BenchConfig
+) -> Arranged:
     def arrange() -> None:
         _use_rope(models["liger_rope"])
         _checkpoint_layers(models["liger"], True)
@@ -233,7 +235,7 @@ def _liger(ours: Transformer, models: dict[str, Any], batch: Batch, config: Conf
     return arrange, partial(_own_loss, models, batch, "liger")
 
 
-def loss_tiles(tokens: int, config: Config) -> int:
+def loss_tiles(tokens: int, config: BenchConfig) -> int:
     """Tiles of DeepSpeed's tiled loss, by the bytes of fp32 logits in one."""
     logits_bytes = 4 * tokens * config.model.vocab_size
     return max(math.ceil(logits_bytes / (config.bench.loss_tile_mib * 2**20)), 1)
@@ -247,7 +249,7 @@ def mlp_tiles(tokens: int, hidden_size: int) -> int:
 # --- transformers --------------------------------------------------------------------------------
 
 
-def _transformers_model(config: Config, ours: Transformer, device: torch.device) -> Any:
+def _transformers_model(config: BenchConfig, ours: Transformer, device: torch.device) -> Any:
     """transformers' Llama of the same dimensions, over this project's parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -340,7 +342,7 @@ def _transformers_rope() -> Any:
     return modeling_llama.apply_rotary_pos_emb
 
 
-def _liger_model(config: Config, ours: Transformer, device: torch.device) -> tuple[Any, Any]:
+def _liger_model(config: BenchConfig, ours: Transformer, device: torch.device) -> tuple[Any, Any]:
     """transformers' model with Liger's kernels, and Liger's rotary embedding.
 
     What Liger changes in transformers' module, for all models made later, is undone here.

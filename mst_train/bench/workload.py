@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mst_train.attention import select_attention
+from mst_train.bench.config import BenchConfig
 from mst_train.bench.measure import Measurement
-from mst_train.config import Config
 from mst_train.errors import UserError
 from mst_train.model import Transformer, build_model
 from mst_train.precision import weight_type
@@ -33,14 +33,14 @@ class Batch:
         return self.tokens.shape[1] - 1
 
 
-def random_batch(config: Config, length: int, device: torch.device) -> Batch:
+def random_batch(config: BenchConfig, length: int, device: torch.device) -> Batch:
     """One sequence of ``length`` random tokens."""
     generator = torch.Generator().manual_seed(config.train.seed)
     tokens = torch.randint(config.model.vocab_size, (1, length), generator=generator).to(device)
     return Batch(tokens, torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100))
 
 
-def build(config: Config, device: torch.device) -> Transformer:
+def build(config: BenchConfig, device: torch.device) -> Transformer:
     """The configured model, freshly initialised."""
     dtype = weight_type(config.precision)
     return build_model(
@@ -52,12 +52,12 @@ def build(config: Config, device: torch.device) -> Transformer:
     )
 
 
-def lengths(config: Config) -> list[int]:
+def lengths(config: BenchConfig) -> list[int]:
     """The lengths to measure."""
     return list(config.bench.lengths) or [config.data.sequence_length]
 
 
-def chosen(config: Config, names: Sequence[str]) -> list[str]:
+def chosen(config: BenchConfig, names: Sequence[str]) -> list[str]:
     """The names of the variants to measure, in their own order.
 
     Raises UserError for a name that there is not.

@@ -1,13 +1,13 @@
 """From a command line to a frozen configuration: Hydra composes, the dataclasses decide.
 
 Hydra reads ``configs/``; the result is checked leaf by leaf against the dataclasses of
-config/schema.py, so that one message lists every unknown key, wrong type and impossible value.
+``mst_train.config``, so that one message lists every unknown key, wrong type and impossible value.
 """
 
 import difflib
 import logging
 import sysconfig
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +21,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mst_train.cli.config_files import DEEPEST, file_problems
-from mst_train.cli.settings import build, flat, is_group, is_known, is_text, nested, shown, unknown
+from mst_train.cli.settings import Schema, Settings, nested, shown
 from mst_train.config import Config, validate
 from mst_train.errors import UserError
 
 log = logging.getLogger(__name__)
 
 DEFAULT_EXPERIMENT = "tiny"
+
+COMMANDS = ("bench", "plan", "prepare", "report")
+"""The groups of settings that commands have beside those of a run, each the one of its name."""
 
 
 class _Argument(NamedTuple):
@@ -46,13 +49,29 @@ class _Argument(NamedTuple):
 
 
 def compose(arguments: Sequence[str]) -> Config:
-    """The configuration that command-line overrides such as ``train.steps=40`` ask for.
+    """The configuration of a run that overrides such as ``train.steps=40`` ask for."""
+    return compose_as(Config, arguments)
 
-    Without a ``+experiment=NAME`` or ``+bench=NAME`` among them, it is the experiment "tiny".
+
+def compose_as(
+    schema: type[Schema],
+    arguments: Sequence[str],
+    rules: Callable[[Schema], Iterable[str]] = lambda config: (),
+) -> Schema:
+    """The configuration of a command, which may have a group of settings beside those of a run.
+
+    Args:
+        schema: Config or a class of it with that group. Groups of other commands are left out, with
+            a warning where the arguments set them.
+        arguments: without a ``+experiment=NAME`` or ``+bench=NAME`` among them, it is the
+            experiment "tiny".
+        rules: what is wrong with the group.
+
     Raises UserError with every problem found.
     """
     folder = config_folder()
-    given, problems = _read(folder, arguments)
+    settings = Settings(schema)
+    given, problems = _read(folder, settings, _heeded(arguments, settings))
     if not any(argument.key in ("experiment", "bench") for argument in given):
         given.insert(0, _Argument.choice("experiment", DEFAULT_EXPERIMENT))
     files = ["config", *(f"{argument.key}/{argument.value}" for argument in given if argument.file)]
@@ -63,32 +82,36 @@ def compose(arguments: Sequence[str]) -> Config:
         tree = _compose_tree(folder, [argument.hydra for argument in given])
     except UserError as error:
         raise UserError([*problems, *error.problems]) from error
-    given_values, _ = _resolved(tree, problems)
+    tree = {
+        name: part for name, part in tree.items() if name not in COMMANDS or settings.is_group(name)
+    }
+    given_values, _ = _resolved(tree, settings, problems)
     name = given_values.get("model.from_pretrained")
     if name is not None and not problems:
-        build([("model.from_pretrained", name)], problems)
+        settings.build([("model.from_pretrained", name)], problems)
     if isinstance(name, str) and name.strip() and not problems:
         from mst_train.cli.pretrained import with_pretrained  # which imports torch
 
         tree = with_pretrained(tree, name, {argument.key for argument in given})
-    return _checked(tree, problems)
+    return _checked(tree, settings, problems, rules)
 
 
-def recompose(settings: dict[str, Any], arguments: Sequence[str]) -> Config:
-    """A run's own ``settings`` (groups of them), with those of the arguments in their place.
+def recompose(before: dict[str, Any], arguments: Sequence[str]) -> Config:
+    """A run's settings ``before`` (groups of them), with those of the arguments in their place.
 
     Settings of a run that are unknown today are left out. Raises UserError with every problem
     found.
     """
-    given, problems = _read(config_folder(), arguments)
+    settings = Settings(Config)
+    given, problems = _read(config_folder(), settings, _heeded(arguments, settings))
     problems += [
         f"cannot use {argument.hydra}: a run keeps its own settings; change them one by one"
         for argument in given
         if argument.file and argument.key != "experiment"
     ]
-    known = [(key, value) for key, value in flat(settings) if is_known(key)]
+    known = [(key, value) for key, value in settings.flat(before) if key in settings]
     changed = [(argument.key, argument.value) for argument in given if not argument.file]
-    return _checked(nested([*known, *changed]), problems)
+    return _checked(nested([*known, *changed]), settings, problems)
 
 
 def warn_of_unused(arguments: Sequence[str], used: tuple[str, ...]) -> None:
@@ -96,9 +119,10 @@ def warn_of_unused(arguments: Sequence[str], used: tuple[str, ...]) -> None:
 
     used: how the keys of settings begin that it reads, and of groups.
     """
-    given, _ = _read(config_folder(), arguments)
+    settings = Settings(Config)
+    given, _ = _read(config_folder(), settings, arguments)
     for argument in given:
-        for key, _ in flat({argument.key: argument.value}):
+        for key, _ in settings.flat({argument.key: argument.value}):
             if not key.startswith((*used, "experiment")):
                 log.warning("%s does nothing in this command", argument.hydra.lstrip("+"))
 
@@ -121,20 +145,40 @@ def describe(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def _read(folder: Path, arguments: Sequence[str]) -> tuple[list[_Argument], list[str]]:
+def _heeded(arguments: Sequence[str], settings: Settings[Schema]) -> list[str]:
+    """The arguments without those of other commands' groups, which are warned of."""
+    heeded = []
+    for argument in arguments:
+        group, dot, _ = argument.partition("=")[0].lstrip("+").partition(".")
+        if dot and group in COMMANDS and not settings.is_group(group):
+            log.warning(
+                "%s does nothing in this command: it is python -m mst_train.%s's",
+                shown(argument),
+                group,
+            )
+        else:
+            heeded.append(argument)
+    return heeded
+
+
+def _read(
+    folder: Path, settings: Settings[Schema], arguments: Sequence[str]
+) -> tuple[list[_Argument], list[str]]:
     """The arguments that can be used, and what is wrong with the others."""
     groups = {path.name for path in folder.iterdir() if path.is_dir()}
     parser = OverridesParser.create()
     given, problems = [], []
     for argument in arguments:
         try:
-            given.append(_read_one(parser, groups, argument))
+            given.append(_read_one(parser, groups, settings, argument))
         except UserError as error:
             problems += error.problems
     return given, problems
 
 
-def _read_one(parser: OverridesParser, groups: Collection[str], argument: str) -> _Argument:
+def _read_one(
+    parser: OverridesParser, groups: Collection[str], settings: Settings[Schema], argument: str
+) -> _Argument:
     text, override = _parsed(parser, argument)
     if text[0] == "~" or override.is_sweep_override():
         raise UserError(f"cannot use '{shown(argument)}': give a setting one value (null for none)")
@@ -146,16 +190,16 @@ def _read_one(parser: OverridesParser, groups: Collection[str], argument: str) -
         )
     if override.package is not None or not key:
         raise UserError(f"cannot use '{shown(argument)}': expected key=value")
-    if key in groups and not (isinstance(value, dict) and is_group(key) and value):
+    if key in groups and not (isinstance(value, dict) and settings.is_group(key) and value):
         known = choices(key)
         if isinstance(value, str) and value in known:
             return _Argument.choice(key, value)
         close = difflib.get_close_matches(typed[:200], known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
         raise UserError(f"{key}={shown(typed)} is not known: {hint}")
-    if not is_known(key) and not (isinstance(value, dict) and is_group(key) and value):
-        raise UserError(unknown(key))
-    if is_text(key) and isinstance(value, (bool, int, float)):
+    if key not in settings and not (isinstance(value, dict) and settings.is_group(key) and value):
+        raise UserError(settings.unknown(key))
+    if settings.is_text(key) and isinstance(value, (bool, int, float)):
         value = typed  # 007 and 1e3 are names too
         text = f"{key}='{typed}'"
     problem = _misread(value)
@@ -213,24 +257,27 @@ def _misread(value: object) -> str | None:
     return None
 
 
-def _resolved(tree: Any, problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _resolved(
+    tree: Any, settings: Settings[Schema], problems: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """A tree's settings, and defaults that are made of others, with what interpolations stand for.
 
     What cannot be resolved is left out, and told in ``problems`` where it is the tree's.
     """
-    given = dict(flat(tree))
+    given = dict(settings.flat(tree))
     for key in list(given):
         problem = _misread(given[key])
         if problem:
             problems.append(f"{key}={shown(given.pop(key))}: {problem}")
-    derived = {key: value for key, value in flat(asdict(Config())) if key not in given}
+    defaults = settings.flat(asdict(settings.schema()))
+    derived = {key: value for key, value in defaults if key not in given}
     config = OmegaConf.create(
-        nested((key, value) for key, value in (derived | given).items() if is_known(key))
+        nested((key, value) for key, value in (derived | given).items() if key in settings)
     )
     derived = {key: value for key, value in derived.items() if "${" in str(value)}
     for values, found in ((given, problems), (derived, list[str]())):
         for key, value in list(values.items()):
-            if "${" in str(value) and is_known(key):
+            if "${" in str(value) and key in settings:
                 try:
                     node = OmegaConf.select(config, key)
                     plain = OmegaConf.is_config(node)
@@ -241,13 +288,18 @@ def _resolved(tree: Any, problems: list[str]) -> tuple[dict[str, Any], dict[str,
     return given, derived
 
 
-def _checked(tree: Any, problems: list[str]) -> Config:
+def _checked(
+    tree: Any,
+    settings: Settings[Schema],
+    problems: list[str],
+    rules: Callable[[Schema], Iterable[str]] = lambda config: (),
+) -> Schema:
     """The configuration with a tree's settings; UserError with its ``problems`` and all others."""
-    given, derived = _resolved(tree, problems)
-    config = build(given.items(), problems)
+    given, derived = _resolved(tree, settings, problems)
+    config = settings.build(given.items(), problems)
     if not problems:  # or what they are made of is wrong
-        config = build((given | derived).items(), problems)
-    problems = problems or validate(config)
+        config = settings.build((given | derived).items(), problems)
+    problems = problems or [*validate(config), *rules(config)]
     if problems:
         raise UserError(list(dict.fromkeys(problems)))
     return config

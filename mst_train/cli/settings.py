@@ -1,6 +1,6 @@
 """Settings by their keys: which there are, and what values of their types are.
 
-``config/schema.py`` has the types and the rules; this puts plain values, as a command line or a
+``mst_train.config`` has the types and the rules; this puts plain values, as a command line or a
 YAML file has them, into its dataclasses.
 """
 
@@ -9,11 +9,12 @@ import math
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from functools import cache
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, Generic, TypeVar, get_args, get_origin
 
 from mst_train.config import Config
+
+Schema = TypeVar("Schema", bound=Config)
 
 LONGEST_TEXT = 4095
 LONGEST_NAME = 255
@@ -23,34 +24,67 @@ _TRUTHS = {"true": True, "yes": True, "on": True, "1": True}
 _TRUTHS |= {"false": False, "no": False, "off": False, "0": False}
 
 
-def known_keys() -> list[str]:
-    """Every setting's key."""
-    return list(_types())
+class Settings(Generic[Schema]):
+    """The settings that a configuration has, by their keys."""
 
+    def __init__(self, schema: type[Schema]) -> None:
+        self.schema = schema
+        self._types = dict(_typed(schema, ""))
 
-def is_known(key: str) -> bool:
-    """Whether this is a setting, or inside one that takes settings of another program."""
-    return key in _types() or any(
-        key.startswith(f"{name}.") for name, kind in _types().items() if get_origin(kind) is dict
-    )
+    def __iter__(self) -> Iterator[str]:
+        """Every setting's key."""
+        return iter(self._types)
 
+    def __contains__(self, key: str) -> bool:
+        """Whether this is a setting, or inside one that takes settings of another program."""
+        return key in self._types or any(
+            key.startswith(f"{name}.")
+            for name, kind in self._types.items()
+            if get_origin(kind) is dict
+        )
 
-def is_group(key: str) -> bool:
-    """Whether settings have keys that begin with this one."""
-    return any(name.startswith(f"{key}.") for name in _types())
+    def is_group(self, key: str) -> bool:
+        """Whether settings have keys that begin with this one."""
+        return any(name.startswith(f"{key}.") for name in self._types)
 
+    def is_text(self, key: str) -> bool:
+        """Whether the setting is a text, or one or none."""
+        return self._types.get(key) in (str, str | None)
 
-def is_text(key: str) -> bool:
-    """Whether the setting is a text, or one or none."""
-    return _types().get(key) in (str, str | None)
+    def unknown(self, key: str) -> str:
+        """What to say of a key that is no setting."""
+        members = [name for name in self._types if name.startswith(f"{key}.")]
+        if members:
+            return f"{key} is a group of settings: set one of {', '.join(members)}"
+        hint = _instead(key, self._types, "python -m mst_train --help")
+        return f"{shown(key)} is not a setting: {hint}"
 
+    def flat(self, tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        """Every setting of a tree of groups by its whole key, and what is no setting by its own."""
+        for name, value in tree.items():
+            key = f"{prefix}{name}"
+            if isinstance(value, dict) and value and key not in self._types:
+                yield from self.flat(value, f"{key}.")
+            else:
+                yield key, value
 
-def unknown(key: str) -> str:
-    """What to say of a key that is no setting."""
-    members = [name for name in _types() if name.startswith(f"{key}.")]
-    if members:
-        return f"{key} is a group of settings: set one of {', '.join(members)}"
-    return f"{shown(key)} is not a setting: {_instead(key, _types(), 'python -m mst_train --help')}"
+    def build(self, values: Iterable[tuple[str, Any]], problems: list[str]) -> Schema:
+        """The configuration with these values of these keys, and defaults for the others.
+
+        What is wrong with a key or with its value's type is added to ``problems``, one line each;
+        the setting keeps its default then. Rules beyond types are ``config.validate``'s.
+        """
+        fitted: dict[str, Any] = {}
+        for key, value in values:
+            found = list[str]()
+            if key in self._types:
+                fit = _fitted(self._types[key], key, value, found)
+                if not found:
+                    fitted[key] = fit
+            else:
+                found.append(self.unknown(key))
+            problems += found
+        return _made(self.schema, nested(fitted.items()))  # type: ignore[no-any-return]
 
 
 def shown(value: object, most: int = 80) -> str:
@@ -60,16 +94,6 @@ def shown(value: object, most: int = 80) -> str:
     )
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: most + 1])
     return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting of a tree of groups, by its whole key, and what is no setting by its own."""
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and value and key not in _types():
-            yield from flat(value, f"{key}.")
-        else:
-            yield key, value
 
 
 def nested(values: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -86,25 +110,6 @@ def nested(values: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
-def build(values: Iterable[tuple[str, Any]], problems: list[str]) -> Config:
-    """The configuration with these values of these keys, and defaults for the others.
-
-    What is wrong with a key or with its value's type is added to ``problems``, one line each; the
-    setting keeps its default then. Rules beyond types are ``validate``'s.
-    """
-    fitted: dict[str, Any] = {}
-    for key, value in values:
-        found = list[str]()
-        if key in _types():
-            fit = _fitted(_types()[key], key, value, found)
-            if not found:
-                fitted[key] = fit
-        else:
-            found.append(unknown(key))
-        problems += found
-    return _made(Config, nested(fitted.items()))  # type: ignore[no-any-return]
-
-
 def _made(section: Any, tree: Mapping[str, Any]) -> Any:
     kinds = {field.name: field.type for field in fields(section)}
     return section(
@@ -113,11 +118,6 @@ def _made(section: Any, tree: Mapping[str, Any]) -> Any:
             for name, value in tree.items()
         }
     )
-
-
-@cache
-def _types() -> dict[str, Any]:
-    return dict(_typed(Config, ""))
 
 
 def _typed(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:

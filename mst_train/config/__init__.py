@@ -3,6 +3,7 @@
 schema   every setting, its type and default, and what must hold between settings
 """
 
+from mst_train.config.rules import model_problems, validate
 from mst_train.config.schema import (
     ACTIVATIONS,
     AUTO,
@@ -22,14 +23,11 @@ from mst_train.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    PlanConfig,
     RopeScalingConfig,
     RunConfig,
     TrainConfig,
     WandbConfig,
     leaves,
-    model_problems,
-    validate,
 )
 
 __all__ = [
@@ -51,7 +49,6 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
-    "PlanConfig",
     "RopeScalingConfig",
     "RunConfig",
     "TrainConfig",

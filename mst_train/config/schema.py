@@ -1,13 +1,12 @@
 """Every setting of a run: one frozen dataclass per configuration group.
 
 The dataclasses hold names, types and defaults; files under ``configs/`` hold presets and
-experiments; ``validate`` holds the rules that a type cannot express. Nothing outside the standard
-library is imported here, so that every part of the project can.
+experiments. Nothing outside the standard library is imported here, so that every part of the
+project can.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 POLICIES = ("auto", "vanilla", "recompute", "mst")
@@ -49,12 +48,9 @@ OFFLOADS = ("none", "host")
 DATA_ATTENTIONS = ("stream", "documents")
 DATA_DOCUMENTS = ("file", "repository")
 PACKINGS = ("stream", "best_fit")
-MALFORMED = ("fail", "skip")
 WANDB_MODES = ("offline", "online", "disabled")
 BAD_STEPS = ("stop", "skip")
 WANDB_ARTIFACTS = ("none", "last", "all")
-BENCHES = ("none", "step", "systems", "peers", "short", "max_sequence")
-OUTPUTS = ("table", "json")
 ZERO_STAGES = (0, 1, 2, 3)
 AUTO = "auto"
 MOST_TOKENS = 2**31
@@ -156,29 +152,6 @@ class DataConfig:
     """The vocabulary of a tokenizer trained here."""
     cache_dir: str | None = None
     """Where tokenizers and tokens are kept; none: mst_train in $XDG_CACHE_HOME or ~/.cache."""
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """What python -m mst_train.prepare writes; what it reads are the settings of data."""
-
-    output: str | None = None
-    """The folder to write to; as data.source, it is what training reads."""
-    workers: int | None = None
-    """Processes that tokenise; none: one for each CPU core."""
-    shard: str = "1/1"
-    """i/N: the i-th of N jobs, which can run at the same time; the last one joins the result."""
-    shard_mib: int = 256
-    """About how much text goes into a file of tokens (MiB); smaller where a source has less."""
-    malformed: str = "fail"
-    """Lines, rows and files that hold no text. fail: stop at the first. skip: leave them out and
-    list them in malformed.jsonl."""
-    verify: bool = False
-    """Compare everything in prepare.output with its checksums, and write nothing."""
-    vocab_size: int | None = None
-    """.idx files without data.tokenizer: the number of token ids."""
-    end_of_document: int | None = None
-    """.idx files without data.tokenizer: the id that ends a document."""
 
 
 @dataclass(frozen=True)
@@ -348,14 +321,6 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class ReportConfig:
-    """What python -m mst_train.report shows beside the run in run.dir."""
-
-    compare: list[str] = field(default_factory=list)
-    """Folders of other runs, drawn in the same charts."""
-
-
-@dataclass(frozen=True)
 class WandbConfig:
     mode: str = "offline"
     project: str = "mst_train"
@@ -381,50 +346,6 @@ class KernelConfig:
 
 
 @dataclass(frozen=True)
-class BenchConfig:
-    """What python -m mst_train.bench measures; dimensions and type are the model's settings."""
-
-    kind: str = "none"
-    """step: memory policies. systems: other implementations of whole steps. peers: other
-    implementations of the head and the MLP. short: what the method costs where it is not needed.
-    max_sequence: the longest sequences that fit, and what was predicted."""
-    name: str = "${bench.kind}"
-    dir: str = "runs/bench/${bench.name}"
-    output: str = "table"
-    """What is printed. table: a readable one. json: one JSON object."""
-    lengths: list[int] = field(default_factory=list)
-    """Tokens in a sequence (peers: tokens), each measured; none: data.sequence_length."""
-    variants: list[str] = field(default_factory=list)
-    """What to compare, by the names in the results; none: everything."""
-    repetitions: int = 3
-    threads: int | None = None
-    """CPU threads; none: torch's choice."""
-    optimizer: bool = False
-    """Make AdamW's step (at a learning rate of zero) part of the step."""
-    loss_tile_mib: int = 1024
-    """DeepSpeed's tiled loss: MiB of fp32 logits in a tile (ArcticTraining's: 1024)."""
-
-
-@dataclass(frozen=True)
-class PlanConfig:
-    """What python -m mst_train.plan predicts; the run it is about are all other settings."""
-
-    device: str = AUTO
-    """A device's name (a100_80gb, h100_80gb, h200, rtx4090_24gb, ...), a size in GiB such as 80,
-    cpu, or auto: this machine's."""
-    gpus: int | None = None
-    """How many devices share the run; none: parallel.sequence_parallel."""
-    search: bool = False
-    """Find the longest sequence that fits, in multiples of 1024."""
-    sweep: list[int] = field(default_factory=list)
-    """Sequence lengths to predict, for a table and a plot of memory against length."""
-    dir: str = "runs/plan/${run.name}"
-    """Where a sweep's table and plot go."""
-    output: str = "table"
-    """What is printed. table: a readable one. json: one JSON object."""
-
-
-@dataclass(frozen=True)
 class Config:
     precision: str = "fp32"
     """fp32; bf16: weights, gradients and optimizer states in bf16; bf16_master: bf16 weights with
@@ -440,10 +361,6 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
-    report: ReportConfig = field(default_factory=ReportConfig)
-    prepare: PrepareConfig = field(default_factory=PrepareConfig)
-    bench: BenchConfig = field(default_factory=BenchConfig)
-    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -453,386 +370,3 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def validate(config: Config) -> list[str]:
-    """Every problem of a configuration, one line each; an empty list where there is none."""
-    return [
-        *_empty_texts("", asdict(config)),
-        *_run_problems(config),
-        *model_problems(config.model),
-        *_data_problems(config.data),
-        *_mixture_problems(config.data.mixture),
-        *_prepare_problems(config.prepare),
-        *_memory_problems(config.memory),
-        *_optimizer_problems(config.optimizer),
-        *_update_problems(config),
-        *_bench_problems(config.bench),
-        *_parallel_problems(config),
-        *_plan_problems(config),
-        *_evaluation_problems(config),
-    ]
-
-
-def _empty_texts(key: str, value: Any) -> Iterator[str]:
-    """No setting means anything as a text without a character."""
-    if isinstance(value, dict) and key != "parallel.deepspeed":
-        for name, item in value.items():
-            yield from _empty_texts(f"{key}.{name}" if key else name, item)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _empty_texts(f"{key}[{index}]", item)
-    elif isinstance(value, str) and not value.strip():
-        yield f"{key} is empty: give it a value, or leave it out"
-
-
-def _run_problems(config: Config) -> Iterator[str]:
-    train, checkpoint = config.train, config.checkpoint
-    yield from _one_of("precision", config.precision, PRECISIONS)
-    yield from _one_of("kernel.attention", config.kernel.attention, ATTENTION_BACKENDS)
-    yield from _one_of("kernel.backend", config.kernel.backend, KERNEL_BACKENDS)
-    yield from _one_of("logging.wandb.mode", config.logging.wandb.mode, WANDB_MODES)
-    yield from _project_problems(config.logging.wandb)
-    yield from _one_of("logging.wandb.artifacts", config.logging.wandb.artifacts, WANDB_ARTIFACTS)
-    yield from _at_least("train.steps", train.steps, 1)
-    yield from _at_least("train.seed", train.seed, 0)
-    yield from _at_least("train.micro_batch_size", train.micro_batch_size, 1)
-    yield from _at_least("train.accumulation_steps", train.accumulation_steps, 1)
-    sequences = train.micro_batch_size * train.accumulation_steps
-    if sequences * config.data.sequence_length >= MOST_TOKENS:
-        yield (
-            f"train.micro_batch_size={train.micro_batch_size}, train.accumulation_steps="
-            f"{train.accumulation_steps} and data.sequence_length={config.data.sequence_length} "
-            f"make {sequences * config.data.sequence_length:,} tokens a step: they must be below "
-            f"2^31"
-        )
-    yield from _at_least("train.eval_every", train.eval_every, 0)
-    yield from _at_least("train.eval_sequences", train.eval_sequences, 1)
-    yield from _one_of("train.bad_step", train.bad_step, BAD_STEPS)
-    yield from _at_least("train.max_skipped_steps", train.max_skipped_steps, 1)
-    yield from _at_least("train.spike_window", train.spike_window, 1)
-    if train.spike_factor is not None and not 1 < train.spike_factor < 1e12:
-        yield f"train.spike_factor={train.spike_factor} must be greater than 1 and below 10^12"
-    yield from _at_least("checkpoint.every", checkpoint.every, 1)
-    yield from _at_least("checkpoint.keep", checkpoint.keep, 1)
-
-
-def _project_problems(wandb: WandbConfig) -> Iterator[str]:
-    """What W&B's own check of a project's name would say, which ends its start."""
-    found = [character for character in NOT_IN_PROJECTS if character in wandb.project]
-    if wandb.mode != "disabled" and (found or len(wandb.project) > LONGEST_PROJECT):
-        yield (
-            f"logging.wandb.project={wandb.project:.40} cannot be a project of W&B: leave out "
-            f"{' '.join(NOT_IN_PROJECTS)}, and use {LONGEST_PROJECT} characters at most"
-        )
-
-
-def model_problems(model: ModelConfig) -> Iterator[str]:
-    """Every problem of a model's form, one line each."""
-    sizes = {
-        name: getattr(model, name)
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-        )
-    }
-    problems = [
-        line for name, size in sizes.items() for line in _at_least(f"model.{name}", size, 1)
-    ]
-    yield from problems
-    yield from _positive("model.rope_theta", model.rope_theta)
-    yield from _positive("model.norm_epsilon", model.norm_epsilon)
-    yield from _positive("model.initializer_std", model.initializer_std)
-    yield from _one_of("model.activation", model.activation, ACTIVATIONS)
-    yield from _one_of("model.norm_placement", model.norm_placement, NORM_PLACEMENTS)
-    yield from _one_of("model.qk_norm", model.qk_norm, QK_NORMS)
-    for name in ("attention_scale", "attention_softcap", "logit_softcap"):
-        value = getattr(model, name)
-        if value is not None:
-            yield from _positive(f"model.{name}", value)
-    if model.max_positions is not None:
-        yield from _at_least("model.max_positions", model.max_positions, 1)
-    yield from _window_problems(model)
-    yield from _rope_scaling_problems(model.rope_scaling)
-    if problems:
-        return
-    if model.num_heads % model.num_kv_heads:
-        yield (
-            f"model.num_heads={model.num_heads} is not a multiple of "
-            f"model.num_kv_heads={model.num_kv_heads}: each key-value head serves a whole number "
-            f"of query heads"
-        )
-    if model.head_size is None and model.hidden_size % model.num_heads:
-        yield (
-            f"model.hidden_size={model.hidden_size} is not a multiple of "
-            f"model.num_heads={model.num_heads}: change one of them or set model.head_size"
-        )
-    elif model.head_dim < 2 or model.head_dim % 2:
-        yield (
-            f"the head size is {model.head_dim}, but rotary embeddings turn pairs of features: "
-            f"it must be even (model.head_size, or model.hidden_size / model.num_heads)"
-        )
-    elif model.rope_scaling.type == "ntk" and model.head_dim == 2:
-        yield (
-            "model.rope_scaling.type=ntk slows down all frequencies but the fastest, and heads of "
-            "size 2 have no other: choose another type or larger heads"
-        )
-
-
-def _window_problems(model: ModelConfig) -> Iterator[str]:
-    pattern = model.sliding_window_pattern
-    if not pattern:
-        yield (
-            "model.sliding_window_pattern is empty: list sliding and full, as the first layers "
-            "have them"
-        )
-    for span in dict.fromkeys(pattern):
-        yield from _one_of("model.sliding_window_pattern", span, ATTENTION_SPANS)
-    if model.sliding_window is not None:
-        yield from _at_least("model.sliding_window", model.sliding_window, 1)
-        if pattern and "sliding" not in pattern:
-            yield (
-                f"model.sliding_window={model.sliding_window} is used by no layer of "
-                f"model.sliding_window_pattern: set one of them to sliding, or the window to null"
-            )
-
-
-def _rope_scaling_problems(scaling: RopeScalingConfig) -> Iterator[str]:
-    key = "model.rope_scaling"
-    yield from _one_of(f"{key}.type", scaling.type, ROPE_SCALINGS)
-    if not 1 <= scaling.factor < 1e6:
-        yield f"{key}.factor={scaling.factor} must be at least 1 and below 10^6"
-    elif scaling.type == "none" and scaling.factor != 1:
-        yield f"{key}.factor={scaling.factor} does nothing with {key}.type=none: set the type too"
-    if scaling.original_length is not None:
-        yield from _at_least(f"{key}.original_length", scaling.original_length, 1)
-    needs_length = scaling.type in ("yarn", "llama3")
-    if needs_length and scaling.original_length is None:
-        yield (
-            f"{key}.type={scaling.type} needs {key}.original_length: the sequence length that the "
-            f"model was trained on before"
-        )
-    if scaling.original_length is not None and not needs_length:
-        yield f"{key}.original_length is not used with {key}.type={scaling.type}: set it to null"
-    for low, high in (
-        ("low_frequency_factor", "high_frequency_factor"),
-        ("beta_slow", "beta_fast"),
-    ):
-        slow, fast = getattr(scaling, low), getattr(scaling, high)
-        yield from _positive(f"{key}.{low}", slow)
-        if not slow < fast < 1e12:
-            yield f"{key}.{high}={fast} must be greater than {key}.{low}={slow}"
-    if scaling.attention_factor is not None:
-        yield from _positive(f"{key}.attention_factor", scaling.attention_factor)
-        if scaling.type != "yarn":
-            yield (
-                f"{key}.attention_factor is not used with {key}.type={scaling.type}: set it to null"
-            )
-
-
-def _data_problems(data: DataConfig) -> Iterator[str]:
-    yield from _at_least("data.sequence_length", data.sequence_length, 1)
-    yield from _at_least("data.tokenizer_vocab_size", data.tokenizer_vocab_size, 300, 2**31 - 1)
-    yield from _one_of("data.attention", data.attention, DATA_ATTENTIONS)
-    yield from _one_of("data.documents", data.documents, DATA_DOCUMENTS)
-    yield from _one_of("data.packing", data.packing, PACKINGS)
-    if not 0 <= data.validation_fraction < 1:
-        yield (
-            f"data.validation_fraction={data.validation_fraction} must be at least 0 and below 1 "
-            f"(0: no validation)"
-        )
-
-
-def _mixture_problems(mixture: Sequence[MixtureConfig]) -> Iterator[str]:
-    for index, part in enumerate(mixture):
-        key = f"data.mixture[{index}]"
-        yield from _positive(f"{key}.weight", part.weight)
-        yield from _at_least(f"{key}.min_document_tokens", part.min_document_tokens, 0)
-
-
-def _prepare_problems(prepare: PrepareConfig) -> Iterator[str]:
-    yield from _one_of("prepare.malformed", prepare.malformed, MALFORMED)
-    yield from _at_least("prepare.shard_mib", prepare.shard_mib, 1, 2**20)
-    if prepare.workers is not None:
-        yield from _at_least("prepare.workers", prepare.workers, 1, MOST_PROCESSES)
-    first, _, count = prepare.shard.partition("/")
-    numbers = first.isdecimal() and count.isdecimal() and len(prepare.shard) <= 16
-    if not (numbers and 1 <= int(first) <= int(count) <= MOST_PROCESSES):
-        yield (
-            f"prepare.shard={prepare.shard:.40} must be i/N with i from 1 to N: the i-th of N "
-            f"jobs, {MOST_PROCESSES} at most"
-        )
-    if (prepare.vocab_size is None) != (prepare.end_of_document is None):
-        yield (
-            "prepare.vocab_size and prepare.end_of_document describe tokens without a tokenizer: "
-            "give both or neither"
-        )
-    elif prepare.vocab_size is not None and prepare.end_of_document is not None:
-        yield from _at_least("prepare.vocab_size", prepare.vocab_size, 1)
-        if not 0 <= prepare.end_of_document < prepare.vocab_size < 2**31:
-            yield (
-                f"prepare.end_of_document={prepare.end_of_document} must be an id from 0 to "
-                f"prepare.vocab_size - 1, and prepare.vocab_size={prepare.vocab_size} below 2^31"
-            )
-
-
-def _memory_problems(memory: MemoryConfig) -> Iterator[str]:
-    yield from _one_of("memory.policy", memory.policy, POLICIES)
-    for name in ("mlp_chunk_tokens", "head_chunk_tokens", "block_chunk_tokens"):
-        tokens = getattr(memory, name)
-        if isinstance(tokens, str) and tokens != AUTO:
-            yield f"memory.{name}={tokens} must be a number of tokens, at least 1, or {AUTO}"
-        elif isinstance(tokens, int):
-            yield from _at_least(f"memory.{name}", tokens, 1)
-    yield from _one_of("memory.offload", memory.offload, OFFLOADS)
-    if memory.offload != "none" and memory.policy not in ("mst", AUTO):
-        yield (
-            f"memory.offload={memory.offload} works with memory.policy=mst alone, and it is "
-            f"{memory.policy}: change one of them"
-        )
-    for name in ("device_budget_gib", "host_budget_gib"):
-        budget = getattr(memory, name)
-        if budget is not None:
-            yield from _positive(f"memory.{name}", budget)
-
-
-def _optimizer_problems(optimizer: OptimizerConfig) -> Iterator[str]:
-    yield from _positive("optimizer.learning_rate", optimizer.learning_rate)
-    yield from _positive("optimizer.epsilon", optimizer.epsilon)
-    yield from _at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0)
-    for name in ("beta1", "beta2"):
-        beta = getattr(optimizer, name)
-        if not 0 <= beta < 1:
-            yield f"optimizer.{name}={beta} must be at least 0 and below 1"
-    if not 0 <= optimizer.min_learning_rate_ratio <= 1:
-        yield (
-            f"optimizer.min_learning_rate_ratio={optimizer.min_learning_rate_ratio} must be "
-            f"between 0 and 1"
-        )
-    if not (optimizer.weight_decay >= 0 and math.isfinite(optimizer.weight_decay)):
-        yield f"optimizer.weight_decay={optimizer.weight_decay} must be 0 or more"
-    if optimizer.max_grad_norm is not None:
-        yield from _positive("optimizer.max_grad_norm", optimizer.max_grad_norm)
-
-
-def _bench_problems(bench: BenchConfig) -> Iterator[str]:
-    yield from _one_of("bench.kind", bench.kind, BENCHES)
-    yield from _one_of("bench.output", bench.output, OUTPUTS)
-    yield from _at_least("bench.repetitions", bench.repetitions, 1)
-    yield from _at_least("bench.loss_tile_mib", bench.loss_tile_mib, 1)
-    if bench.threads is not None:
-        yield from _at_least("bench.threads", bench.threads, 1, MOST_PROCESSES)
-    for length in bench.lengths:
-        yield from _at_least("bench.lengths", length, 2, MOST_TOKENS - 1)
-
-
-def _parallel_problems(config: Config) -> Iterator[str]:
-    parallel = config.parallel
-    degree = parallel.sequence_parallel
-    yield from _at_least("parallel.sequence_parallel", degree, 1)
-    yield from _one_of("parallel.zero_stage", parallel.zero_stage, ZERO_STAGES)
-    if not 0 < parallel.timeout_minutes <= MOST_MINUTES:
-        yield (
-            f"parallel.timeout_minutes={parallel.timeout_minutes} must be greater than 0 and at "
-            f"most {MOST_MINUTES}, which is a year"
-        )
-    if parallel.deepspeed and parallel.zero_stage == 0:
-        yield (
-            "parallel.deepspeed is read with ZeRO alone: set parallel.zero_stage to 1, 2 or 3, or "
-            "leave it out"
-        )
-    for key, _ in leaves(parallel.deepspeed if parallel.zero_stage else {}):
-        for theirs, ours in DECIDED.items():
-            if f"{key}.".startswith(f"{theirs}."):
-                yield f"parallel.deepspeed.{key} is not DeepSpeed's to decide: set {ours} instead"
-    if degree < 1:
-        return
-    if config.model.num_heads % degree:
-        yield (
-            f"parallel.sequence_parallel={degree} does not divide model.num_heads="
-            f"{config.model.num_heads}: in attention each process has some of the heads"
-        )
-    if config.data.sequence_length % degree:
-        yield (
-            f"data.sequence_length={config.data.sequence_length} is not a multiple of "
-            f"parallel.sequence_parallel={degree}"
-        )
-
-
-def _plan_problems(config: Config) -> Iterator[str]:
-    plan = config.plan
-    yield from _one_of("plan.output", plan.output, OUTPUTS)
-    for length in plan.sweep:
-        yield from _at_least("plan.sweep", length, 2, MOST_TOKENS - 1)
-    if plan.gpus is not None:
-        yield from _at_least("plan.gpus", plan.gpus, 1)
-        if plan.gpus % config.parallel.sequence_parallel:
-            yield (
-                f"plan.gpus={plan.gpus} is not a multiple of parallel.sequence_parallel="
-                f"{config.parallel.sequence_parallel}"
-            )
-
-
-def _evaluation_problems(config: Config) -> Iterator[str]:
-    evaluation, longest = config.evaluation, config.data.sequence_length
-    yield from _at_least("evaluation.passkey_every", evaluation.passkey_every, 0)
-    for length in evaluation.passkey_lengths:
-        yield from _at_least("evaluation.passkey_lengths", length, 2)
-        if length > longest:
-            yield (
-                f"evaluation.passkey_lengths={length} is longer than data.sequence_length="
-                f"{longest}, which is what the run has memory for"
-            )
-    if not evaluation.passkey_depths:
-        yield "evaluation.passkey_depths is empty: name at least one, from 0 to 1"
-    for depth in evaluation.passkey_depths:
-        if not 0 <= depth <= 1:
-            yield f"evaluation.passkey_depths={depth} must be from 0 (the beginning) to 1 (the end)"
-
-
-def _update_problems(config: Config) -> Iterator[str]:
-    """Where and when weights are updated, against what else is asked for."""
-    optimizer, accumulation_steps = config.optimizer, config.train.accumulation_steps
-    yield from _one_of("optimizer.offload", optimizer.offload, OFFLOADS)
-    if optimizer.in_backward and optimizer.max_grad_norm is not None:
-        yield (
-            f"optimizer.in_backward=true updates weights before the gradient's global norm is "
-            f"known, so optimizer.max_grad_norm={optimizer.max_grad_norm} cannot be kept: set "
-            f"optimizer.max_grad_norm=null or optimizer.in_backward=false"
-        )
-    if optimizer.in_backward and accumulation_steps > 1:
-        yield (
-            f"optimizer.in_backward=true updates weights in every backward, so "
-            f"train.accumulation_steps={accumulation_steps} gradients cannot add up: set "
-            f"train.accumulation_steps=1 or optimizer.in_backward=false"
-        )
-    if optimizer.offload == "host" and optimizer.in_backward:
-        yield (
-            "optimizer.offload=host takes each gradient off the device in the backward already, "
-            "and updates after it: set optimizer.in_backward=false or optimizer.offload=none"
-        )
-    if optimizer.offload == "host" and config.precision == "bf16":
-        yield (
-            "optimizer.offload=host keeps fp32 weights and states on the host, and precision=bf16 "
-            "asks for bf16: set precision=bf16_master or optimizer.offload=none"
-        )
-
-
-def _one_of(key: str, value: object, choices: Sequence[object]) -> Iterator[str]:
-    if value not in choices:
-        yield f"{key}={value} is not one of {', '.join(map(str, choices))}"
-
-
-def _at_least(key: str, value: int, smallest: int, largest: int | None = None) -> Iterator[str]:
-    if value < smallest or (largest is not None and value > largest):
-        limit = "" if largest is None else f" and at most {largest}"
-        yield f"{key}={value} must be at least {smallest}{limit}"
-
-
-def _positive(key: str, value: float) -> Iterator[str]:
-    if not 0 < value < 1e12:
-        yield f"{key}={value} must be greater than 0 and below 10^12"

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mst_train.cli.compose import compose
 from mst_train.paper.reported import K
-from mst_train.plan.predict import make_target, predict
+from mst_train.plan.config import configured_target, read
+from mst_train.plan.predict import predict
 
 LENGTHS = (16 * K, 64 * K)
 """The paper's; and one at which blocks, too, can set the peak."""
@@ -33,8 +33,8 @@ def number_of_chunks(
         for kind in KINDS:
             for count in COUNTS[kind]:
                 advance(f"{kind} in {count} chunks at {length // K}K")
-                config = compose([*base, *settings(kind, count, length)])
-                report = predict(config, make_target(config)).report()
+                config = read([*base, *settings(kind, count, length)])
+                report = predict(config, configured_target(config)).report()
                 rows.append({"tokens": length, "kind": kind, "chunks": count} | report)
     return {"rows": rows}
 

@@ -1,11 +1,9 @@
 """What fills the memory at lengths from 1K to 80K, predicted for each memory policy."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-from mst_train.cli.compose import compose
-from mst_train.plan.predict import make_target
+from mst_train.plan.config import configured_target, read
 from mst_train.plan.sweep import over_lengths
 
 _MST = "+experiment=llama3_8b_lengths_mst"
@@ -25,9 +23,8 @@ def over_all_lengths(
     """For each way the predictions over lengths; none given: the experiments' own."""
     found = {}
     for name, settings in ways.items():
-        config = compose(settings)
-        if lengths:
-            config = replace(config, plan=replace(config.plan, sweep=list(lengths)))
-        predictions = over_lengths(config, make_target(config), advance)
+        config = read(settings)
+        chosen = lengths or config.plan.sweep
+        predictions = over_lengths(config, chosen, configured_target(config), advance)
         found[name] = [prediction.report() for prediction in predictions]
     return {"ways": found}

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mst_train.cli.compose import compose
 from mst_train.memory.simulate import Build
 from mst_train.paper.reported import MODELS, Reported
 from mst_train.plan.baseline import transformers_baseline
 from mst_train.plan.choose import longest
-from mst_train.plan.predict import make_target
+from mst_train.plan.config import configured_target, read
 from mst_train.plan.search import STEP
 
 BASELINE_STEP = 256
@@ -33,12 +32,12 @@ def _limits(model: Reported, advance: Callable[[str], None]) -> dict[str, Any]:
     """The prediction at the longest sequence of each way; None where no length fits."""
 
     def limit(name: str, step: int, build: Build | None, *settings: str) -> dict[str, Any] | None:
-        config = compose([f"+experiment={model.experiment}", *settings])
+        config = read([f"+experiment={model.experiment}", *settings])
 
         def heard(what: str) -> None:
             advance(f"{model.name}, {name}: {what}")
 
-        found = longest(config, make_target(config), heard, build=build, step=step)
+        found = longest(config, configured_target(config), heard, build=build, step=step)
         return None if found is None else found.report()
 
     found = {

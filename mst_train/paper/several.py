@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mst_train.cli.compose import compose
 from mst_train.paper.reported import SEVERAL_GPUS
 from mst_train.plan.choose import longest
-from mst_train.plan.predict import make_target, predict
+from mst_train.plan.config import configured_target, read
+from mst_train.plan.predict import predict
 
 
 def several_gpus(
@@ -15,8 +15,8 @@ def several_gpus(
     """Whether the paper's lengths fit, and the longest that do."""
     rows = []
     for (model, gpus), experiment in experiments.items():
-        config = compose([f"+experiment={experiment}"])
-        target = make_target(config)
+        config = read([f"+experiment={experiment}"])
+        target = configured_target(config)
         advance(f"{model} on {gpus} GPUs")
         limit = longest(config, target)
         rows.append(

@@ -2,11 +2,14 @@
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mst_train.cli.command import run_command
-from mst_train.config import AUTO, Config
+from mst_train.config import AUTO
 from mst_train.files import expanded, make_folder
+
+if TYPE_CHECKING:
+    from mst_train.plan.config import PlanConfig
 
 HELP = """\
 python -m mst_train.plan [the arguments of a training command] [plan.KEY=VALUE ...]
@@ -29,15 +32,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    from mst_train.cli.compose import compose, describe
+    from mst_train.cli.compose import describe
+    from mst_train.plan.config import PlanConfig, read
 
     if "--help" in arguments or "-h" in arguments:
         from mst_train.memory.devices import DEVICES
 
-        settings = describe(Config()).partition("\nplan:\n")[2].rstrip()
+        settings = describe(PlanConfig()).partition("\nplan:\n")[2].rstrip()
         print(HELP.format(devices=", ".join(DEVICES), settings=settings))
         return 0
-    config = compose([a for a in arguments if a != "--config"])
+    config = read([a for a in arguments if a != "--config"])
     if "--config" in arguments:
         print(describe(config), end="")
         return 0
@@ -46,19 +50,20 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _plan(config: Config) -> tuple[dict[str, Any], str]:
+def _plan(config: "PlanConfig") -> tuple[dict[str, Any], str]:
     """The report and what to show of it."""
     from tqdm import tqdm
 
     from mst_train.memory.simulate import with_length
     from mst_train.plan.before import announce
     from mst_train.plan.choose import choose, longest
-    from mst_train.plan.predict import make_target, predict
+    from mst_train.plan.config import configured_target
+    from mst_train.plan.predict import predict
     from mst_train.plan.show import render
     from mst_train.plan.sweep import over_lengths
     from mst_train.units import GIB
 
-    target = make_target(config)
+    target = configured_target(config)
     if config.plan.sweep:
         make_folder(expanded(config.plan.dir), "plan.dir")
     announce(with_length(config, max(config.plan.sweep, default=config.data.sequence_length)))
@@ -70,7 +75,7 @@ def _plan(config: Config) -> tuple[dict[str, Any], str]:
             bar.update()
 
         if config.plan.sweep:
-            predictions = over_lengths(config, target, advance)
+            predictions = over_lengths(config, config.plan.sweep, target, advance)
         elif config.memory.policy == AUTO:
             choice = choose(config, target, advance)
             predictions = [choice.chosen]
@@ -95,7 +100,7 @@ def _plan(config: Config) -> tuple[dict[str, Any], str]:
     return report, render(predictions, notes)
 
 
-def _write_sweep(config: Config, predictions: list[Any]) -> list[str]:
+def _write_sweep(config: "PlanConfig", predictions: list[Any]) -> list[str]:
     from mst_train.plan import plot, show
 
     folder = expanded(config.plan.dir)

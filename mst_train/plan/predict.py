@@ -7,7 +7,7 @@ import torch
 
 from mst_train.config import Config
 from mst_train.errors import UserError
-from mst_train.memory.devices import Device, device_bytes, find_device
+from mst_train.memory.devices import Device, device_bytes
 from mst_train.memory.simulate import Build, Simulation, simulate
 from mst_train.memory.tracker import KINDS
 from mst_train.model.flops import parameter_count
@@ -103,15 +103,16 @@ class Prediction:
 
 
 def make_target(
-    config: Config, device: Device | None = None, processes: int | None = None
+    config: Config, device: Device, gpus: int | None = None, *, here: bool = True
 ) -> Target:
-    """What ``config`` is to be planned for: its plan.device, or ``device``, which is here and which
-    each of so many ``processes`` has.
+    """What ``config`` is to be planned for.
 
-    Raises UserError for an unknown device, or one that cannot hold the weights at all.
+    Args:
+        gpus: how many such devices share the run; None: ``parallel.sequence_parallel``.
+        here: whether the device is this machine's, so that this machine's is the host's memory.
+
+    Raises UserError where the device cannot hold the weights at all.
     """
-    here = device is not None or config.plan.device in ("auto", "cpu")
-    device = device or find_device(config.plan.device)
     memory = config.memory
     budget = device.memory_bytes
     if memory.device_budget_gib is not None:
@@ -119,7 +120,7 @@ def make_target(
     host = None if memory.host_budget_gib is None else int(memory.host_budget_gib * GIB)
     if host is None and here:
         host = device_bytes(torch.device("cpu")) // local_world_size()
-    gpus = processes or config.plan.gpus or config.parallel.sequence_parallel
+    gpus = gpus or config.parallel.sequence_parallel
     dtype = weight_type(config.precision)
     target = Target(device, gpus, budget, host, dtype)
     _require_weights(config, target, dtype)

@@ -1,6 +1,6 @@
 """Predictions over sequence lengths."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from mst_train.config import AUTO, Config
 from mst_train.memory.simulate import with_length
@@ -17,11 +17,11 @@ def at_length(config: Config, target: Target, length: int) -> Prediction:
 
 
 def over_lengths(
-    config: Config, target: Target, advance: Callable[[str], None]
+    config: Config, lengths: Iterable[int], target: Target, advance: Callable[[str], None]
 ) -> list[Prediction]:
-    """Predictions at the lengths of ``plan.sweep``."""
+    """Predictions at each of these lengths."""
     found = []
-    for length in sorted(set(config.plan.sweep)):
+    for length in sorted(set(lengths)):
         advance(f"{length:,} tokens")
         found.append(at_length(config, target, length))
     return found

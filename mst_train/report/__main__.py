@@ -25,9 +25,10 @@ def _run(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(HELP)
         return 0
-    from mst_train.cli.compose import compose, warn_of_unused
+    from mst_train.cli.compose import warn_of_unused
+    from mst_train.report.config import read
 
-    config = compose(arguments)
+    config = read(arguments)
     warn_of_unused(arguments, ("run.", "report."))
     folder = expanded(config.run.dir)
     others = [expanded(name) for name in config.report.compare]

@@ -41,7 +41,8 @@ def over_lengths(run: Run) -> list[dict[str, Any]]:
     own, degree = config.data.sequence_length, config.parallel.sequence_parallel
     others = {length for length in (own // 4, own // 2, 2 * own) if length >= SHORTEST}
     try:
-        target = make_target(config, find_device(run.prediction["device"]))
+        device = find_device(run.prediction["device"])
+        target = make_target(config, device, run.prediction["gpus"])
         found = [at_length(config, target, n).report() for n in others if n % degree == 0]
     except UserError:
         return [run.prediction]
@@ -67,5 +68,4 @@ def _as_planned(config: Config, prediction: dict[str, Any]) -> Config:
         offload=prediction["offload"],
     )
     optimizer = replace(config.optimizer, in_backward=prediction["in_backward"])
-    plan = replace(config.plan, gpus=prediction["gpus"])
-    return replace(config, memory=memory, optimizer=optimizer, plan=plan)
+    return replace(config, memory=memory, optimizer=optimizer)

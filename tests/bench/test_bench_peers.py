@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mst_train.bench import peers
-from mst_train.config import Config
+from mst_train.bench.config import BenchConfig
 
 NO_COMPILER = (
     "bench.variants=["
@@ -40,7 +40,7 @@ def test_matched_stays_within_the_leanest_peers_peak_and_close_to_it(run_bench, 
 
 
 def test_the_truth_is_autograds(change):
-    config = change(Config(), **{"model.vocab_size": 50, "model.hidden_size": 16})
+    config = change(BenchConfig(), **{"model.vocab_size": 50, "model.hidden_size": 16})
     work = peers.head(config, 600, torch.device("cpu"))
     hidden, weight = (work.tensors[n].detach().double().requires_grad_() for n in work.truth)
     generator = torch.Generator().manual_seed(0)
@@ -52,7 +52,7 @@ def test_the_truth_is_autograds(change):
 
 
 def test_a_wrong_gradient_shows(change):
-    config = change(Config(), **{"model.hidden_size": 16, "model.intermediate_size": 24})
+    config = change(BenchConfig(), **{"model.hidden_size": 16, "model.intermediate_size": 24})
     work = peers.mlp(config, 40, torch.device("cpu"))
     work.ours(8).backward()
     gradient = work.tensors["down"].grad

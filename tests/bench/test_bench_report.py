@@ -150,10 +150,10 @@ def test_help(option, capsys):
 
 @pytest.mark.parametrize("name", ["step", "systems", "peers", "short"])
 def test_presets_for_gpus_hold_the_papers_model(name):
-    from mst_train.cli.compose import compose
+    from mst_train.bench.config import read
 
-    config = compose([f"+bench={name}_gpu"])
+    config = read([f"+bench={name}_gpu"])
     assert (config.bench.kind, config.bench.name) == (name, f"{name}_gpu")
     assert (config.model.hidden_size, config.model.vocab_size) == (4096, 128256)
     assert config.precision == "bf16"
-    assert compose([f"+bench={name}_gpu", "model=llama2_7b"]).model.vocab_size == 32000
+    assert read([f"+bench={name}_gpu", "model=llama2_7b"]).model.vocab_size == 32000

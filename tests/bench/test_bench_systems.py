@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mst_train.bench import systems
+from mst_train.bench.config import BenchConfig
 from mst_train.bench.workload import build, random_batch
-from mst_train.config import Config
 
 HERE = ("mst", "transformers", "transformers_checkpointing", "alst")
 
@@ -70,7 +70,7 @@ def test_the_preset_for_gpus_runs_here_with_small_dimensions(run_bench, by_varia
 def test_transformers_uses_our_parameters(change):
     pytest.importorskip("transformers", reason="transformers is not installed")
     config = change(
-        Config(), **{"model.vocab_size": 64, "model.num_layers": 2, "bench.lengths": [16]}
+        BenchConfig(), **{"model.vocab_size": 64, "model.num_layers": 2, "bench.lengths": [16]}
     )
     cpu = torch.device("cpu")
     ours = build(config, cpu)
@@ -84,7 +84,7 @@ def test_liger_leaves_transformers_as_it_was(change):
     from transformers.models.llama import modeling_llama
 
     before = dict(vars(modeling_llama))
-    config = change(Config(), **{"model.vocab_size": 64, "bench.lengths": [16]})
+    config = change(BenchConfig(), **{"model.vocab_size": 64, "bench.lengths": [16]})
     cpu = torch.device("cpu")
     model, rope = systems._liger_model(config, build(config, cpu), cpu)
     assert vars(modeling_llama) == before
@@ -93,13 +93,13 @@ def test_liger_leaves_transformers_as_it_was(change):
 
 
 def test_tiles_are_as_many_as_the_bytes_ask_for(change):
-    config = change(Config(), **{"model.vocab_size": 128256, "bench.loss_tile_mib": 1024})
+    config = change(BenchConfig(), **{"model.vocab_size": 128256, "bench.loss_tile_mib": 1024})
     assert systems.loss_tiles(61440, config) == 30
     assert systems.loss_tiles(10, config) == 1
     assert systems.mlp_tiles(61440, 4096) == 15
 
 
 def test_labels_are_shifted(change):
-    batch = random_batch(Config(), 9, torch.device("cpu"))
+    batch = random_batch(BenchConfig(), 9, torch.device("cpu"))
     assert batch.labels[0, :-1].tolist() == batch.tokens[0, 1:].tolist()
     assert batch.labels[0, -1] == -100 and batch.valid_tokens == 8

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import mst_train.cli.compose
+from mst_train.bench import config as bench
 from mst_train.cli.compose import (
     choices,
     compose,
@@ -17,9 +18,15 @@ from mst_train.cli.compose import (
     recompose,
     warn_of_unused,
 )
-from mst_train.cli.settings import build, is_text, known_keys
+from mst_train.cli.settings import Settings
 from mst_train.config import Config, validate
 from mst_train.errors import UserError
+from mst_train.plan import config as plan
+from mst_train.prepare import config as prepare
+from mst_train.report import config as report
+
+RUNS = Settings(Config)
+"""A run's."""
 
 
 def problems(*arguments):
@@ -156,7 +163,6 @@ def test_one_message_lists_every_problem():
         ("train.micro_batch_size=1000000", "train.micro_batch_size=1000000, train.accumulation_"),
         ("train.accumulation_steps=1e9", "train.micro_batch_size=1, train.accumulation_steps=1"),
         ("data.tokenizer_vocab_size=2147483648", "data.tokenizer_vocab_size=2147483648 must be"),
-        ("prepare.workers=1000000", "prepare.workers=1000000 must be at least 1 and at most 4096"),
     ],
 )
 def test_refusals(argument, message):
@@ -164,11 +170,31 @@ def test_refusals(argument, message):
     assert found.startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("command", "argument", "message"),
+    [
+        (plan, "plan.sweep=[2147483648]", "plan.sweep=2147483648 must be at least 2 and at most"),
+        (bench, "bench.lengths=[2147483648]", "bench.lengths=2147483648 must be at least 2 and"),
+        (bench, "bench.threads=5000", "bench.threads=5000 must be at least 1 and at most 4096"),
+        (prepare, "prepare.shard_mib=1099511627776", "prepare.shard_mib=1099511627776 must be at"),
+        (prepare, "prepare.shard=1/5000", "prepare.shard=1/5000 must be i/N"),
+        (prepare, "prepare.shard=1/" + "9" * 240, "prepare.shard=1/9999"),
+        (prepare, "prepare.workers=1000000", "prepare.workers=1000000 must be at least 1 and at"),
+        (report, "report.compare=['']", "report.compare[0] is empty"),
+    ],
+)
+def test_what_commands_refuse(command, argument, message):
+    with pytest.raises(UserError) as caught:
+        command.read([argument])
+    (found,) = caught.value.problems
+    assert found.startswith(message)
+
+
 def test_description_holds_every_setting_and_composes_again():
     config = compose(["train.steps=7", "run.name=x"])
     text = describe(config)
     assert "steps: 7" in text
-    assert all(key.rpartition(".")[2] + ":" in text for key in known_keys())
+    assert all(key.rpartition(".")[2] + ":" in text for key in RUNS)
 
 
 def test_nothing_is_left_in_the_folder(tmp_path, monkeypatch):
@@ -200,13 +226,27 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("key", known_keys())
-def test_every_setting_takes_or_refuses_every_kind_of_value(key):
+def every_setting():
+    """The settings of a run, and those of each command's own group."""
+    yield from ((Config, key) for key in RUNS)
+    for schema in (bench.BenchConfig, plan.PlanConfig, prepare.PrepareConfig, report.ReportConfig):
+        yield from ((schema, key) for key in Settings(schema) if key not in RUNS)
+
+
+RULES = {
+    bench.BenchConfig: bench._problems,
+    plan.PlanConfig: plan._problems,
+    prepare.PrepareConfig: prepare._problems,
+}
+
+
+@pytest.mark.parametrize(("schema", "key"), list(every_setting()))
+def test_every_setting_takes_or_refuses_every_kind_of_value(schema, key):
     """By name, on one short line; what is taken is what was given."""
     for value in MISTAKES:
         found = []
-        config = build([(key, value)], found)
-        found = found or validate(config)
+        config = Settings(schema).build([(key, value)], found)
+        found = found or [*validate(config), *RULES.get(schema, lambda _: ())(config)]
         assert all(line.isprintable() and len(line) < 300 for line in found)
         if found:
             assert found[0].startswith(key)
@@ -228,9 +268,9 @@ def test_a_runs_settings_that_no_run_has_written():
 
 
 def test_texts_stay_as_they_are_typed():
-    for key in filter(is_text, known_keys()):
+    for key in filter(RUNS.is_text, RUNS):
         found = []
-        build([(key, "x")], found)
+        RUNS.build([(key, "x")], found)
         assert not found
     for typed in ("007", "1e3", "1_000", "1.10", "True"):
         assert compose([f"run.name={typed}"]).run.dir == f"runs/{typed}"
@@ -322,3 +362,17 @@ def test_experiments_that_include_each_other_and_a_bomb_of_aliases(write):
     lines = [f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]" for a, b in itertools.pairwise(names)]
     (found,) = write("\n".join(["a: &a [x]", *lines]))
     assert "more than 10000 values" in found
+
+
+def test_other_commands_settings_are_left_out_with_a_warning(caplog):
+    config = compose(["+bench=step", "plan.gpus=2", "bench.nothing=3"])
+    assert not hasattr(config, "bench") and not hasattr(config, "plan")
+    assert [record.message for record in caplog.records] == [
+        "plan.gpus=2 does nothing in this command: it is python -m mst_train.plan's",
+        "bench.nothing=3 does nothing in this command: it is python -m mst_train.bench's",
+    ]
+    assert plan.read(["+experiment=paper_base", "plan.gpus=2"]).plan.gpus == 2
+    with pytest.raises(UserError, match=r"plan\.gpus=3 is not a multiple"):
+        plan.read(["plan.gpus=3", "parallel.sequence_parallel=2"])
+    with pytest.raises(UserError, match=r"plan\.gpsu is not a setting: did you mean plan\.gpus"):
+        plan.read(["plan.gpsu=3"])

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from mst_train.cli.compose import compose
 from mst_train.memory.simulate import with_length
 from mst_train.paper import __main__ as command
 from mst_train.paper import ablations, lengths, longest, pieces, several
 from mst_train.paper.reported import MODELS, SEVERAL_GPUS, K
 from mst_train.plan.baseline import transformers_baseline
 from mst_train.plan.choose import longest as longest_that_fits
-from mst_train.plan.predict import make_target, predict
+from mst_train.plan.config import configured_target, read
+from mst_train.plan.predict import predict
 
 SMALL = ("+experiment=tiny", "precision=bf16", "plan.device=a100_80gb")
 QUIET = lambda _: None  # noqa: E731
@@ -58,11 +58,11 @@ def test_each_model_is_searched_in_each_way(asked):
 
 def test_experiments_have_the_reported_lengths():
     for model in MODELS:
-        config = compose([f"+experiment={model.experiment}"])
+        config = read([f"+experiment={model.experiment}"])
         assert config.data.sequence_length == model.mst * K
     alone = {"Llama3-8B": 60 * K, "Llama2-7B": 80 * K}
     for (model, gpus), experiment in SEVERAL_GPUS.items():
-        config = compose([f"+experiment={experiment}"])
+        config = read([f"+experiment={experiment}"])
         assert config.parallel.sequence_parallel == gpus
         assert config.data.sequence_length == gpus * alone[model]
 
@@ -77,8 +77,8 @@ def test_several_gpus_share_a_sequence(asked):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_search_can_have_another_model_and_another_step(checkpointing):
     pytest.importorskip("transformers")
-    config = compose([*SMALL, "memory.device_budget_gib=2"])
-    target = make_target(config)
+    config = read([*SMALL, "memory.device_budget_gib=2"])
+    target = configured_target(config)
     build = transformers_baseline(gradient_checkpointing=checkpointing)
     found = longest_that_fits(config, target, build=build, step=256)
     length = found.config.data.sequence_length
@@ -88,7 +88,7 @@ def test_a_search_can_have_another_model_and_another_step(checkpointing):
 
 
 def test_the_policies_are_compared_over_the_same_lengths():
-    found = [compose(settings) for settings in lengths.WAYS.values()]
+    found = [read(settings) for settings in lengths.WAYS.values()]
     assert [(c.memory.policy, c.memory.keep_attention) for c in found[2:]] == [
         ("mst", True),
         ("mst", False),
@@ -114,8 +114,8 @@ def test_memory_over_lengths():
     ("kind", "experiment"), [("head", "ablation_head_chunks_8"), ("block", "ablation_mlp_chunks_8")]
 )
 def test_ablations_are_the_experiments(kind, experiment):
-    ours = compose([*ablations.BASE, *ablations.settings(kind, 8, 16 * K)])
-    theirs = compose([f"+experiment={experiment}"])
+    ours = read([*ablations.BASE, *ablations.settings(kind, 8, 16 * K)])
+    theirs = read([f"+experiment={experiment}"])
     assert ours.memory == theirs.memory
     assert replace(ours, run=theirs.run, plan=theirs.plan) == theirs
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from mst_train.cli.compose import compose
 from mst_train.errors import UserError
 from mst_train.memory.tracker import MemoryTracker
 from mst_train.plan.choose import choose, describe
-from mst_train.plan.predict import make_target, predict
+from mst_train.plan.config import configured_target, read
+from mst_train.plan.predict import predict
 from mst_train.run.train import train
 
 AUTO = ["model=llama_bench", "plan.device=cpu", "memory.policy=auto"]
@@ -14,8 +14,8 @@ IN_BACKWARD = ["optimizer.max_grad_norm=null"]
 
 
 def choice(*arguments):
-    config = compose([*AUTO, *arguments])
-    return choose(config, make_target(config))
+    config = read([*AUTO, *arguments])
+    return choose(config, configured_target(config))
 
 
 def test_the_fastest_that_fits():
@@ -50,7 +50,7 @@ def test_nothing_fits_names_what_would():
 
 def test_updates_in_the_backward_only_where_they_are_allowed():
     def settings(*arguments):
-        config = compose([*AUTO, *arguments])
+        config = read([*AUTO, *arguments])
         from mst_train.plan.choose import settings
 
         return [c for group in settings(config) for c in group]
@@ -66,17 +66,17 @@ def test_updates_in_the_backward_only_where_they_are_allowed():
 
 def test_offload_is_chosen_where_attention_is_kept_for_it():
     """Llama3-8B at 60K tokens on 80 GB: copies cost less than computing attention again."""
-    config = compose(
+    config = read(
         ["+experiment=llama3_8b_auto", "plan.device=a100_80gb", "memory.host_budget_gib=256"]
     )
-    chosen = choose(config, make_target(config)).chosen
+    chosen = choose(config, configured_target(config)).chosen
     assert chosen.config.memory.offload == "host"
     assert chosen.config.memory.keep_attention
     assert chosen.config.optimizer.in_backward
-    without = compose(
+    without = read(
         ["+experiment=llama3_8b_auto", "plan.device=a100_80gb", "memory.host_budget_gib=1"]
     )
-    chosen = choose(without, make_target(without)).chosen
+    chosen = choose(without, configured_target(without)).chosen
     assert (chosen.config.memory.offload, chosen.config.memory.keep_attention) == ("none", False)
 
 
@@ -86,12 +86,14 @@ def test_training_stays_inside_the_budget(tmp_path, corpus, cache):
     arguments += ["data.sequence_length=2048", "plan.device=cpu", f"run.dir={tmp_path}/run"]
     arguments += ["data.tokenizer_vocab_size=512", "data.validation_fraction=0.2"]
     arguments += [f"data.source={corpus}", f"data.cache_dir={cache}", "model.num_layers=2"]
-    config = compose(arguments)
-    target = make_target(config)
+    config = read(arguments)
+    target = configured_target(config)
     peaks = {describe(p): p.simulation.peak_bytes for p in choose(config, target).compared}
     budget = (peaks["vanilla"] + peaks["mst"]) / 2
-    config = compose([*arguments, f"memory.device_budget_gib={budget / 2**30}"])
-    predicted = predict(choose(config, make_target(config)).chosen.config, make_target(config))
+    config = read([*arguments, f"memory.device_budget_gib={budget / 2**30}"])
+    predicted = predict(
+        choose(config, configured_target(config)).chosen.config, configured_target(config)
+    )
     with MemoryTracker() as tracker:
         train(config)
     assert tracker.peak_bytes <= budget

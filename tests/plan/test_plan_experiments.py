@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mst_train.cli.compose import compose
 from mst_train.plan.choose import choose
-from mst_train.plan.predict import make_target, predict
+from mst_train.plan.config import configured_target, read
+from mst_train.plan.predict import predict
 
 FOLDER = Path(__file__).parent.parent.parent / "configs" / "experiment"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -19,13 +19,13 @@ BEYOND_80_GB = {  # at the paper's lengths, by what today's transformers takes i
 
 @pytest.mark.parametrize("name", NAMES)
 def test_experiment(name):
-    config = compose([f"+experiment={name}"])
+    config = read([f"+experiment={name}"])
     assert config.run.name == name
     if config.memory.policy == "auto":
-        config = compose([f"+experiment={name}", "plan.device=a100_80gb"])
-        assert choose(config, make_target(config)).chosen.fits
+        config = read([f"+experiment={name}", "plan.device=a100_80gb"])
+        assert choose(config, configured_target(config)).chosen.fits
         return
-    target = make_target(config)
+    target = configured_target(config)
     prediction = predict(config, target)
     assert prediction.simulation.peak_bytes > 0
     if target.device.name == "a100_80gb" and config.memory.policy == "mst":
@@ -41,7 +41,7 @@ def test_the_papers_lengths_are_there():
         "gemma2_9b": 36,
     }
     for model, thousands in lengths.items():
-        config = compose([f"+experiment={model}_seq{thousands}k"])
+        config = read([f"+experiment={model}_seq{thousands}k"])
         assert config.data.sequence_length == 1024 * thousands
         assert config.optimizer.in_backward
         assert config.precision == "bf16"

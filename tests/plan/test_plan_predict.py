@@ -8,14 +8,14 @@ import torch
 
 import mst_train.memory.fakes as stand_ins
 import mst_train.memory.simulate as simulate_module
-from mst_train.cli.compose import compose
 from mst_train.memory.devices import DEVICES, find_device
 from mst_train.memory.simulate import simulate, with_length
 from mst_train.memory.tracker import KINDS
 from mst_train.model.flops import parameter_count, training_flops
 from mst_train.plan.__main__ import main
 from mst_train.plan.choose import longest
-from mst_train.plan.predict import make_target, predict
+from mst_train.plan.config import configured_target, read
+from mst_train.plan.predict import predict
 from mst_train.plan.speed import rates, seconds
 
 GIB = 2**30
@@ -25,21 +25,21 @@ NOT_IN_BACKWARD = ["optimizer.in_backward=false"]
 
 
 def predicted(*arguments):
-    config = compose(arguments)
-    return predict(config, make_target(config))
+    config = read(arguments)
+    return predict(config, configured_target(config))
 
 
 def test_weights_and_states_are_those_of_the_model():
     found = predicted(*LLAMA3).simulation
-    parameters = parameter_count(compose(LLAMA3).model)
+    parameters = parameter_count(read(LLAMA3).model)
     assert found.breakdown["parameters"] == pytest.approx(2 * parameters, rel=1e-4)
     assert found.breakdown["optimizer"] == pytest.approx(4 * parameters, rel=1e-3)
 
 
 def test_flops_are_the_models_and_what_is_recomputed():
     """Keeping everything: the model's own, but for attention's backward (2.5 forwards, not 2)."""
-    config = compose([*LLAMA3, "memory.policy=vanilla", "data.sequence_length=8192"])
-    work = predict(config, make_target(config)).simulation.work
+    config = read([*LLAMA3, "memory.policy=vanilla", "data.sequence_length=8192"])
+    work = predict(config, configured_target(config)).simulation.work
     counted = work.product_flops + 3 * work.attention_forward_flops
     assert counted == pytest.approx(training_flops(config.model, 8192), rel=1e-6)
     assert work.attention_backward_flops == pytest.approx(2.5 * work.attention_forward_flops)
@@ -55,8 +55,8 @@ def test_products_of_each_policy():
     one = 2 * length * hidden * wide * layers
 
     def products(*memory):
-        config = compose([*LLAMA3, f"data.sequence_length={length}", *memory])
-        return predict(config, make_target(config)).simulation.work.product_flops
+        config = read([*LLAMA3, f"data.sequence_length={length}", *memory])
+        return predict(config, configured_target(config)).simulation.work.product_flops
 
     vanilla = products("memory.policy=vanilla")
     one_chunk = "memory.block_chunk_tokens=8192"
@@ -98,7 +98,7 @@ def assert_same(found, expected):
     ],
 )
 def test_deep_models_are_extrapolated_exactly(in_full, arguments):
-    config, device = compose(arguments), find_device("a100_80gb")
+    config, device = read(arguments), find_device("a100_80gb")
     assert_same(simulate(config, device), in_full(config, device))
 
 
@@ -108,7 +108,7 @@ def test_long_sequences_are_extrapolated_exactly(in_full, monkeypatch, memory):
         monkeypatch.setattr(module, "KEYS_AT_ONCE", 1024)
     arguments = ["model=llama_tiny", "model.num_layers=1", "data.sequence_length=12288"]
     arguments += ["memory.block_chunk_tokens=512", "memory.head_chunk_tokens=256", *memory]
-    config, device = compose(arguments), find_device("a100_80gb")
+    config, device = read(arguments), find_device("a100_80gb")
     lengths = simulate_module._shorter_lengths(config, simulate(config, device).policy, False)
     assert lengths == (4096, 6144, 8192)
     assert_same(simulate(config, device), in_full(config, device))
@@ -154,8 +154,8 @@ def test_zero_shares_states_out():
 
 
 def test_offload_moves_bytes_to_the_host():
-    config = compose([*LLAMA3, "memory.offload=host", "memory.keep_attention=true"])
-    found = predict(config, make_target(config)).simulation
+    config = read([*LLAMA3, "memory.offload=host", "memory.keep_attention=true"])
+    found = predict(config, configured_target(config)).simulation
     tokens, layers = config.data.sequence_length, config.model.num_layers
     kept = 2 * 8192 + 32 * 4 + 2 * 2048  # block's input, attention's result, lse, keys and values
     assert found.host_bytes == pytest.approx(tokens * layers * kept, rel=0.01)
@@ -164,7 +164,7 @@ def test_offload_moves_bytes_to_the_host():
 
 def test_time_is_work_over_rates():
     device = DEVICES["a100_80gb"]
-    found = simulate(compose(LLAMA3), device)
+    found = simulate(read(LLAMA3), device)
     speed = rates(device, torch.bfloat16)
     assert seconds(found, speed) > found.work.flops / device.bf16_flops
     assert rates(find_device("80"), torch.bfloat16) is None
@@ -174,8 +174,8 @@ def test_time_is_work_over_rates():
 
 
 def test_longest_rounds_down_to_1024():
-    config = compose(["model=llama_tiny", "memory.device_budget_gib=0.2", "plan.device=cpu"])
-    target = make_target(config)
+    config = read(["model=llama_tiny", "memory.device_budget_gib=0.2", "plan.device=cpu"])
+    target = configured_target(config)
     found = longest(config, target)
     length = found.config.data.sequence_length
     assert length % 1024 == 0

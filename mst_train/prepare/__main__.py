@@ -14,10 +14,10 @@ from mst_train.errors import UserError
 from mst_train.files import expanded, unwritable
 
 if TYPE_CHECKING:
-    from mst_train.config import Config
     from mst_train.data.build import Plan
     from mst_train.data.documents import Source
     from mst_train.data.tokenizer import Vocabulary
+    from mst_train.prepare.config import PrepareConfig
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +43,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    from mst_train.cli.compose import compose, describe, warn_of_unused
-    from mst_train.config import Config
+    from mst_train.cli.compose import describe, warn_of_unused
+    from mst_train.prepare.config import PrepareConfig, read
 
     if "--help" in arguments or "-h" in arguments:
-        groups = re.findall(r"^(?:data|prepare):\n(?: .*\n)+", describe(Config()), re.MULTILINE)
+        groups = re.findall(
+            r"^(?:data|prepare):\n(?: .*\n)+", describe(PrepareConfig()), re.MULTILINE
+        )
         print(HELP.format(settings="".join(groups)), end="")
         return 0
-    config = compose([a for a in arguments if a != "--config"])
+    config = read([a for a in arguments if a != "--config"])
     if "--config" in arguments:
         print(describe(config), end="")
         return 0
@@ -73,7 +75,7 @@ def _verify(folder: Path) -> int:
     return 0
 
 
-def _prepare(config: "Config", folder: Path) -> int:
+def _prepare(config: "PrepareConfig", folder: Path) -> int:
     from mst_train.data.build import build, take
     from mst_train.data.corpus import prepared_folder
     from mst_train.data.documents import find_documents
@@ -127,7 +129,7 @@ def _prepare(config: "Config", folder: Path) -> int:
     return 0
 
 
-def _packing(config: "Config", folder: Path) -> str:
+def _packing(config: "PrepareConfig", folder: Path) -> str:
     """Pack the documents as training will, and write what that does to them; a line about it."""
     from mst_train.data import PACKING, pack, split_corpus, streams_of
     from mst_train.data.corpus import open_corpus
@@ -162,7 +164,7 @@ def _packing(config: "Config", folder: Path) -> str:
     )
 
 
-def _plan(config: "Config") -> "Plan":
+def _plan(config: "PrepareConfig") -> "Plan":
     from mst_train.data.build import Plan
     from mst_train.data.pieces import cores
     from mst_train.data.tokenizer_file import load_tokenizer
@@ -194,7 +196,7 @@ def _plan(config: "Config") -> "Plan":
     )
 
 
-def _vocabulary(config: "Config", source: "Source", folder: Path) -> "Vocabulary":
+def _vocabulary(config: "PrepareConfig", source: "Source", folder: Path) -> "Vocabulary":
     """The tokenizer: the one given, the one that the folder has from before, or a new one."""
     from mst_train.data.manifest import MANIFEST, TOKENIZER, WORK
     from mst_train.data.pieces import ignore, refuse

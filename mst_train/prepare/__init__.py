@@ -1,0 +1,1 @@
+"""The command that tokenises a source into a folder of shards, by several processes."""
