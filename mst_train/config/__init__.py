@@ -1,6 +1,7 @@
 """A run's configuration.
 
-schema   every setting, its type and default, and what must hold between settings
+schema   every setting, its type and default
+rules    what must hold of settings and between them
 """
 
 from mst_train.config.rules import model_problems, validate

@@ -1,5 +1,6 @@
 """What a run will take, known before it starts: python -m mst_train.plan.
 
+config     the settings of this command, and the devices that they name
 predict    memory and time of a step of a configuration on a device
 speed      how fast a device does what a step does
 choose     memory.policy=auto: the fastest settings that fit

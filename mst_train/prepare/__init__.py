@@ -1,1 +1,4 @@
-"""The command that tokenises a source into a folder of shards, by several processes."""
+"""The command that tokenises a source into a folder of shards, by several processes.
+
+``config`` has the settings of this command.
+"""

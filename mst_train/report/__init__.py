@@ -1,5 +1,6 @@
 """A run as one HTML page that needs nothing else: python -m mst_train.report run.dir=DIR.
 
+config     the settings of this command
 read       a run's folder
 memory     what the planner says of its memory at other lengths
 charts     SVG drawings whose colours are the page's
