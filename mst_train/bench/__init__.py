@@ -8,6 +8,7 @@ systems        whole steps of this project, transformers, DeepSpeed's ALST and L
 peers          the LM head and the MLP alone, as others implement them
 max_sequence   the longest sequence that fits under each policy, beside the prediction
 
-``config`` has the settings of this command. ``measure`` times and weighs the variants of one piece of ``workload``; ``machine`` prepares the
-device, ``progress`` shows how far it is; ``report``, ``plot`` and ``write`` are for the result.
+``config`` has the settings of this command. ``measure`` times and weighs the variants of one piece
+of ``workload``; ``machine`` prepares the device, ``progress`` shows how far it is; ``report``,
+``plot`` and ``write`` are for the result.
 """
