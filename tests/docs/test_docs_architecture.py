@@ -44,7 +44,7 @@ def files():
 def missing(text):
     """The names of files in a text that no file has."""
     known = [f"/{name}" for name in files()]
-    names = {name.lstrip("./") for name in FILE.findall(text)}
+    names = {name.lstrip("./") for name in FILE.findall(text) if "NAME" not in name}
     return [name for name in names if not any(path.endswith(f"/{name}") for path in known)]
 
 

@@ -1,0 +1,126 @@
+"""The commands and programs in the pages, the docstrings and the workflow: known, and composed."""
+
+import ast
+import importlib
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mst_train.cli.compose import compose
+from mst_train.export import KEYS
+from mst_train.paper.__main__ import _parser
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("data/*.md"),
+    *ROOT.glob("benchmarks/*.md"),
+]
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+PLACEHOLDERS = {  # what a page leaves to its reader, and something to compose with
+    "+bench=NAME": "+bench=step",
+    "+experiment=NAME": "+experiment=tiny",
+    "model.from_pretrained=FOLDER": "model.rope_scaling.original_length=8192",
+    "...": "run.name=other",
+    "PIECE": "longest",
+    "{name}": "longest",
+}
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands():
+    """The words of each line of shell in the pages, the docstrings and the workflow."""
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                yield shlex.split(line, comments=True)
+        plain = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for code in re.findall(r"`((?:python -m|make|launch/)[^`]+)`", plain):
+            yield shlex.split(code)
+    for path in sorted(ROOT.glob("mst_train/**/*.py")):
+        text = path.read_text()
+        quoted = re.findall(r"`+(python -m [^`]+)`+", text)
+        for code in quoted + re.findall(r'^(?:""")? *(python -m [^:"\n]+)', text, re.MULTILINE):
+            yield shlex.split(code)
+    for path in ROOT.glob(".github/workflows/*.yml"):
+        for code in re.findall(r"- run: (.*)", path.read_text()):
+            yield shlex.split(code)
+
+
+def arguments(words):
+    """A command's arguments, without what its reader may add ([key=value ...])."""
+    kept = []
+    for word in words:
+        if word.startswith("[") or word in ("||", "&&", ";", "|"):
+            break
+        kept.append(PLACEHOLDERS.get(word, word))
+    return [word for word in kept if word not in ("--help", "--config")]
+
+
+def check(words):
+    """Raises where a command is not one that this repository has."""
+    words = words[next((n for n, word in enumerate(words) if "=" not in word), len(words)) :]
+    if words[:1] == ["make"]:
+        named = [word for word in words[1:] if "=" not in word]
+        assert set(named) <= TARGETS, named
+    elif words[:1] == ["launch/torchrun.sh"]:
+        compose(arguments(words[1:]))
+    elif "-m" in words and words[words.index("-m") + 1].startswith("mst_train"):
+        at = words.index("-m") + 1
+        assert importlib.util.find_spec(words[at]), words[at]
+        given = arguments(words[at + 1 :])
+        if words[at] == "mst_train.paper":
+            _parser().parse_args(given)
+        elif words[at] == "mst_train.export":
+            assert {word.partition("=")[0] for word in given} <= set(KEYS)
+        elif words[at] != "mst_train.bench.plot":  # which is given a file
+            compose(given)
+    elif words[:1] == ["python"] and len(words) > 1 and words[1].endswith(".py"):
+        assert (ROOT / words[1]).is_file(), words[1]
+    elif words[:2] == ["sbatch", "--nodes=4"]:
+        assert (ROOT / words[2]).is_file()
+        compose(arguments(words[3:]))
+
+
+COMMANDS = {" ".join(words): words for words in commands() if words}
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command(line):
+    check(COMMANDS[line])
+
+
+@pytest.mark.parametrize("start", ["make", "launch/torchrun.sh", "python -m mst_train.plan"])
+def test_there_are_such_commands(start):
+    """Or nothing would have been looked at."""
+    assert any(line.startswith(f"{start} ") for line in COMMANDS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_of_shell_are_marked_as_such(page):
+    """Or they would not be looked at."""
+    for block in blocks(page, ""):
+        assert not re.search(r"^(python -|make |launch/|pip |sbatch )", block, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_programs_compile_and_their_imports_are_there(page):
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("mst_"):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_the_workflow_and_the_hooks_are_yaml():
+    for path in (*ROOT.glob(".github/workflows/*.yml"), ROOT / ".pre-commit-config.yaml"):
+        assert yaml.safe_load(path.read_text())
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["cff-version"] == "1.2.0"
