@@ -10,8 +10,7 @@ Each of the first four has the formulas, the torch implementation (for CPUs, and
 the autograd Function. Its `_triton` neighbour has the kernels, and is imported when the first one
 runs: the package imports without triton, and depends on torch only.
 
-The Triton kernels compile for CUDA (sm_80 and sm_90), but have so far run in Triton's interpreter
-only, not on a GPU.
+The Triton kernels compile for CUDA (sm_80 and sm_90); docs/measured.md says where they have run.
 """
 
 from mst_kernels.backend import backend, get_backend, set_backend, use_triton

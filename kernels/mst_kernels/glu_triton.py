@@ -1,7 +1,6 @@
 """Triton kernels and launchers of `mst_kernels.glu`, which has the formulas.
 
-Imported when a kernel is first used, so that nothing else needs triton. So far run in Triton's
-interpreter only, not on a GPU.
+Imported when a kernel is first used, so that nothing else needs triton.
 Legend: N tokens, F intermediate size.
 """
 

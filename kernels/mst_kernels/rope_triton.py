@@ -1,7 +1,6 @@
 """Triton kernel and launcher of `mst_kernels.rope`, which has the formulas.
 
-Imported when a kernel is first used, so that nothing else needs triton. So far run in Triton's
-interpreter only, not on a GPU.
+Imported when a kernel is first used, so that nothing else needs triton.
 Legend: B batch, S sequence, H heads, E head size.
 """
 

@@ -23,7 +23,7 @@ their result; the others are computed again where a block is.
     reference    any        yes      yes     yes         the formula; holds the whole score matrix
 
 On a CUDA device ``kernel.attention=auto`` measures which of them is the fastest
-(attention/measure.py). The CUDA backends have not been run on a GPU yet (docs/measured.md).
+(attention/measure.py); docs/measured.md says which of them have run on one.
 
 Legend: B batch, S sequence, H query heads, K key-value heads, E head size.
 """

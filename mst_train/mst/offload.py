@@ -8,8 +8,7 @@ starts to bring back what the blocks before it will want.
 Buffers are made the first time a size is seen and used again from then on: a step takes what the
 step before gave back. Together they never pass the budget.
 
-On a CPU the same code runs with ordinary buffers and copies that are done when they return. The
-CUDA streams have so far not been run on a GPU.
+On a CPU the same code runs with ordinary buffers and copies that are done when they return.
 """
 
 import logging
