@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mst_train.cli.compose import COMMANDS as COMMANDS_WITH_SETTINGS
 from mst_train.cli.compose import compose
 from mst_train.export import KEYS
 from mst_train.paper.__main__ import _parser
@@ -65,6 +66,13 @@ def arguments(words):
     return [word for word in kept if word not in ("--help", "--config")]
 
 
+def reader(module):
+    """What makes a command's arguments a configuration."""
+    if module.removeprefix("mst_train.") in COMMANDS_WITH_SETTINGS:
+        return importlib.import_module(f"{module}.config").read
+    return compose
+
+
 def check(words):
     """Raises where a command is not one that this repository has."""
     words = words[next((n for n, word in enumerate(words) if "=" not in word), len(words)) :]
@@ -82,7 +90,7 @@ def check(words):
         elif words[at] == "mst_train.export":
             assert {word.partition("=")[0] for word in given} <= set(KEYS)
         elif words[at] != "mst_train.bench.plot":  # which is given a file
-            compose(given)
+            reader(words[at])(given)
     elif words[:1] == ["python"] and len(words) > 1 and words[1].endswith(".py"):
         assert (ROOT / words[1]).is_file(), words[1]
     elif words[:2] == ["sbatch", "--nodes=4"]:
