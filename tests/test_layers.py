@@ -13,8 +13,8 @@ FILES = sorted([*ROOT.glob("mst_train/**/*.py"), *ROOT.glob("kernels/mst_kernels
 
 LAYERS = (
     ("mst_kernels", "config", "environment", "errors", "ranges", "rendezvous", "units"),
-    ("files", "mst", "optim", "precision"),
-    ("attention", "data"),
+    ("deepspeed_adapter", "files", "mst", "precision"),
+    ("attention", "data", "optim"),
     ("distributed", "integrations", "model"),
     ("cli", "engine"),
     ("checkpoint", "memory", "prepare"),
@@ -43,7 +43,7 @@ HOMES = {
     "sentencepiece": ("mst_train.data.tokenizer",),
     "triton": ("mst_kernels",),
     "deepspeed": (
-        "mst_train.optim.cpu_adam",
+        "mst_train.deepspeed_adapter",
         "mst_train.engine.zero",
         "mst_train.bench.systems",
         "mst_train.bench.peers",

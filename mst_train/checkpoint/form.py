@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from mst_train.checkpoint.files import load_part
-from mst_train.engine.protocol import State, full_shape
+from mst_train.deepspeed_adapter import full_shape
+from mst_train.engine.protocol import State
 from mst_train.errors import UserError
 
 STATES = {"exp_avg", "exp_avg_sq", "step"}

@@ -2,9 +2,9 @@
 
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
+from mst_train.deepspeed_adapter import full_shape
 from mst_train.distributed import Topology
 
 State = dict[str, dict[str, Tensor]]
@@ -85,9 +85,3 @@ def own_parameters(model: nn.Module, topology: Topology) -> set[str]:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if owners[parameter] == topology.rank
     }
-
-
-def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """A parameter's whole shape, wherever its parts are."""
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return shape

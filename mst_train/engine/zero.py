@@ -7,11 +7,8 @@ sum: so the loss is multiplied by that number before its backward. DeepSpeed's d
 number of micro-batches, and its clipping, are not used.
 """
 
-import logging
 import math
-import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from mst_train.config import Config
+from mst_train.deepspeed_adapter import ZeroParts, full_shape, load
 from mst_train.distributed.topology import Topology
-from mst_train.engine.protocol import State, full_shape, own_parameters
+from mst_train.engine.protocol import State, own_parameters
 from mst_train.errors import UserError
 from mst_train.optim import Optimizer, build_adamw
 
@@ -46,13 +44,12 @@ class ZeroEngine:
     remedies = Optimizer.remedies
 
     def __init__(self, model: nn.Module, config: Config, topology: Topology) -> None:
-        deepspeed = _deepspeed(topology)
+        deepspeed = load(topology.device)
         self.topology = topology
         self._model = model
         self._has_masters = config.precision == "bf16_master"
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._shares_weights = config.parallel.zero_stage == 3
-        self._on_host = config.optimizer.offload == "host"
         if self._shares_weights:
             for block in model.blocks:  # type: ignore[union-attr]
                 deepspeed.utils.set_z3_leaf_module(block, True)
@@ -66,6 +63,11 @@ class ZeroEngine:
             ),
             config=_settings(config, topology),
             dist_init_required=False,
+        )
+        self._parts = ZeroParts(
+            self._engine,
+            shares_weights=self._shares_weights,
+            on_host=config.optimizer.offload == "host",
         )
 
     def __call__(self, *arguments: Any) -> Any:
@@ -82,7 +84,7 @@ class ZeroEngine:
     def gradient_norm(self) -> Tensor:
         squares = [
             torch.linalg.vector_norm(part, dtype=torch.float64).square()
-            for part in self._gradient_parts()
+            for part in self._parts.gradients()
         ]
         (total,) = self.topology.total([sum(squares, start=torch.zeros(())).item()])
         return torch.tensor(math.sqrt(total))
@@ -90,34 +92,28 @@ class ZeroEngine:
     def clip(self, max_norm: float, norm: Tensor) -> None:
         scale = max_norm / (norm.item() + 1e-6)  # as torch.nn.utils.clip_grads_with_norm_
         if scale < 1:
-            for part in self._gradient_parts():
+            for part in self._parts.gradients():
                 part.mul_(scale)
 
     def step(self) -> None:
         self._engine.step()
 
     def abandon_step(self) -> None:
-        optimizer = self._engine.optimizer
-        optimizer.zero_grad()
-        if not self._shares_weights:
-            optimizer.micro_step_id = -1  # the next micro-batch replaces gradients on the host
-        for name in ("averaged_gradients", "all_grad_tensors"):
-            parts: dict[int, Any] = getattr(optimizer, name, {})
-            parts.update(dict.fromkeys(parts))
+        self._parts.forget_gradients()
 
     def state(self) -> tuple[dict[str, Tensor], State]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         saved: State = {}
         own = own_parameters(self._model, self.topology)
-        steps = [state["step"] for state in self._engine.basic_optimizer.state.values()]
-        if steps and not self._shares_weights:
-            self._link_states()
+        step = self._parts.step_count()
+        if step is not None:
+            self._parts.link_states()
         for name, parameter in self._parameters.items():
             parts = {}
-            if steps:
+            if step is not None:
                 parts = {key: safe_get_full_optimizer_state(parameter, key) for key in STATES}
-                parts["step"] = torch.tensor(float(steps[0]))
+                parts["step"] = torch.tensor(step)
             if self._has_masters:
                 parts["master"] = safe_get_full_fp32_param(parameter)
             if name in own:
@@ -134,23 +130,16 @@ class ZeroEngine:
             )
         steps = [parts["step"] for parts in state.values() if "step" in parts]
         if steps:
-            for flat in self._flat_weights():
-                self._engine.basic_optimizer.state[flat] = {
-                    "step": torch.tensor(float(steps[0]), device=flat.device),
-                    **{key: torch.zeros_like(flat) for key in STATES},
-                }
-            if not self._shares_weights:
-                self._link_states()
+            self._parts.make_states(float(steps[0]), STATES)
+            self._parts.link_states()
         for name, parameter in self._parameters.items():
             parts = state[name]
-            self._set(parameter, parts.get("master", weights[name]), None)
+            self._parts.set(parameter, parts.get("master", weights[name]), None, self.topology.rank)
             if "step" in parts:
                 for key in STATES:
-                    self._set(parameter, parts[key], key)
-        optimizer = self._engine.optimizer
+                    self._parts.set(parameter, parts[key], key, self.topology.rank)
         if self._shares_weights:
-            for group in range(len(optimizer.fp16_groups)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            self._parts.round_weights()
         else:
             self._model.load_state_dict(weights)
 
@@ -171,51 +160,10 @@ class ZeroEngine:
                     weights[name] = copies[parameter]
         return weights
 
-    def _set(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
-        """Put a whole tensor where its parts belong: a state, or without ``key`` the weights."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        if self._shares_weights:
-            size = parameter.partition_numel()  # type: ignore[attr-defined]
-            part = value.flatten()[self.topology.rank * size :][:size]
-            padded = torch.nn.functional.pad(part, (0, size - part.numel()))
-            self._engine.optimizer.set_local_hp_param(padded, parameter, key)
-        elif key is None:
-            safe_set_full_fp32_param(parameter, value)
-        else:
-            safe_set_full_optimizer_state(parameter, value, key)
-
-    def _link_states(self) -> None:
-        """Tell each parameter where its states are.
-
-        DeepSpeed does so once the first group of parameters has states, and forgets the others.
-        """
-        self._engine.optimizer._hp_optimizer_states_linked = False
-        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _flat_weights(self) -> Iterator[Tensor]:
-        """What AdamW updates: this process's part of each group of parameters."""
-        if self._shares_weights:
-            yield from self._engine.optimizer.fp32_partitioned_groups_flat
-            return
-        for group in self._engine.basic_optimizer.param_groups:
-            yield from group["params"]
-
-    def _gradient_parts(self) -> Iterator[Tensor]:
-        """This process's part of the summed gradient, between the last backward and the step."""
-        optimizer = self._engine.optimizer
-        if self._on_host:
-            yield from (flat.grad for flat in self._flat_weights() if flat.grad is not None)
-        elif hasattr(optimizer, "averaged_gradients"):
-            for parts in optimizer.averaged_gradients.values():
-                yield from parts or ()
-        else:  # bf16 weights in stage 1 have another optimizer in DeepSpeed
-            yield from optimizer.fp32_groups_gradient_flat_partition
-
 
 def partition_weights(config: Config, topology: Topology) -> Callable[[nn.Module], object]:
     """Leaves each process its part of a module's weights (stage 3)."""
-    deepspeed = _deepspeed(topology)
+    deepspeed = load(topology.device)
     settings = _settings(config, topology)
     return lambda module: deepspeed.zero.Init(module=module, config_dict_or_path=settings)
 
@@ -226,21 +174,6 @@ def whole_parameter(parameter: nn.Parameter) -> AbstractContextManager[object]:
 
     whole: AbstractContextManager[object] = zero.GatheredParameters([parameter], modifier_rank=0)
     return whole
-
-
-def _deepspeed(topology: Topology) -> Any:
-    if topology.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # Old names of torch's exchanges, which it uses.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # It logs at every step of its start, on every process.
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # A faster exchange for CPUs, which it would compile at the first start, silently for a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 def _settings(config: Config, topology: Topology) -> dict[str, Any]:

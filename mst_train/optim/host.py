@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from mst_train.config import OptimizerConfig
+from mst_train.deepspeed_adapter import cpu_adam
 from mst_train.optim.adamw import Optimizer
-from mst_train.optim.cpu_adam import cpu_adam
 from mst_train.ranges import HOST_RANGE
 
 

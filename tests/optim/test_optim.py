@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from mst_train import deepspeed_adapter
 from mst_train.config import ModelConfig, OptimizerConfig
 from mst_train.errors import TrainingError, UserError
 from mst_train.memory.tracker import MemoryTracker
@@ -23,7 +24,6 @@ from mst_train.optim import (
     build_optimizer,
     learning_rate,
 )
-from mst_train.optim import cpu_adam as cpu_adam_module
 
 CONFIG = OptimizerConfig(
     learning_rate=0.01,
@@ -46,7 +46,7 @@ POLICIES = {
 def cpu_adam_problem():
     """Why DeepSpeed's CPUAdam cannot be used here; None where it can. Compiles it, once."""
     try:
-        cpu_adam_module.cpu_adam([{"params": [nn.Parameter(torch.ones(3))]}])
+        deepspeed_adapter.cpu_adam([{"params": [nn.Parameter(torch.ones(3))]}])
     except UserError as error:
         return str(error)
     return None
@@ -376,7 +376,7 @@ def test_on_the_host_the_device_holds_no_states(cpu_adam):
 
 
 def test_without_deepspeed_it_says_so(monkeypatch):
-    monkeypatch.setattr(cpu_adam_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(deepspeed_adapter.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'mst-train\[distributed\]'"):
         hosted(make_model(torch.float32))
 
