@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 
 from mst_train.mst import Documents, Scores
-from mst_train.mst.attention_rows import attend_rows, attend_rows_backward
+from mst_train.mst.attention_chunk import attend_chunk, attend_chunk_backward
 
 BATCH, SEQUENCE = 2, 13
 SCORES = [
@@ -75,7 +75,7 @@ def in_chunks(kernel, inputs, documents, rows_at_once):
         slice(start, min(start + rows_at_once, q.shape[1]))
         for start in range(0, q.shape[1], rows_at_once)
     ]
-    results = [attend_rows(kernel, q[:, rows], k, v, rows, documents) for rows in chunks]
+    results = [attend_chunk(kernel, q[:, rows], k, v, rows, documents) for rows in chunks]
     sums = [
         torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
         if len(chunks) > 1
@@ -86,7 +86,7 @@ def in_chunks(kernel, inputs, documents, rows_at_once):
     for rows, (out, lse) in zip(reversed(chunks), reversed(results), strict=True):
         parts = (q[:, rows], k, v, out, lse, rows, documents, *sums)
         gradients.insert(
-            0, [t.clone() for t in attend_rows_backward(kernel, dout[:, rows], *parts)]
+            0, [t.clone() for t in attend_chunk_backward(kernel, dout[:, rows], *parts)]
         )
     return [
         torch.cat([out for out, _ in results], 1),

@@ -5,7 +5,8 @@
 the latter keep what attention computed, and ``Offload`` keeps it on the host.
 
 mlp, head                 the two halves
-block, attention_rows     the whole block in mini-sequences; attention of some rows at a time
+block, attention_chunk    the whole block in mini-sequences; attention of one chunk of queries
+parameters                what stands for a block's parameters while it is run again
 recompute, rerun          a block in one piece, run again; what makes the second run like the first
 attention                 what an attention kernel is
 offload                   kept tensors in host memory

@@ -7,35 +7,43 @@ from torch import Tensor
 class WeightGradient:
     """The gradient of one weight, summed over the chunks of a mini-sequence loop.
 
-    A linear layer y = x W^T has dW = dy^T x, which is a sum over tokens and so over chunks. The sum
-    is kept in fp32 for bf16 and fp16 weights (in their own type for fp32 and fp64): in bf16, every
-    chunk added would round away up to 2^-9 of all that is there already.
+    The sum is kept in fp32 for bf16 and fp16 weights (in their own type for fp32 and fp64): in
+    bf16, every chunk added would round away up to 2^-9 of all that is there already.
 
     Holds one array of the weight's shape, or nothing where the gradient is not ``needed``.
 
-    terms: how many will be added up.
+    several: whether more than one chunk is added; one has nothing to be added to, and is the
+    gradient as it is.
     """
 
-    def __init__(self, weight: Tensor, *, needed: bool, terms: int) -> None:
+    def __init__(self, weight: Tensor, *, several: bool, needed: bool = True) -> None:
         self.needed = needed
         self._weight = weight
-        self._total: Tensor | None = None
-        # One term has nothing to be added to: it is the gradient.
+        self._several = several
         low_precision = weight.dtype in (torch.bfloat16, torch.float16)
-        self._sum_in_fp32 = terms > 1 and low_precision
+        self._dtype = torch.float32 if several and low_precision else weight.dtype
+        self._total: Tensor | None = None
 
-    def add(self, output_gradient_NO: Tensor, input_NI: Tensor) -> None:
-        """Add the product dy^T x of one chunk, [out, in]."""
+    def add(self, gradient: Tensor) -> None:
+        """Add a gradient that others may read too."""
+        if self._total is None:
+            self._total = gradient.to(self._dtype, copy=self._several)
+        elif self._several:
+            self._total += gradient
+        else:
+            self._total = self._total + gradient
+
+    def add_product(self, output_gradient_NO: Tensor, input_NI: Tensor) -> None:
+        """Add dy^T x, [out, in]: what a chunk of a linear layer y = x W^T gives."""
         if not self.needed:
             return
         left_ON = output_gradient_NO.t()
         if self._total is None:
-            product = left_ON @ input_NI
-            self._total = product.float() if self._sum_in_fp32 else product
-        elif self._sum_in_fp32:
-            self._total += left_ON @ input_NI
-        else:
+            self._total = (left_ON @ input_NI).to(self._dtype)
+        elif self._dtype == input_NI.dtype:
             self._total.addmm_(left_ON, input_NI)
+        else:
+            self._total += left_ON @ input_NI
 
     def add_rows(self, rows_N: Tensor, factor_N: Tensor, input_NI: Tensor) -> None:
         """Add factor[n] * input[n] to row rows[n] of the gradient, for every n."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mst_train.mst.autocast import Autocast
 from mst_train.mst.autograd import first_order_only
-from mst_train.mst.rerun import Unchanged
+from mst_train.mst.rerun import Rerun
 
 
 @dataclass(frozen=True)
@@ -178,16 +178,16 @@ class AttentionKernel(Protocol):
 class KeptResults:
     """What ``attend`` computed in a block's forward, handed over when the block runs again."""
 
-    def __init__(self, unchanged: Unchanged) -> None:
+    def __init__(self, rerun: Rerun) -> None:
         self.tensors: list[Tensor] = []
         """Results and log-sum-exps, in the order of the calls."""
         self.running_again = False
-        self._unchanged = unchanged
+        self._rerun = rerun
 
     def put(self, *tensors: Tensor) -> None:
         for tensor in tensors if not self.running_again else ():
             self.tensors.append(tensor.detach())
-            self._unchanged.add("attention's result", self.tensors[-1])
+            self._rerun.watch("attention's result", self.tensors[-1])
 
     def take(self, count: int) -> list[Tensor]:
         if not self.running_again:

@@ -3,43 +3,37 @@
 Everything in a block but attention treats each token by itself, so a block is two row-wise pieces
 around attention:
 
-    q, k, v        = block.before_attention(x)          norm, projections, rotary embedding
-    out            = attention(q, k, v)
-    stream, branch = block.after_attention(x, out)      y = stream + branch: residual and MLP
+    q, k, v          = block.before_attention(x)        norm, projections, rotary embedding
+    out              = attention(q, k, v)
+    residual, branch = block.after_attention(x, out)    y = residual + branch, the MLP's
 
-``mini_sequence_block`` goes through the rows in chunks, in the forward and in the backward, and
-only keys and values exist for the whole sequence. The backward takes the last rows first: when it
-comes to a chunk, everything that reads the chunk's keys and values has been there.
+``mini_sequence_block`` goes through the sequence in chunks, in the forward and in the backward, and
+only keys and values exist for all of it. The backward takes the last chunk first: when it comes to
+one, everything that reads the chunk's keys and values has been there.
 
 It keeps the block's input and, with ``keep_attention``, attention's result and log-sum-exp. It
 computes again what the backward reads and nothing else: an MLP that ends the branch rebuilds its
 own intermediates (mst/mlp.py), and nobody needs its result twice; the block is told so.
 
-Legend: B batch, S sequence, T rows of a chunk, D hidden, H query heads, K key-value heads, E head
-size.
+Legend: B batch, S sequence, T positions of a chunk, D hidden, H query heads, K key-value heads, E
+head size.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from mst_train.mst.accumulate import WeightGradient
 from mst_train.mst.attention import AttentionKernel, Documents
-from mst_train.mst.attention_rows import attend_rows, attend_rows_backward
-from mst_train.mst.autocast import Autocast
+from mst_train.mst.attention_chunk import attend_chunk, attend_chunk_backward
 from mst_train.mst.autograd import first_order_only
 from mst_train.mst.chunking import BLOCK_BYTES, chunk_slices, resolve_chunk_tokens
 from mst_train.mst.offload import Offload, Stored
-from mst_train.mst.rerun import (
-    RandomState,
-    Unchanged,
-    leaves,
-    owner,
-    tensors_of,
-    uncached_parametrizations,
-)
+from mst_train.mst.parameters import Parameters
+from mst_train.mst.rerun import Rerun, leaves, tensors_of, uncached_parametrizations
 
 
 class RowwiseBlock(Protocol):
@@ -79,7 +73,7 @@ def mini_sequence_block(
     keep_attention: bool = True,
     offload: Offload | None = None,
 ) -> Tensor:
-    """A decoder block, computed in chunks of rows in the forward and in the backward.
+    """A decoder block, computed in chunks of the sequence in the forward and in the backward.
 
     Exact: the result and all gradients are those of the block computed as one piece, up to
     rounding, whatever the chunk size; each parameter's gradient reaches autograd once, summed over
@@ -92,9 +86,9 @@ def mini_sequence_block(
         kernel: causal attention.
         x: [B, S, D].
         row_arguments: what ``before_attention`` takes beside x, [..., S, features] each: cut into
-            rows with it. No gradient reaches them.
+            chunks with it. No gradient reaches them.
         documents: confines attention to each document.
-        chunk_tokens: tokens (rows times B) computed at a time; "auto" bounds a chunk's
+        chunk_tokens: tokens (T times B) computed at a time; "auto" bounds a chunk's
             intermediates by bytes.
         keep_attention: keep attention's result and log-sum-exp rather than compute them again.
         offload: where what is kept waits; None: on its device.
@@ -117,33 +111,30 @@ def mini_sequence_block(
     """
     if x.numel() == 0:
         raise ValueError(f"x {tuple(x.shape)} has no tokens")
-    parameters = _Parameters(block)
+    parameters = Parameters(block.modules())
     needs_backward = torch.is_grad_enabled() and (x.requires_grad or bool(parameters.tensors))
-    unchanged = Unchanged("mini_sequence_block")
-    random = RandomState(x.device)
+    rerun = Rerun("mini_sequence_block", x.device)
     if needs_backward:  # and the block will run again
         for argument in row_arguments:
-            unchanged.add("a row argument", argument)
+            rerun.watch("a row argument", argument)
         for name, tensor in tensors_of(block.modules()):
-            unchanged.add(name, tensor)
-    settings = _Settings(
+            rerun.watch(name, tensor)
+    call = _Call(
         block,
         kernel,
         documents,
-        _chunk_rows(chunk_tokens, x, block),
+        list(chunk_slices(x.shape[1], _chunk_length(chunk_tokens, x, block))),
         keep_attention,
-        offload,
         needs_backward,
+        _Kept(offload),
         parameters,
-        unchanged,
-        Autocast.here(x.device),
+        rerun,
     )
-    with settings.run():
+    with rerun.autocast.restored(), uncached_parametrizations():
         y: Tensor = _MiniSequenceBlock.apply(  # type: ignore[no-untyped-call]
-            settings, len(row_arguments), x, *row_arguments, *parameters.tensors
+            call, len(row_arguments), x, *row_arguments, *parameters.tensors
         )
-    unchanged.check_forward()
-    if needs_backward and random.moved():
+    if needs_backward and rerun.forward_done():
         raise RuntimeError(
             "the block under mini_sequence_block drew random numbers, and would draw others when "
             "it runs again in the backward: set dropout to 0, or take recompute_block, which "
@@ -152,265 +143,206 @@ def mini_sequence_block(
     return y
 
 
-class _Settings(NamedTuple):
+class _Kept:
+    """What a block keeps from its forward for its backward, under names.
+
+    Under a chunk's first position: its x and, with ``keep_attention``, attention's result and
+    log-sum-exp. Under KEYS_VALUES, with offload and several chunks: those of the whole sequence.
+
+    On the device tensors are autograd's to save: it sees changes in place, and lets go of them
+    after the backward. On the host they wait for their one ``load``; the last ones saved, which are
+    wanted first, come back the soonest.
+    """
+
+    KEYS_VALUES = "keys and values"
+
+    def __init__(self, offload: Offload | None) -> None:
+        self.offload = offload
+        self._on_host: dict[Any, Stored] = {}
+        self._on_device: dict[Any, slice] = {}
+        self._to_save: list[Tensor] = []
+
+    def save(self, name: Any, *tensors: Tensor) -> None:
+        """Send these to where they wait."""
+        if self.offload is not None:
+            self._on_host[name] = self.offload.store(tensors)
+            return
+        begin = len(self._to_save)
+        self._to_save += tensors
+        self._on_device[name] = slice(begin, len(self._to_save))
+
+    def hand_over(self) -> list[Tensor]:
+        """What autograd has to save, and nobody else."""
+        tensors, self._to_save = self._to_save, []
+        return tensors
+
+    def load(self, name: Any, saved: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What was saved under this name; ``saved`` is what was handed over."""
+        if self.offload is None:
+            return saved[self._on_device[name]]
+        if name not in self._on_host:
+            raise RuntimeError(
+                "a second backward through mini_sequence_block: what it had offloaded came back "
+                "in the first. Run the forward again, or leave offload out"
+            )
+        return self._on_host.pop(name).load()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of ``mini_sequence_block``, from its forward to its backward.
+
+    chunks: the positions of each.
+    """
+
     block: RowwiseBlock
     kernel: AttentionKernel
     documents: Documents | None
-    chunk_rows: int
+    chunks: list[slice]
     keep_attention: bool
-    offload: Offload | None
     needs_backward: bool
-    parameters: "_Parameters"
-    unchanged: Unchanged
-    autocast: Autocast
-
-    @contextmanager
-    def run(self) -> Iterator[None]:
-        """The context that the block runs in, in both passes."""
-        with self.autocast.restored(), uncached_parametrizations():
-            yield
+    kept: _Kept
+    parameters: Parameters
+    rerun: Rerun
 
     def before_attention(
-        self, x_BTD: Tensor, arguments: Sequence[Tensor], *, queries: bool = True
+        self, x_BTD: Tensor, arguments: Sequence[Tensor], chunk: slice, *, queries: bool = True
     ) -> list[Tensor]:
         """The block's, as attention takes it; without ``queries`` keys and values alone."""
-        parts = self.block.before_attention(x_BTD, *arguments, queries=queries)
-        return [self.autocast.cast(part) for part in parts if part is not None]
+        cut = [argument[..., chunk, :] for argument in arguments]
+        parts = self.block.before_attention(x_BTD, *cut, queries=queries)
+        return [self.rerun.autocast.cast(part) for part in parts if part is not None]
 
 
 class _MiniSequenceBlock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, settings: _Settings, row_arguments: int, x_BSD: Tensor, *tensors: Tensor
+        ctx: Any, call: _Call, row_arguments: int, x_BSD: Tensor, *tensors: Tensor
     ) -> Tensor:
-        block, kernel, documents, chunk_rows, keep_attention, offload, needs_backward, *_ = settings
-        arguments = tensors[:row_arguments]
+        kept, arguments = call.kept, tensors[:row_arguments]
+        x_BSD = x_BSD.detach()  # whose views autograd may save: it sees changes of x in place
         y_BSD = torch.empty_like(x_BSD, memory_format=torch.contiguous_format)
-        keys_values = _Rows(x_BSD.shape[1])
-        kept: list[Tensor] = []
-        stored: list[Stored] = []
-        for rows in chunk_slices(x_BSD.shape[1], chunk_rows):
-            x_BTD = x_BSD[:, rows]
-            q_BTHE, *new = settings.before_attention(x_BTD, _cut(arguments, rows))
-            k_BSKE, v_BSKE = keys_values.put(rows, new)
-            out, lse = attend_rows(kernel, q_BTHE, k_BSKE, v_BSKE, rows, documents)
+        keys_values = _KeysValues(x_BSD.shape[1])
+        for chunk in call.chunks:
+            x_BTD = x_BSD[:, chunk]
+            q_BTHE, *new = call.before_attention(x_BTD, arguments, chunk)
+            k_BSKE, v_BSKE = keys_values.put(chunk, new)
+            out, lse = attend_chunk(call.kernel, q_BTHE, k_BSKE, v_BSKE, chunk, call.documents)
             del q_BTHE, new
-            attention = [out, lse] if keep_attention and needs_backward else []
-            if needs_backward and offload is not None:
-                stored.append(offload.store([x_BTD, *attention]))
-            else:
-                kept += attention
-            torch.add(*block.after_attention(x_BTD, out), out=y_BSD[:, rows])
-        if needs_backward and offload is None:
-            kept.insert(0, x_BSD)
-        elif offload is not None and len(stored) > 1:
-            stored.append(offload.store(keys_values.tensors))
-        ctx.save_for_backward(*arguments, *kept)
-        ctx.settings, ctx.row_arguments, ctx.stored = settings, row_arguments, stored
+            if call.needs_backward:
+                kept.save(chunk.start, x_BTD, *((out, lse) if call.keep_attention else ()))
+            torch.add(*call.block.after_attention(x_BTD, out), out=y_BSD[:, chunk])
+        if call.needs_backward and kept.offload is not None and len(call.chunks) > 1:
+            kept.save(kept.KEYS_VALUES, *keys_values.tensors)
+        ctx.save_for_backward(*arguments, *kept.hand_over())
+        ctx.call, ctx.row_arguments = call, row_arguments
         return y_BSD
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, dy_BSD: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.settings.unchanged.check_backward()
-        with ctx.settings.run():
-            return _backward(ctx, dy_BSD)
+        with ctx.call.rerun.again():
+            saved = ctx.saved_tensors  # once: hooks of others may unpack them
+            arguments, kept = saved[: ctx.row_arguments], saved[ctx.row_arguments :]
+            dx_BSD, *gradients = _backward(ctx.call, dy_BSD, arguments, kept)
+        return None, None, dx_BSD, *[None] * ctx.row_arguments, *gradients
 
 
-def _backward(ctx: Any, dy_BSD: Tensor) -> tuple[Tensor | None, ...]:
-    block, kernel, documents, chunk_rows, *_ = ctx.settings
-    saved = ctx.saved_tensors  # once: hooks of others may unpack them
-    arguments = saved[: ctx.row_arguments]
-    chunks = list(chunk_slices(dy_BSD.shape[1], chunk_rows))
-    kept = _Kept(ctx, list(saved[ctx.row_arguments :]), chunks)
+def _backward(
+    call: _Call, dy_BSD: Tensor, arguments: Sequence[Tensor], saved: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The gradients of x and of the parameters."""
+    kept, several = call.kept, len(call.chunks) > 1
     dx_BSD = torch.empty_like(dy_BSD, memory_format=torch.contiguous_format)
     dk_BSKE = dv_BSKE = None
-    with ctx.settings.parameters.aliases() as parameters:
-        sums = [_Sum(several=len(chunks) > 1) for _ in parameters]
-        if len(chunks) > 1:
-            k_BSKE, v_BSKE = kept.keys_values(ctx.settings, arguments)
-            dk_BSKE, dv_BSKE = _zeros_to_sum(k_BSKE), _zeros_to_sum(v_BSKE)
-        for rows in reversed(chunks):
-            x_BTD, attention = kept.chunk(rows)
+    with call.parameters.aliases() as parameters:
+        sums: dict[int, WeightGradient] = {}
+
+        def add(gradients: Sequence[Tensor | None]) -> None:
+            for place, gradient in enumerate(gradients):
+                if gradient is not None:
+                    if place not in sums:
+                        sums[place] = WeightGradient(parameters[place], several=several)
+                    sums[place].add(gradient)
+
+        if several:
+            k_BSKE, v_BSKE = _keys_values_again(call, arguments, saved)
+            dk_BSKE, dv_BSKE = map(_wide_zeros, (k_BSKE, v_BSKE))
+        for chunk in reversed(call.chunks):
+            x_BTD, *attention = kept.load(chunk.start, saved)
             x_BTD = x_BTD.detach().requires_grad_()
             with torch.enable_grad():
-                q_BTHE, k_BTKE, v_BTKE = ctx.settings.before_attention(x_BTD, _cut(arguments, rows))
-            if len(chunks) == 1:
+                q_BTHE, k_BTKE, v_BTKE = call.before_attention(x_BTD, arguments, chunk)
+            if not several:
                 k_BSKE, v_BSKE = k_BTKE.detach(), v_BTKE.detach()
-            q_rows = (q_BTHE.detach(), k_BSKE, v_BSKE)
-            out, lse = attention or attend_rows(kernel, *q_rows, rows, documents)
+            qkv = (q_BTHE.detach(), k_BSKE, v_BSKE)
+            out, lse = attention or attend_chunk(call.kernel, *qkv, chunk, call.documents)
             out = out.detach().requires_grad_()
             with torch.enable_grad():
-                stream_and_branch = block.after_attention(x_BTD, out, values=False)
-            if rows is chunks[-1]:
-                results = (q_BTHE, k_BTKE, v_BTKE, *stream_and_branch)
-                _refuse_others(results, (x_BTD, out, *parameters))
-                del results
+                results = call.block.after_attention(x_BTD, out, values=False)
+            if chunk is call.chunks[-1]:
+                _refuse_others((q_BTHE, k_BTKE, v_BTKE, *results), known=(x_BTD, out, *parameters))
             dx_BTD, dout, *gradients = _gradients(
-                stream_and_branch, (x_BTD, out, *parameters), (dy_BSD[:, rows],) * 2
+                results, (x_BTD, out, *parameters), (dy_BSD[:, chunk],) * 2
             )
-            _add(sums, gradients)
+            add(gradients)
             del gradients
-            dq, dk, dv = attend_rows_backward(
-                kernel,
+            dq, dk, dv = attend_chunk_backward(
+                call.kernel,
                 _sum_of(out, dout),
-                *q_rows,
+                *qkv,
                 out.detach(),
                 lse,
-                rows,
-                documents,
+                chunk,
+                call.documents,
                 dk_BSKE,
                 dv_BSKE,
             )
-            del out, lse, attention, dout, stream_and_branch, q_rows
+            del out, lse, attention, dout, results, qkv
             more_dx_BTD, *gradients = _gradients(
                 (q_BTHE, k_BTKE, v_BTKE), (x_BTD, *parameters), (dq, dk, dv)
             )
             del q_BTHE, k_BTKE, v_BTKE, dq, dk, dv
-            _add(sums, gradients)
-            dx_BSD[:, rows] = _sum_of(x_BTD, dx_BTD, more_dx_BTD)
+            add(gradients)
+            dx_BSD[:, chunk] = _sum_of(x_BTD, dx_BTD, more_dx_BTD)
             # What the next chunk does not need would be there at its peak.
             del x_BTD, dx_BTD, more_dx_BTD, gradients
-    nothing = [None] * (2 + ctx.row_arguments)
-    totals = [total.result(p.dtype) for total, p in zip(sums, parameters, strict=True)]
-    return (*nothing[:2], dx_BSD, *nothing[2:], *totals)
+        totals = [sums[n].result() if n in sums else None for n in range(len(parameters))]
+    return [dx_BSD, *totals]
 
 
-class _Kept:
-    """What a block's forward kept, for its backward, which wants the last rows first."""
-
-    def __init__(self, ctx: Any, kept: list[Tensor], chunks: list[slice]) -> None:
-        self._chunks = chunks
-        self._offloaded = ctx.settings.offload is not None
-        self._x = None if self._offloaded else kept.pop(0)
-        self._attention = kept
-        self._stored: list[Stored] = ctx.stored
-        if self._offloaded and not self._stored:
-            raise RuntimeError(
-                "a second backward through mini_sequence_block: what it had offloaded came back "
-                "in the first. Run the forward again, or leave offload out"
-            )
-
-    def keys_values(self, settings: _Settings, arguments: Sequence[Tensor]) -> list[Tensor]:
-        """Keys and values of all rows."""
-        if self._x is None:
-            return self._stored.pop().load()
-        keys_values = _Rows(self._x.shape[1])
-        for rows in self._chunks:
-            new = settings.before_attention(self._x[:, rows], _cut(arguments, rows), queries=False)
-            keys_values.put(rows, new)
-        return keys_values.tensors
-
-    def chunk(self, rows: slice) -> tuple[Tensor, list[Tensor]]:
-        """x of these rows, and attention's result and log-sum-exp if they were kept."""
-        if self._x is None:
-            x_BTD, *attention = self._stored.pop().load()
-            return x_BTD, attention
-        attention = self._attention[-2:]
-        del self._attention[-2:]
-        return self._x[:, rows], attention
+def _keys_values_again(
+    call: _Call, arguments: Sequence[Tensor], saved: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """Keys and values of the whole sequence, for the backward of several chunks."""
+    if call.kept.offload is not None:
+        return call.kept.load(call.kept.KEYS_VALUES, saved)
+    keys_values = _KeysValues(call.chunks[-1].stop)
+    for chunk in call.chunks:
+        x_BTD = call.kept.load(chunk.start, saved)[0]
+        keys_values.put(chunk, call.before_attention(x_BTD, arguments, chunk, queries=False))
+    return keys_values.tensors
 
 
-class _Rows:
-    """Tensors of all rows, put together chunk by chunk; one chunk's alone are as they came."""
+class _KeysValues:
+    """Those of the whole sequence, put together chunk by chunk; a single one's are as they came."""
 
     def __init__(self, length: int) -> None:
         self._length = length
         self.tensors: list[Tensor] = []
 
-    def put(self, rows: slice, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Put in the parts of these rows; all rows, of which later ones are not there yet."""
-        if rows.stop - rows.start == self._length:
-            self.tensors = list(parts)
-            return self.tensors
+    def put(self, chunk: slice, parts: list[Tensor]) -> list[Tensor]:
+        """Put in a chunk's; all of them, of which later chunks' are not there yet."""
+        if chunk.stop - chunk.start == self._length:
+            self.tensors = parts
+            return parts
         if not self.tensors:
             self.tensors = [
                 part.new_empty(part.shape[0], self._length, *part.shape[2:]) for part in parts
             ]
         for tensor, part in zip(self.tensors, parts, strict=True):
-            tensor[:, rows] = part
+            tensor[:, chunk] = part
         return self.tensors
-
-
-class _Sum:
-    """A parameter's gradient, summed over chunks in fp32 at least."""
-
-    def __init__(self, *, several: bool) -> None:
-        self._several = several
-        self._total: Tensor | None = None
-
-    def add(self, gradient: Tensor) -> None:
-        if self._total is None:
-            dtype = _sum_dtype(gradient)
-            self._total = gradient.to(dtype, copy=True) if self._several else gradient
-        elif self._several:
-            self._total += gradient
-        else:
-            self._total = self._total + gradient
-
-    def result(self, dtype: torch.dtype) -> Tensor | None:
-        total, self._total = self._total, None
-        return None if total is None else total.to(dtype)
-
-
-def _add(sums: list[_Sum], gradients: Sequence[Tensor | None]) -> None:
-    for total, gradient in zip(sums, gradients, strict=True):
-        if gradient is not None:
-            total.add(gradient)
-
-
-class _Parameters:
-    """What a block's modules hold that wants gradients: parameters, and views that FSDP puts in
-    their places. Others (frozen ones) are nobody's business and stay the objects that they are."""
-
-    def __init__(self, block: RowwiseBlock) -> None:
-        places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
-        for module in block.modules():
-            for name, value in {**module._parameters, **vars(module)}.items():
-                # Asked first, as most of what a module has is no tensor.
-                wanted = getattr(value, "requires_grad", False) and isinstance(value, Tensor)
-                if wanted and (value.is_leaf or value._is_view()):
-                    places.setdefault(value, []).append((module, name))
-        self.tensors = list(places)
-        self._places = list(places.values())
-
-    @contextmanager
-    def aliases(self) -> Iterator[list[Tensor]]:
-        """The modules with other tensors on the same memory; yields these.
-
-        Gradients of one chunk are asked of them, so that hooks on the parameters see the sum alone.
-        """
-        aliases, places = [], []
-        for tensor, where in zip(self.tensors, self._places, strict=True):
-            now = [_Place.of(module, name) for module, name in where]
-            if any(owner(place.tensor) is not owner(tensor) for place in now):
-                raise RuntimeError(
-                    f"{where[0][1]} {tuple(tensor.shape)} of a {type(where[0][0]).__name__} was "
-                    f"replaced between the forward and the backward of mini_sequence_block"
-                )
-            aliases.append(now[0].tensor.detach().requires_grad_())
-            places += [(place, aliases[-1]) for place in now]
-        try:
-            for place, alias in places:
-                place.holder[place.name] = alias
-            yield aliases
-        finally:
-            for place, _ in places:
-                place.holder[place.name] = place.tensor
-
-
-class _Place(NamedTuple):
-    """Where a module has a tensor."""
-
-    holder: dict[str, Any]
-    name: str
-    tensor: Tensor
-
-    @classmethod
-    def of(cls, module: nn.Module, name: str) -> "_Place":
-        holder = vars(module) if name in vars(module) else module._parameters
-        tensor: Any = holder[name]
-        return cls(holder, name, tensor)
 
 
 def _gradients(
@@ -442,21 +374,14 @@ def _sum_of(like: Tensor, *parts: Tensor | None) -> Tensor:
     return sum(there[1:], start=there[0]) if there else torch.zeros_like(like)
 
 
-def _cut(tensors: Sequence[Tensor], rows: slice) -> list[Tensor]:
-    return [tensor[..., rows, :] for tensor in tensors]
+def _wide_zeros(like: Tensor) -> Tensor:
+    """For a sum, in fp32 at least."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _zeros_to_sum(like: Tensor) -> Tensor:
-    contiguous = torch.contiguous_format
-    return torch.zeros_like(like, dtype=_sum_dtype(like), memory_format=contiguous)
-
-
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _chunk_rows(chunk_tokens: int | str, x_BSD: Tensor, block: RowwiseBlock) -> int:
-    """Rows in a chunk, so that the results of its products and their gradients are bounded."""
+def _chunk_length(chunk_tokens: int | str, x_BSD: Tensor, block: RowwiseBlock) -> int:
+    """Positions in a chunk, so that the results of its products and their gradients are bounded."""
     features = sum(p.numel() // p.shape[-1] for p in block.parameters() if p.ndim > 1)
     batch, sequence = x_BSD.shape[:2]
     tokens = resolve_chunk_tokens(

@@ -160,13 +160,12 @@ class _MiniSequenceCrossEntropy(torch.autograd.Function):
         options: dict,  # type: ignore[type-arg]
     ) -> Tensor:
         tokens = hidden_ND.shape[0]
-        chunks = -(-tokens // chunk_tokens)
         hidden_needed, weight_needed = (
             options["gradient"] and needed
             for needed in ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
         )
-        # Each chunk adds two terms: its product, and its targets' own part.
-        weight_gradient = WeightGradient(weight_VD, needed=weight_needed, terms=2 * chunks)
+        # Even one chunk adds two parts: its product, and that of its targets.
+        weight_gradient = WeightGradient(weight_VD, needed=weight_needed, several=True)
         dhidden_ND = torch.empty_like(hidden_ND) if hidden_needed else None
         # Summed once at the end, so that the loss does not depend on the chunk size.
         loss_N = hidden_ND.new_empty(tokens, dtype=_loss_dtype(hidden_ND))
@@ -180,7 +179,7 @@ class _MiniSequenceCrossEntropy(torch.autograd.Function):
                 continue
             dlogits_CV = logits_CV
             targets_C = labels_C.masked_fill(labels_C == options["ignore_index"], 0)
-            weight_gradient.add(dlogits_CV, hidden_CD)
+            weight_gradient.add_product(dlogits_CV, hidden_CD)
             weight_gradient.add_rows(targets_C, target_parts_C, hidden_CD)
             if dhidden_ND is not None:
                 dhidden_CD = torch.mm(dlogits_CV, weight_VD, out=dhidden_ND[chunk])

@@ -205,9 +205,8 @@ class _Backward(torch.autograd.Function):
         dy_ND = dy.reshape(x_ND.shape)
         tokens, chunk_tokens = x_ND.shape[0], ctx.chunk_tokens
         x_needed, *weights_needed = ctx.needs_input_grad[:4]
-        chunks = -(-tokens // chunk_tokens)
         gate_gradient, up_gradient, down_gradient = (
-            WeightGradient(weight, needed=needed, terms=chunks)
+            WeightGradient(weight, needed=needed, several=tokens > chunk_tokens)
             for weight, needed in zip(
                 (gate_weight, up_weight, down_weight), weights_needed, strict=True
             )
@@ -221,15 +220,15 @@ class _Backward(torch.autograd.Function):
             product_CF, dgate_CF, dup_CF = dproduct_CF, gate_CF, up_CF
             del dproduct_CF, gate_CF, up_CF
             # Each array goes before the next weight's gradient is made.
-            down_gradient.add(dy_CD, product_CF)
+            down_gradient.add_product(dy_CD, product_CF)
             del product_CF
             if dx_ND is not None:
                 torch.mm(dgate_CF, gate_weight, out=dx_ND[chunk])
-            gate_gradient.add(dgate_CF, x_CD)
+            gate_gradient.add_product(dgate_CF, x_CD)
             del dgate_CF
             if dx_ND is not None:
                 dx_ND[chunk].addmm_(dup_CF, up_weight)
-            up_gradient.add(dup_CF, x_CD)
+            up_gradient.add_product(dup_CF, x_CD)
             del dup_CF
         return (
             dx_ND,

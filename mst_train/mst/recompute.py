@@ -16,12 +16,15 @@ How: saved-tensor hooks replace each tensor that autograd saves in the forward b
 first handle that the backward opens triggers the re-run, in which the same hooks collect the same
 tensors in the same order. A tensor lives as long as its handle, that is until the backward of the
 operation that saved it.
+
+``torch.utils.checkpoint`` does as much work in as much memory, but does not see that a tensor was
+changed in place after it was saved, and its gradients are then wrong (docs/log.md).
 """
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +32,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from mst_train.mst.attention import KeptResults, keeping
-from mst_train.mst.autocast import Autocast
 from mst_train.mst.offload import Offload, Stored
 from mst_train.mst.rerun import (
-    RandomState,
-    Unchanged,
+    Rerun,
     leaves,
     owner,
     tensors_of,
@@ -75,24 +76,36 @@ def recompute_block(
     """
     if not torch.is_grad_enabled():
         return block(x, *arguments)
-    frame = Frame(block, x, arguments, keep_attention)
-    with frame.run(frame.record):
+    frame = _Frame(block, x, arguments, keep_attention)
+    with uncached_parametrizations(), frame.hooks(frame.record):
         y = block(x, *arguments)
     frame.forward_done(y, offload)
     return y
 
 
 class _Handle:
-    """Stands for a saved tensor between forward and backward."""
+    """Stands for a tensor that autograd saved, and holds it from the re-run on."""
 
-    __slots__ = ("__weakref__",)
+    __slots__ = ("__weakref__", "tensor", "version")
+
+    def __init__(self) -> None:
+        self.tensor: Tensor | None = None
+        self.version = 0
+
+
+class _Saved(NamedTuple):
+    """What was saved in the forward, for the re-run to do the same."""
+
+    handle: weakref.ref[_Handle]
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 class _Rebuilt(BaseException):
     """Everything that autograd had saved is there again: not an error for a block to handle."""
 
 
-class Frame:
+class _Frame:
     """One block between its forward and the end of its backward."""
 
     def __init__(
@@ -107,103 +120,91 @@ class Frame:
         self._keep_attention = keep_attention
         self._x = x.detach()
         self._x_requires_grad = x.requires_grad
-        self._autocast = Autocast.here(x.device)
-        self._unchanged = Unchanged("recompute_block")
-        self._unchanged.add("x", self._x)
+        self._rerun = Rerun("recompute_block", x.device)
+        self._rerun.watch("x", self._x)
         self._inputs = _tensors_in((x, arguments))
         for tensor in self._inputs[1:]:
-            self._unchanged.add("an argument", tensor)
+            self._rerun.watch("an argument", tensor)
         module = getattr(block, "__self__", block)
         for name, tensor in tensors_of(module.modules() if isinstance(module, nn.Module) else ()):
             # Others' gradients may come, and they be updated, before this block runs again.
             if not tensor.requires_grad:
-                self._unchanged.add(name, tensor)
-        self._random: RandomState | None = RandomState(x.device)
-        self._kept = KeptResults(self._unchanged)
+                self._rerun.watch(name, tensor)
+        self._kept = KeptResults(self._rerun)
         self._stored: Stored | None = None
-        self._handles: list[weakref.ref[_Handle]] = []
-        self._forms: list[tuple[torch.Size, torch.dtype]] = []
-        self._tensors: weakref.WeakKeyDictionary[_Handle, tuple[Tensor, int]]
-        self._tensors = weakref.WeakKeyDictionary()
-        self._replaying = False
-        self._replayed = 0
+        self._saved: list[_Saved] = []
+        self._rebuilt = 0
 
     @contextmanager
-    def run(self, save: Callable[[Tensor], Any]) -> Iterator[None]:
+    def hooks(self, save: Callable[[Tensor], Any]) -> Iterator[None]:
         """The context of a run, forward or again; ``save`` gets what autograd would save."""
         kept = self._kept if self._keep_attention else None
-        with (
-            uncached_parametrizations(),
-            keeping(kept),
-            saved_tensors_hooks(save, self.open),
-        ):
+        with keeping(kept), saved_tensors_hooks(save, self.open):
             yield
 
     def record(self, tensor: Tensor) -> _Handle:
         """In the forward: a handle in place of a tensor that autograd saves."""
-        self._unchanged.add("a tensor that autograd saved", owner(tensor))
+        self._rerun.watch("a tensor that autograd saved", owner(tensor))
         handle = _Handle()
-        self._handles.append(weakref.ref(handle))
-        self._forms.append((tensor.shape, tensor.dtype))
+        self._saved.append(_Saved(weakref.ref(handle), tensor.shape, tensor.dtype))
         return handle
 
     def forward_done(self, y: Any, offload: Offload | None) -> None:
         """Send what is kept to where it waits; ``y`` is the block's result."""
-        if not self._handles:  # nothing will run again
+        if not self._saved:  # nothing will run again
             return
-        self._unchanged.check_forward()
+        self._rerun.forward_done()
         for leaf in leaves(_tensors_in(y), after=self._inputs):
-            self._unchanged.add("a tensor that gets a gradient", leaf)
+            self._rerun.watch("a tensor that gets a gradient", leaf)
         del self._inputs
-        if self._random is not None and not self._random.moved():
-            self._random = None
         if offload is not None:
             self._stored = offload.store([self._x, *self._kept.tensors])
             del self._x, self._kept.tensors
 
     def open(self, handle: _Handle) -> Tensor:
         """In the backward: the tensor that a handle stands for."""
-        if not self._replaying:
-            self._rerun()
-        tensor, version_saved = self._tensors[handle]
-        if version(tensor) != version_saved:
+        if handle.tensor is None:
+            self._run_again()
+        tensor = handle.tensor
+        assert tensor is not None
+        if version(tensor) != handle.version:
             raise RuntimeError(
                 f"a tensor {tuple(tensor.shape)} that autograd saved in the block under "
                 f"recompute_block was changed in place after that: its gradient would be wrong"
             )
         return tensor
 
-    def _rerun(self) -> None:
-        self._unchanged.check_backward()
-        self._replaying = self._kept.running_again = True
-        if self._stored is not None:
-            (self._x, *self._kept.tensors), self._stored = self._stored.load(), None
-        x = self._x.detach().requires_grad_(self._x_requires_grad)
-        del self._x
-        random = self._random.drawn_again() if self._random is not None else nullcontext()
-        try:
-            with torch.enable_grad(), self._autocast.restored(), random, self.run(self._collect):
+    def _run_again(self) -> None:
+        with self._rerun.again(), torch.enable_grad(), self.hooks(self._collect):
+            self._kept.running_again = True
+            if self._stored is not None:
+                (self._x, *self._kept.tensors), self._stored = self._stored.load(), None
+            x = self._x.detach().requires_grad_(self._x_requires_grad)
+            del self._x
+            try:
                 self._block(x, *self._arguments)
-        except _Rebuilt:
-            return
-        raise self._changed("fewer tensors")
-
-    def _changed(self, what: str) -> RuntimeError:
-        return RuntimeError(
-            f"the block under recompute_block saved {what} when it ran again in the backward: it "
-            f"must do the same both times"
-        )
+            except _Rebuilt:
+                return
+        raise _changed("fewer tensors")
 
     def _collect(self, tensor: Tensor) -> None:
         """In the re-run: the next saved tensor, kept for as long as its handle is."""
-        if (tensor.shape, tensor.dtype) != self._forms[self._replayed]:
-            raise self._changed("other tensors")
-        handle = self._handles[self._replayed]()
+        saved = self._saved[self._rebuilt]
+        if (tensor.shape, tensor.dtype) != (saved.shape, saved.dtype):
+            raise _changed("other tensors")
+        handle = saved.handle()
         if handle is not None:
-            self._tensors[handle] = tensor.detach(), version(tensor)
-        self._replayed += 1
-        if self._replayed == len(self._handles):
+            handle.tensor, handle.version = tensor.detach(), version(tensor)
+        self._rebuilt += 1
+        if self._rebuilt == len(self._saved):
             raise _Rebuilt
+
+
+def _changed(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"the block under recompute_block saved {what} when it ran again in the backward: it "
+        f"must do the same both times"
+    )
 
 
 def _tensors_in(values: Any) -> list[Tensor]:

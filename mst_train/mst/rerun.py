@@ -2,7 +2,7 @@
 
 A block that runs again in the backward has to do the same. What it draws from torch's generators
 can be drawn again; tensors that it reads must be as they were, which their version counters tell;
-and ``parametrize.cached()`` would hand it what another run made.
+autocast must be as it was; and ``parametrize.cached()`` would hand it what another run made.
 """
 
 import weakref
@@ -15,6 +15,70 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
+from mst_train.mst.autocast import Autocast
+
+
+class Rerun:
+    """One block's second run, made ready before its first.
+
+    function: whose block it is, as messages name it.
+    """
+
+    def __init__(self, function: str, device: torch.device) -> None:
+        self.autocast = Autocast.here(device)
+        self._function = function
+        self._watched: list[tuple[weakref.ref[Tensor], int, str]] = []
+        self._devices = [device] if device.type == "cuda" else []
+        generators = [torch.cuda.default_generators[device.index] for device in self._devices]
+        generators.append(torch.default_generator)
+        self._random = [(generator, generator.get_state()) for generator in generators]
+
+    def watch(self, name: str, tensor: Tensor) -> None:
+        """From now on this may not be changed in place. It is not held: what nobody else holds
+        cannot be changed."""
+        self._watched.append((weakref.ref(tensor), version(tensor), name))
+
+    def forward_done(self) -> bool:
+        """After the first run; whether it drew random numbers. Waits for no device.
+
+        Raises RuntimeError where the block changed what is watched.
+        """
+        for name in self._changed():
+            raise RuntimeError(
+                f"{name} was changed in place by the block under {self._function}, which runs "
+                f"again in the backward and would change it again: keep state out of the block"
+            )
+        with _disable_current_modes():  # FakeTensorMode refuses states, which are real there too
+            if all(torch.equal(before, now.get_state()) for now, before in self._random):
+                self._random = []
+        return bool(self._random)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """The context of the second run, in which the same random numbers come again.
+
+        Raises RuntimeError where what is watched was changed since.
+        """
+        for name in self._changed():
+            raise RuntimeError(
+                f"{name} was changed in place between the forward and the backward of "
+                f"{self._function}, which reads it again: change it after the backward"
+            )
+        with (
+            torch.random.fork_rng(self._devices, enabled=bool(self._random)),
+            self.autocast.restored(),
+            uncached_parametrizations(),
+        ):
+            for generator, state in self._random:
+                generator.set_state(state)
+            yield
+
+    def _changed(self) -> Iterator[str]:
+        for reference, before, name in self._watched:
+            tensor = reference()
+            if tensor is not None and version(tensor) != before:
+                yield f"{name} {tuple(tensor.shape)}"
+
 
 def owner(tensor: Tensor) -> Tensor:
     """The tensor that ``tensor`` is a view of, or itself: they share memory and version."""
@@ -24,43 +88,6 @@ def owner(tensor: Tensor) -> Tensor:
 def version(tensor: Tensor) -> int:
     """Counts the changes in place, except of inference tensors, which have no such counter."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-class Unchanged:
-    """Tensors that may not be changed in place while a function will read them again.
-
-    Holds none of them: what nobody else holds cannot be changed.
-    """
-
-    def __init__(self, function: str) -> None:
-        self._function = function
-        self._tensors: list[tuple[weakref.ref[Tensor], int, str]] = []
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """From now on."""
-        self._tensors.append((weakref.ref(tensor), version(tensor), name))
-
-    def check_forward(self) -> None:
-        """At the end of the forward."""
-        for name in self._changed():
-            raise RuntimeError(
-                f"{name} was changed in place by the block under {self._function}, which runs "
-                f"again in the backward and would change it again: keep state out of the block"
-            )
-
-    def check_backward(self) -> None:
-        """Before the block runs again."""
-        for name in self._changed():
-            raise RuntimeError(
-                f"{name} was changed in place between the forward and the backward of "
-                f"{self._function}, which reads it again: change it after the backward"
-            )
-
-    def _changed(self) -> Iterator[str]:
-        for reference, before, name in self._tensors:
-            tensor = reference()
-            if tensor is not None and version(tensor) != before:
-                yield f"{name} {tuple(tensor.shape)}"
 
 
 def tensors_of(modules: Iterable[nn.Module]) -> Iterator[tuple[str, Tensor]]:
@@ -89,38 +116,6 @@ def leaves(results: Iterable[Tensor], after: Iterable[Tensor] = ()) -> Iterator[
             nodes += [before for before, _ in node.next_functions]
             if not node.next_functions and hasattr(node, "variable"):
                 yield node.variable
-
-
-class RandomState:
-    """Where torch's own generators stand: the CPU's and, of a CUDA device, its own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._generators = [torch.default_generator]
-        if device.type == "cuda":
-            self._generators.append(torch.cuda.default_generators[device.index])
-        self._states = self._now()
-
-    def moved(self) -> bool:
-        """Whether random numbers have been drawn since. Waits for no device."""
-        with _disable_current_modes():  # FakeTensorMode refuses states, which are real there too
-            return not all(map(torch.equal, self._states, self._now()))
-
-    @contextmanager
-    def drawn_again(self) -> Iterator[None]:
-        """In this context the same numbers come again."""
-        now = self._now()
-        self._set(self._states)
-        try:
-            yield
-        finally:
-            self._set(now)
-
-    def _now(self) -> list[Tensor]:
-        return [generator.get_state() for generator in self._generators]
-
-    def _set(self, states: list[Tensor]) -> None:
-        for generator, state in zip(self._generators, states, strict=True):
-            generator.set_state(state)
 
 
 @contextmanager

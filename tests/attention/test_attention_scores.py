@@ -32,7 +32,7 @@ from mst_train.attention.select import (
 from mst_train.errors import UserError
 from mst_train.memory.tracker import MemoryTracker
 from mst_train.mst import Scores
-from mst_train.mst.attention_rows import attend_rows, attend_rows_backward
+from mst_train.mst.attention_chunk import attend_chunk, attend_chunk_backward
 
 CPU = torch.device("cpu")
 
@@ -151,7 +151,7 @@ def test_a_chunk_reads_one_window_before_it_and_no_more():
     q, k, v, _ = make_inputs(sequence=40)
     for start in (0, 8, 16, 32):
         rows = slice(start, start + 8)
-        attend_rows(Recording(Scores(window=5)), q[:, rows], k, v, rows, None)
+        attend_chunk(Recording(Scores(window=5)), q[:, rows], k, v, rows, None)
     assert lengths == [(8, 8), (8, 12), (8, 12), (8, 12)]
 
 
@@ -164,9 +164,9 @@ def test_a_chunks_memory_does_not_grow_with_what_is_before_it(softcap):
         rows = slice(sequence - 32, sequence)
         kernel = CpuKernel(Scores(window=16, softcap=softcap))
         with MemoryTracker() as tracker:
-            out, lse = attend_rows(kernel, q[:, rows], k, v, rows, None)
+            out, lse = attend_chunk(kernel, q[:, rows], k, v, rows, None)
             parts = (q[:, rows], k, v, out, lse, rows, None, dk, dv)
-            attend_rows_backward(kernel, dout[:, rows], *parts)
+            attend_chunk_backward(kernel, dout[:, rows], *parts)
         peaks.append(tracker.peak_bytes)
     assert peaks[0] == peaks[1]
 

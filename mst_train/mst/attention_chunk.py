@@ -40,7 +40,7 @@ class _Rectangle(NamedTuple):
     keys: slice
 
 
-def attend_rows(
+def attend_chunk(
     kernel: AttentionKernel,
     q: Tensor,
     k: Tensor,
@@ -72,7 +72,7 @@ def attend_rows(
     return out, lse
 
 
-def attend_rows_backward(
+def attend_chunk_backward(
     kernel: AttentionKernel,
     dout: Tensor,
     q: Tensor,
@@ -91,7 +91,7 @@ def attend_rows_backward(
     their turn comes, ``dk`` and ``dv`` hold all the rest of their gradients.
 
     Args:
-        dout, out: [B, T, H, E]; lse: [B, H, T], as ``attend_rows`` gave it.
+        dout, out: [B, T, H, E]; lse: [B, H, T], as ``attend_chunk`` gave it.
         dk, dv: [B, S, K, E] in fp32 at least, zero before the first call; the parts of keys before
             ``rows`` are added here. None where all rows are one chunk.
 

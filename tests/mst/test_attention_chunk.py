@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mst_train.attention.select import CpuKernel, ReferenceKernel
 from mst_train.mst import Documents
-from mst_train.mst.attention_rows import attend_rows, attend_rows_backward
+from mst_train.mst.attention_chunk import attend_chunk, attend_chunk_backward
 from mst_train.mst.chunking import chunk_slices
 
 KERNELS = [CpuKernel, ReferenceKernel]
@@ -59,13 +59,13 @@ def in_chunks(kernel, inputs, documents, rows_at_once):
     dtype = torch.promote_types(q.dtype, torch.float32)
     out, lse = torch.empty_like(q), torch.empty(batch, heads, sequence, dtype=dtype)
     for rows in chunks:
-        out[:, rows], lse[..., rows] = attend_rows(
+        out[:, rows], lse[..., rows] = attend_chunk(
             kernel, q[:, rows], *(without(t, rows.stop) for t in (k, v)), rows, documents
         )
     dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
     sums = [torch.zeros_like(t, dtype=dtype) for t in (k, v)]
     for rows in reversed(chunks):
-        dq[:, rows], dk[:, rows], dv[:, rows] = attend_rows_backward(
+        dq[:, rows], dk[:, rows], dv[:, rows] = attend_chunk_backward(
             kernel,
             dout[:, rows],
             q[:, rows],
