@@ -1,6 +1,6 @@
 """Attention on CPUs.
 
-Legend: B batch, S keys, T queries of a tile, H query heads, K key-value heads, E head size.
+Legend: B batch, S keys, Q queries of a tile, H query heads, K key-value heads, E head size.
 """
 
 import math
@@ -60,16 +60,16 @@ class CpuKernel:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse_dtype = torch.promote_types(q.dtype, torch.float32)
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=lse_dtype)
-        for queries, keys, mask_TS in self._window_tiles(q, k):
+        for queries, keys, mask_QS in self._window_tiles(q, k):
             result = aten._scaled_dot_product_flash_attention_for_cpu(
                 *heads_first(q[:, queries], k[:, keys], v[:, keys]),
                 0.0,
                 False,
-                attn_mask=mask_TS,
+                attn_mask=mask_QS,
                 scale=self.scores.scale,
             )
             out[:, queries], lse[:, :, queries] = result[0].transpose(1, 2), result[1]
-            del result, mask_TS  # not to be there with the next ones
+            del result, mask_QS  # not to be there with the next ones
         return out, lse
 
     def backward(
@@ -106,7 +106,7 @@ class CpuKernel:
             )
             for t in (k, v)
         )
-        for queries, keys, mask_TS in self._window_tiles(q, k):
+        for queries, keys, mask_QS in self._window_tiles(q, k):
             gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *heads_first(
                     dout[:, queries], q[:, queries], k[:, keys], v[:, keys], out[:, queries]
@@ -114,13 +114,13 @@ class CpuKernel:
                 lse[:, :, queries].contiguous(),
                 0.0,
                 False,
-                attn_mask=mask_TS,
+                attn_mask=mask_QS,
                 scale=self.scores.scale,
             )
             dq[:, queries], some_dk, some_dv = heads_second(gradients)
             dk[:, keys] += some_dk
             dv[:, keys] += some_dv
-            del gradients, some_dk, some_dv, mask_TS  # not to be there with the next ones
+            del gradients, some_dk, some_dv, mask_QS  # not to be there with the next ones
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 
     def _hides(self, q: Tensor, k: Tensor, causal: bool) -> bool:
@@ -131,7 +131,7 @@ class CpuKernel:
         return window < k.shape[1] or q.shape[1] != k.shape[1]
 
     def _window_tiles(self, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Some queries, the keys that some of them see, and what to add to the scores, [T, S]."""
+        """Some queries, the keys that some of them see, and what to add to the scores, [Q, S]."""
         mask = Mask(q.shape[1], k.shape[1], window=self.scores.window)
         for queries, key_tiles in mask.tiles(WINDOW_TILE, None, q):
             for keys in key_tiles:
@@ -139,6 +139,6 @@ class CpuKernel:
 
     @staticmethod
     def _added(mask: Mask, queries: slice, keys: slice, like: Tensor) -> Tensor:
-        added_TS = like.new_zeros(queries.stop - queries.start, keys.stop - keys.start)
-        hidden_TS = mask.hidden(queries, keys, like.device)
-        return added_TS if hidden_TS is None else added_TS.masked_fill_(hidden_TS, -math.inf)
+        added_QS = like.new_zeros(queries.stop - queries.start, keys.stop - keys.start)
+        hidden_QS = mask.hidden(queries, keys, like.device)
+        return added_QS if hidden_QS is None else added_QS.masked_fill_(hidden_QS, -math.inf)

@@ -1,6 +1,6 @@
 """Which keys a query sees, tile by tile.
 
-Legend: T queries of a tile, S keys of a tile.
+Legend: Q queries of a tile, S keys of a tile.
 """
 
 from collections.abc import Iterator
@@ -40,16 +40,16 @@ class Mask:
             yield queries, self._seen(queries, keys_at_once)
 
     def hidden(self, queries: slice, keys: slice, device: torch.device) -> Tensor | None:
-        """Which of these keys each of these queries does not see, [T, S]; None: it sees all."""
+        """Which of these keys each of these queries does not see, [Q, S]; None: it sees all."""
         if not self._hides(queries, keys):
             return None
         shift = self.keys - self.queries
-        own_T1 = torch.arange(queries.start + shift, queries.stop + shift, device=device)[:, None]
+        own_Q1 = torch.arange(queries.start + shift, queries.stop + shift, device=device)[:, None]
         key_S = torch.arange(keys.start, keys.stop, device=device)
-        hidden_TS = key_S > own_T1
+        hidden_QS = key_S > own_Q1
         if self.window is not None:
-            hidden_TS |= key_S <= own_T1 - self.window
-        return hidden_TS
+            hidden_QS |= key_S <= own_Q1 - self.window
+        return hidden_QS
 
     def _seen(self, queries: slice, at_once: int | None) -> Iterator[slice]:
         """The keys that some of these queries see."""

@@ -1,6 +1,6 @@
 """Attention by the formula: what the other kernels are held to.
 
-Legend: B batch, S sequence, T queries where they are fewer than the keys, H query heads, K
+Legend: B batch, S sequence, Q queries where they are fewer than the keys, H query heads, K
 key-value heads, E head size, G = H/K.
 """
 
@@ -19,7 +19,7 @@ from mst_train.mst.attention import KEYS_AT_ONCE, PLAIN, Documents, Scores
 class ReferenceKernel:
     """The formula, in fp32 at least.
 
-    Holds the whole score matrix, [B, H, T, S], several times.
+    Holds the whole score matrix, [B, H, Q, S], several times.
     """
 
     keys_at_once: ClassVar[int] = KEYS_AT_ONCE
@@ -33,11 +33,11 @@ class ReferenceKernel:
         documents: Documents | None = None,
         causal: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        scores_BKGTS, _ = self._scores(q, k, documents, causal)
-        lse_BKGT = scores_BKGTS.logsumexp(-1)
-        weights_BKGTS = (scores_BKGTS - lse_BKGT[..., None]).exp()
-        out_BKGTE = weights_BKGTS @ self._shared(v)
-        return self._merged(out_BKGTE, q), lse_BKGT.flatten(1, 2)
+        scores_BKGQS, _ = self._scores(q, k, documents, causal)
+        lse_BKGQ = scores_BKGQS.logsumexp(-1)
+        weights_BKGQS = (scores_BKGQS - lse_BKGQ[..., None]).exp()
+        out_BKGQE = weights_BKGQS @ self._shared(v)
+        return self._merged(out_BKGQE, q), lse_BKGQ.flatten(1, 2)
 
     def backward(
         self,
@@ -51,10 +51,10 @@ class ReferenceKernel:
         causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         groups = q.shape[2] // k.shape[2]
-        lse_BKGT1 = lse.unflatten(1, (-1, groups))[..., None]
+        lse_BKGQ1 = lse.unflatten(1, (-1, groups))[..., None]
         scores, slope = self._scores(q, k, documents, causal)
-        weights = (scores - lse_BKGT1).exp()  # [B, K, G, T, S]
-        dout_, out_, q_ = (self._grouped(t, groups) for t in (dout, out, q))  # [B, K, G, T, E]
+        weights = (scores - lse_BKGQ1).exp()  # [B, K, G, Q, S]
+        dout_, out_, q_ = (self._grouped(t, groups) for t in (dout, out, q))  # [B, K, G, Q, E]
         dv = (weights.transpose(-1, -2) @ dout_).sum(2)
         dweights = dout_ @ self._shared(v).transpose(-1, -2)
         dscores = weights * (dweights - (dout_ * out_).sum(-1, keepdim=True)) * slope
@@ -65,10 +65,10 @@ class ReferenceKernel:
     def _scores(
         self, q: Tensor, k: Tensor, documents: Documents | None, causal: bool
     ) -> tuple[Tensor, Tensor | float]:
-        """The scores [B, K, G, T, S], and their derivatives by the products of queries and keys."""
+        """The scores [B, K, G, Q, S], and their derivatives by the products of queries and keys."""
         scale, softcap = self.scores.scale or 1 / math.sqrt(q.shape[3]), self.scores.softcap
-        q_BKGTE = self._grouped(q, q.shape[2] // k.shape[2])
-        scores = q_BKGTE @ self._shared(k).transpose(-1, -2) * scale
+        q_BKGQE = self._grouped(q, q.shape[2] // k.shape[2])
+        scores = q_BKGQE @ self._shared(k).transpose(-1, -2) * scale
         slope: Tensor | float = scale
         if softcap is not None:
             capped = torch.tanh(scores / softcap)
@@ -87,10 +87,10 @@ class ReferenceKernel:
         return scores, slope
 
     @staticmethod
-    def _grouped(t_BTHE: Tensor, groups: int) -> Tensor:
-        """[B, T, H, E] -> [B, K, G, T, E]: query head h reads key-value head h // G."""
-        t_BTKGE = t_BTHE.unflatten(2, (-1, groups))
-        return t_BTKGE.permute(0, 2, 3, 1, 4).to(torch.promote_types(t_BTHE.dtype, torch.float32))
+    def _grouped(t_BQHE: Tensor, groups: int) -> Tensor:
+        """[B, Q, H, E] -> [B, K, G, Q, E]: query head h reads key-value head h // G."""
+        t_BQKGE = t_BQHE.unflatten(2, (-1, groups))
+        return t_BQKGE.permute(0, 2, 3, 1, 4).to(torch.promote_types(t_BQHE.dtype, torch.float32))
 
     @staticmethod
     def _shared(t_BSKE: Tensor) -> Tensor:
@@ -99,6 +99,6 @@ class ReferenceKernel:
         return t_BKSE.unsqueeze(2)
 
     @staticmethod
-    def _merged(t_BKGTE: Tensor, like: Tensor) -> Tensor:
-        """[B, K, G, T, E] -> [B, T, H, E]."""
-        return t_BKGTE.permute(0, 3, 1, 2, 4).reshape(like.shape).to(like.dtype)
+    def _merged(t_BKGQE: Tensor, like: Tensor) -> Tensor:
+        """[B, K, G, Q, E] -> [B, Q, H, E]."""
+        return t_BKGQE.permute(0, 3, 1, 2, 4).reshape(like.shape).to(like.dtype)

@@ -4,8 +4,8 @@ FlashAttention's loops (Dao et al. 2022) without its fused kernel: for each tile
 of keys one after the other, with a running maximum and sum. Serves where no fused kernel does:
 capped scores without flash-attn, windows in fp32 on CUDA.
 
-Legend: B batch, S keys, T queries of a tile, H query heads, K key-value heads, E head size,
-G = H/K, R = G*T: the queries of one key-value head.
+Legend: B batch, S keys, Q queries of a tile, H query heads, K key-value heads, E head size,
+G = H/K, R = G*Q: the queries of one key-value head.
 """
 
 import math
@@ -30,7 +30,7 @@ class TiledKernel:
 
     device_type: the kind of device that the tiles are for.
 
-    Memory: four tiles of scores [B, H, T, S], and in the backward the gradients of all keys and
+    Memory: four tiles of scores [B, H, Q, S], and in the backward the gradients of all keys and
     values given, in fp32 at least.
     """
 
@@ -94,7 +94,7 @@ class TiledKernel:
         queries: slice,
         key_tiles: Iterator[slice],
     ) -> tuple[Tensor, Tensor]:
-        """What a tile of queries reads, [B, T, H, E], and its log-sum-exp, [B, H, T]."""
+        """What a tile of queries reads, [B, Q, H, E], and its log-sum-exp, [B, H, Q]."""
         q_BKRE = _grouped(q[:, queries], k.shape[2])
         top = q_BKRE.new_full((*q_BKRE.shape[:3], 1), -math.inf)
         total, sums = torch.zeros_like(top), torch.zeros_like(q_BKRE)
@@ -140,7 +140,7 @@ class TiledKernel:
         queries: slice,
         key_tiles: Iterator[slice],
     ) -> Tensor:
-        """The gradient of a tile of queries, [B, T, H, E], where all but k and v are the tile's."""
+        """The gradient of a tile of queries, [B, Q, H, E], where all but k and v are the tile's."""
         q_BKRE, dout_BKRE, out_BKRE = (_grouped(t, k.shape[2]) for t in (q, dout, out))
         lse_BKR1 = lse.reshape(*q_BKRE.shape[:3], 1)
         inner_BKR1 = (dout_BKRE * out_BKRE).sum(-1, keepdim=True)
@@ -168,10 +168,10 @@ class TiledKernel:
             capped = scores.div_(softcap).tanh_()
             scores = capped * softcap
             slope = capped.square_().neg_().add_(1.0).mul_(scale)
-        hidden_TS = mask.hidden(queries, keys, k.device)
-        if hidden_TS is not None:
-            by_query = scores.unflatten(2, (-1, hidden_TS.shape[0]))  # [B, K, G, T, S]
-            by_query.masked_fill_(hidden_TS, -math.inf)
+        hidden_QS = mask.hidden(queries, keys, k.device)
+        if hidden_QS is not None:
+            by_query = scores.unflatten(2, (-1, hidden_QS.shape[0]))  # [B, K, G, Q, S]
+            by_query.masked_fill_(hidden_QS, -math.inf)
         return scores, slope
 
 
@@ -184,13 +184,13 @@ def _wide_keys(t_BSKE: Tensor, keys: slice) -> Tensor:
     return t_BSKE[:, keys].transpose(1, 2).to(_wide(t_BSKE))
 
 
-def _grouped(t_BTHE: Tensor, kv_heads: int) -> Tensor:
-    """[B, T, H, E] -> [B, K, R, E] in fp32 at least: query head h reads key-value head h // G."""
-    t_BTKGE = t_BTHE.unflatten(2, (kv_heads, -1))
-    return t_BTKGE.permute(0, 2, 3, 1, 4).flatten(2, 3).to(_wide(t_BTHE))
+def _grouped(t_BQHE: Tensor, kv_heads: int) -> Tensor:
+    """[B, Q, H, E] -> [B, K, R, E] in fp32 at least: query head h reads key-value head h // G."""
+    t_BQKGE = t_BQHE.unflatten(2, (kv_heads, -1))
+    return t_BQKGE.permute(0, 2, 3, 1, 4).flatten(2, 3).to(_wide(t_BQHE))
 
 
 def _merged(t_BKRE: Tensor, like: Tensor) -> Tensor:
-    """[B, K, R, E] -> [B, T, H, E], T and H as in ``like``."""
-    t_BKGTE = t_BKRE.unflatten(2, (-1, like.shape[1]))
-    return t_BKGTE.permute(0, 3, 1, 2, 4).reshape(like.shape).to(like.dtype)
+    """[B, K, R, E] -> [B, Q, H, E], Q and H as in ``like``."""
+    t_BKGQE = t_BKRE.unflatten(2, (-1, like.shape[1]))
+    return t_BKGQE.permute(0, 3, 1, 2, 4).reshape(like.shape).to(like.dtype)

@@ -2,7 +2,7 @@
 that they share.
 
 1. ``init``: joining the others and leaving them.
-2. ``topology``: the processes as a grid of data and sequence; each one's rows of a batch.
+2. ``topology``: the processes as a grid of data and sequence; each one's part of a batch.
 3. ``guard``: errors that all of them have to hear of; ``comm_timer``: how long they wait for each
    other.
 4. ``sampler``: which samples each process reads.

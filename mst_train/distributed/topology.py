@@ -1,6 +1,6 @@
 """Processes as a grid: world = data x sequence.
 
-The processes of a sequence group read the same samples, and each keeps its own rows of them; the
+The processes of a sequence group read the same samples, and each keeps its own part of them; the
 data groups read different samples. The ranks of a sequence group follow each other, so that they
 exchange heads over the fast links inside a node where the node has them all.
 
@@ -10,7 +10,7 @@ exchange heads over the fast links inside a node where the node has them all.
 
 Weights are the same everywhere, so gradients are summed over all processes, whatever the grid.
 
-Legend: B batch, S sequence, T = S/P rows of a process, P processes that share a sequence.
+Legend: B batch, S sequence, L = S/P positions of a process, P processes that share a sequence.
 """
 
 import json
@@ -60,7 +60,7 @@ class Topology:
 
     @property
     def sequence_index(self) -> int:
-        """Which rows of its group's sequences this process has."""
+        """Which part of its group's sequences this process has."""
         return self.rank % self.sequence_parallel
 
     @property
@@ -68,10 +68,10 @@ class Topology:
         """Whether this process writes what is written once."""
         return self.rank == 0
 
-    def rows_of(self, batch: Batch) -> Batch:
-        """This process's rows of a batch, [B, S] -> [B, T] each.
+    def part_of(self, batch: Batch) -> Batch:
+        """This process's part of a batch's sequences, [B, S] -> [B, L] each.
 
-        Labels were shifted before, so the last row's label is the token that the next process has
+        Labels were shifted before, so the last token's label is the token that the next process has
         first. Document boundaries stay those of the whole sequences, which attention sees.
 
         Raises UserError where the length is not a multiple of the degree.
@@ -84,8 +84,8 @@ class Topology:
                 f"a sequence of {length} tokens cannot be shared by parallel.sequence_parallel="
                 f"{self.sequence_parallel} processes: set data.sequence_length to a multiple of it"
             )
-        rows = length // self.sequence_parallel
-        own = slice(self.sequence_index * rows, (self.sequence_index + 1) * rows)
+        positions = length // self.sequence_parallel
+        own = slice(self.sequence_index * positions, (self.sequence_index + 1) * positions)
         return replace(
             batch,
             tokens=batch.tokens[:, own].contiguous(),
@@ -94,7 +94,7 @@ class Topology:
         )
 
     def shared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """This process's rows of the batches of its data group, which takes every D-th one.
+        """This process's part of the batches of its data group, which takes every D-th one.
 
         All processes get equally many, as exchanges need: a group for which none is left gets one
         of another group without labels.
@@ -102,10 +102,10 @@ class Topology:
         batches = iter(batches)
         while turn := list(islice(batches, self.data_parallel)):
             if self.data_index < len(turn):
-                yield self.rows_of(turn[self.data_index])
+                yield self.part_of(turn[self.data_index])
             else:
                 labels = torch.full_like(turn[0].labels, IGNORED)
-                yield self.rows_of(replace(turn[0], labels=labels))
+                yield self.part_of(replace(turn[0], labels=labels))
 
     def from_first(self, value: T) -> T:
         """What the first process has given, as ``gather`` gives it."""

@@ -1,11 +1,12 @@
 """Sequence-parallel attention: DeepSpeed-Ulysses (Jacobs et al. 2023).
 
 Everything in a decoder but attention treats each token by itself, so P processes share a sequence
-by its rows. For attention they exchange their rows of all heads for all rows of their heads, and
-attention itself runs as it does in one process, on H/P query heads. Two exchanges each way:
+by its positions. For attention they exchange all heads at their positions for all positions of
+their heads, and attention itself runs as it does in one process, on H/P query heads. Two exchanges
+each way:
 
-    q, k, v  [B, T, heads, E]   ->  [B, S, heads of this process, E]    one all-to-all for the three
-    out      [B, S, H/P, E]     ->  [B, T, H, E]                        one all-to-all
+    q, k, v  [B, L, heads, E]   ->  [B, S, heads of this process, E]    one all-to-all for the three
+    out      [B, S, H/P, E]     ->  [B, L, H, E]                        one all-to-all
 
 Both are linear maps whose transposes are the opposite exchanges, which is what their backwards are.
 
@@ -14,8 +15,8 @@ there are fewer of them than processes, several processes get the same one, and 
 copy for each query head before the exchange. In the backward, the gradients that these processes
 send back are summed.
 
-Legend: B batch, S sequence, T = S/P rows of a process, P processes that share a sequence, H query
-heads, K key-value heads, E head size.
+Legend: B batch, S sequence, L = S/P positions of a process, P processes that share a sequence, H
+query heads, K key-value heads, E head size.
 """
 
 from collections.abc import Sequence
@@ -45,14 +46,14 @@ class LocalAttention(Protocol):
 class UlyssesAttention:
     """Causal attention over sequences that the processes of ``group`` share.
 
-    local: what each process runs on all rows of its heads.
+    local: what each process runs on whole sequences of its heads.
 
-    Called with q [B, T, H, E] and k, v [B, T, K, E], the rows of this process, and the documents of
-    the whole sequences; gives [B, T, H, E]. All processes of the group call it together, and run
+    Called with q [B, L, H, E] and k, v [B, L, K, E], at this process's positions, and the documents
+    of the whole sequences; gives [B, L, H, E]. All processes of the group call it together, and run
     its backward together.
 
     Memory: while an exchange runs, a buffer to send from and one to receive in. Afterwards q, k and
-    v of all rows and this process's heads, as attention keeps them.
+    v of whole sequences and this process's heads, as attention keeps them.
 
     Raises ValueError where the degree does not divide the query heads.
     """
@@ -72,8 +73,8 @@ class UlyssesAttention:
         if readers is not None:
             k, v = k[:, :, readers], v[:, :, readers]
         out = self.local(q, k, v, documents)
-        rows: Tensor = _ToRows.apply(out, self.group)  # type: ignore[no-untyped-call]
-        return rows
+        mine: Tensor = _ToPositions.apply(out, self.group)  # type: ignore[no-untyped-call]
+        return mine
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Heads:
 
 
 class _ToHeads(torch.autograd.Function):
-    """Rows of all heads -> all rows of some heads, for q, k and v at once."""
+    """Some positions of all heads -> all positions of some heads, for q, k and v at once."""
 
     @staticmethod
     def forward(
@@ -142,12 +143,12 @@ class _ToHeads(torch.autograd.Function):
             for parts in (_slices(heads, process) for process in range(heads.processes))
         ]
         received = _exchange(sent, [own] * heads.processes, q, group)
-        batch, rows, _, size = q.shape
+        batch, length, _, size = q.shape
         results = tuple(
-            q.new_empty(batch, rows * heads.processes, width, size) for width in _widths(own)
+            q.new_empty(batch, length * heads.processes, width, size) for width in _widths(own)
         )
         for process, part in enumerate(received):
-            place = slice(process * rows, (process + 1) * rows)
+            place = slice(process * length, (process + 1) * length)
             for result, piece in zip(results, part.split(_widths(own), dim=2), strict=True):
                 result[:, place] = piece
         return results
@@ -159,17 +160,17 @@ class _ToHeads(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
         heads: Heads = ctx.heads
         slices = [_slices(heads, process) for process in range(heads.processes)]
-        by_rows = [t.chunk(heads.processes, dim=1) for t in (dq, dk, dv)]
-        sent = list(zip(*by_rows, strict=True))
+        by_process = [t.chunk(heads.processes, dim=1) for t in (dq, dk, dv)]
+        sent = list(zip(*by_process, strict=True))
         received = _exchange(sent, slices, dq, ctx.group)
-        batch, rows, _, size = sent[0][0].shape
+        batch, length, _, size = sent[0][0].shape
         # A head that several processes have read has a sum, in fp32 at least.
         dtype = dq.dtype
         if heads.some_keys_shared:
             dtype = torch.promote_types(dtype, torch.float32)
         totals = [
-            dq.new_empty(batch, rows, heads.queries, size),
-            *(dq.new_zeros(batch, rows, heads.keys, size, dtype=dtype) for _ in range(2)),
+            dq.new_empty(batch, length, heads.queries, size),
+            *(dq.new_zeros(batch, length, heads.keys, size, dtype=dtype) for _ in range(2)),
         ]
         for part, own in zip(received, slices, strict=True):
             pieces = part.split(_widths(own), dim=2)
@@ -179,24 +180,24 @@ class _ToHeads(torch.autograd.Function):
         return totals[0], totals[1].to(dq.dtype), totals[2].to(dq.dtype), None, None
 
 
-class _ToRows(torch.autograd.Function):
-    """All rows of some heads -> rows of all heads."""
+class _ToPositions(torch.autograd.Function):
+    """All positions of some heads -> some positions of all heads."""
 
     @staticmethod
     def forward(ctx: Any, out_BShE: Tensor, group: "dist.ProcessGroup") -> Tensor:
         ctx.group = group
         processes, own_heads = dist.get_world_size(group), slice(0, out_BShE.shape[2])
-        sent = [[rows] for rows in out_BShE.chunk(processes, dim=1)]
+        sent = [[part] for part in out_BShE.chunk(processes, dim=1)]
         received = _exchange(sent, [(own_heads,)] * processes, out_BShE, group)
         return torch.cat(received, dim=2)
 
     @staticmethod
     @first_order_only
-    def backward(ctx: Any, dout_BTHE: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dout_BLHE: Tensor) -> tuple[Tensor, None]:
         processes = dist.get_world_size(ctx.group)
-        own_heads = slice(0, dout_BTHE.shape[2] // processes)
-        sent = [[heads] for heads in dout_BTHE.chunk(processes, dim=2)]
-        received = _exchange(sent, [(own_heads,)] * processes, dout_BTHE, ctx.group)
+        own_heads = slice(0, dout_BLHE.shape[2] // processes)
+        sent = [[heads] for heads in dout_BLHE.chunk(processes, dim=2)]
+        received = _exchange(sent, [(own_heads,)] * processes, dout_BLHE, ctx.group)
         return torch.cat(received, dim=1), None
 
 
@@ -209,28 +210,28 @@ def _exchange(
     """One all-to-all of tensors that differ in their number of heads.
 
     Args:
-        sent: for each process, tensors [B, T, heads, E].
+        sent: for each process, tensors [B, L, heads, E].
         expected: for each process, the heads of what it sends.
         like: for E and the type.
 
     Returns:
-        From each process [B, T, heads, E], its tensors' heads one after the other.
+        From each process [B, L, heads, E], its tensors' heads one after the other.
     """
-    batch, rows, _, size = sent[0][0].shape
+    batch, length, _, size = sent[0][0].shape
     outgoing = like.new_empty(sum(t.numel() for tensors in sent for t in tensors))
     outgoing_sizes, start = [], 0
     for tensors in sent:
         heads = sum(t.shape[2] for t in tensors)
-        numel = batch * rows * heads * size
-        place = outgoing[start : start + numel].view(batch, rows, heads, size)
+        numel = batch * length * heads * size
+        place = outgoing[start : start + numel].view(batch, length, heads, size)
         for tensor, part in zip(
             tensors, place.split([t.shape[2] for t in tensors], dim=2), strict=True
         ):
             part.copy_(tensor)
         outgoing_sizes.append(numel)
         start += numel
-    shapes = [(batch, rows, sum(_widths(parts)), size) for parts in expected]
-    incoming_sizes = [batch * rows * heads * size for _, _, heads, _ in shapes]
+    shapes = [(batch, length, sum(_widths(parts)), size) for parts in expected]
+    incoming_sizes = [batch * length * heads * size for _, _, heads, _ in shapes]
     incoming = like.new_empty(sum(incoming_sizes))
     with WAITING.measured(like.device):
         dist.all_to_all_single(incoming, outgoing, incoming_sizes, outgoing_sizes, group=group)

@@ -23,7 +23,7 @@ class Engine(Protocol):
     """What to change after one."""
 
     def __call__(self, *arguments: Any) -> Any:
-        """The model's forward, on this process's rows."""
+        """The model's forward, on this process's part of the sequences."""
         ...
 
     def begin_step(self, rate: float) -> None:

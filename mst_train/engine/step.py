@@ -46,7 +46,8 @@ def train_step(
 ) -> tuple[float, float, int]:
     """One optimizer step over the micro-batches ``batches``, at learning rate ``rate``.
 
-    Of several processes, each is given its own rows, and all return or raise the same.
+    Of several processes, each is given its own part of the sequences, and all return or raise
+    the same.
 
     The loss is the sum over the step's valid tokens divided by their number, so it does not depend
     on how the step is cut into micro-batches and shared by processes. Returns loss, gradient norm

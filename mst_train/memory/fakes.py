@@ -159,7 +159,8 @@ def _log_sum_exp(q_BSHE: Tensor) -> Tensor:
 class SimulatedUlysses:
     """``UlyssesAttention`` of one process among ``degree``, which exchanges nothing.
 
-    local: what runs on all rows of this process's heads. The first process's heads stand for all.
+    local: what runs on whole sequences of this process's heads. The first process's heads stand for
+    all.
     """
 
     def __init__(self, local: LocalAttention, degree: int) -> None:
@@ -178,23 +179,23 @@ class SimulatedUlysses:
         if readers is not None:
             k, v = k[:, :, readers], v[:, :, readers]
         out = self._local(q, k, v, documents)
-        rows: Tensor = _ToRows.apply(out, self._degree)  # type: ignore[no-untyped-call]
-        return rows
+        mine: Tensor = _ToPositions.apply(out, self._degree)  # type: ignore[no-untyped-call]
+        return mine
 
 
 class _ToHeads(torch.autograd.Function):
-    """q, k and v [B, T, H or K, E] -> [B, S, H/P or this process's K, E]."""
+    """q, k and v [B, L, H or K, E] -> [B, S, H/P or this process's K, E]."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, heads: Heads
+        ctx: Any, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor, heads: Heads
     ) -> tuple[Tensor, ...]:
-        ctx.heads, ctx.shapes = heads, (q_BTHE.shape, k_BTKE.shape)
-        batch, rows, _, size = q_BTHE.shape
+        ctx.heads, ctx.shapes = heads, (q_BLHE.shape, k_BLKE.shape)
+        batch, length, _, size = q_BLHE.shape
         sent, own = _widths(heads)
-        received = _exchange(q_BTHE, batch * rows * size, sent, heads.processes * sum(own))
+        received = _exchange(q_BLHE, batch * length * size, sent, heads.processes * sum(own))
         results = tuple(
-            q_BTHE.new_empty(batch, rows * heads.processes, width, size) for width in own
+            q_BLHE.new_empty(batch, length * heads.processes, width, size) for width in own
         )
         del received
         return results
@@ -205,9 +206,9 @@ class _ToHeads(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, None]:
         heads: Heads = ctx.heads
         queries, keys = ctx.shapes
-        batch, rows, _, size = queries
+        batch, length, _, size = queries
         sent, own = _widths(heads)
-        received = _exchange(dq_BShE, batch * rows * size, heads.processes * sum(own), sent)
+        received = _exchange(dq_BShE, batch * length * size, heads.processes * sum(own), sent)
         dtype = dq_BShE.dtype
         if heads.some_keys_shared:
             dtype = torch.promote_types(dtype, torch.float32)
@@ -216,21 +217,21 @@ class _ToHeads(torch.autograd.Function):
         return totals[0], totals[1].to(dk.dtype), totals[2].to(dv.dtype), None
 
 
-class _ToRows(torch.autograd.Function):
-    """[B, S, H/P, E] -> [B, T, H, E]."""
+class _ToPositions(torch.autograd.Function):
+    """[B, S, H/P, E] -> [B, L, H, E]."""
 
     @staticmethod
     def forward(ctx: Any, out_BShE: Tensor, processes: int) -> Tensor:
         batch, sequence, width, size = ctx.shape = out_BShE.shape
         received = _exchange(out_BShE, out_BShE.numel(), 1, 1)
-        rows = out_BShE.new_empty(batch, sequence // processes, width * processes, size)
+        mine = out_BShE.new_empty(batch, sequence // processes, width * processes, size)
         del received
-        return rows
+        return mine
 
     @staticmethod
-    def backward(ctx: Any, dout_BTHE: Tensor) -> tuple[Tensor, None]:
-        received = _exchange(dout_BTHE, dout_BTHE.numel(), 1, 1)
-        heads = dout_BTHE.new_empty(ctx.shape)
+    def backward(ctx: Any, dout_BLHE: Tensor) -> tuple[Tensor, None]:
+        received = _exchange(dout_BLHE, dout_BLHE.numel(), 1, 1)
+        heads = dout_BLHE.new_empty(ctx.shape)
         del received
         return heads, None
 

@@ -210,12 +210,12 @@ def _shorter_lengths(
     chunk = policy.mlp_chunk_tokens if whole_blocks else policy.block_chunk_tokens
     length, batch = config.data.sequence_length, config.train.micro_batch_size
     assert isinstance(chunk, int) and isinstance(policy.head_chunk_tokens, int)
-    rows = -(-chunk // batch) * config.parallel.sequence_parallel
+    positions = -(-chunk // batch) * config.parallel.sequence_parallel
     at_once = max(KEYS_AT_ONCE, config.model.sliding_window or 0)
     at_once = max(at_once, 2 * policy.head_chunk_tokens // batch)
-    first = max(8, -(-at_once // rows) + 1) * rows + length % rows
-    lengths = (first, first + 4 * rows, first + 8 * rows)
-    if not policy.mini_sequence or length <= lengths[-1] or length < _MANY_CHUNKS * rows:
+    first = max(8, -(-at_once // positions) + 1) * positions + length % positions
+    lengths = (first, first + 4 * positions, first + 8 * positions)
+    if not policy.mini_sequence or length <= lengths[-1] or length < _MANY_CHUNKS * positions:
         return None
     return lengths
 
@@ -352,7 +352,7 @@ def with_layers(config: Config, layers: int) -> Config:
 
 
 def _local_length(config: Config) -> int:
-    """The rows of a sequence that one device has."""
+    """The positions of a sequence that one device has."""
     return config.data.sequence_length // config.parallel.sequence_parallel
 
 

@@ -211,7 +211,7 @@ class Block(nn.Module):
     def after_attention(
         self, x_BSD: Tensor, out_BSHE: Tensor, *, values: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """[B, S, D], [B, S, H, E] -> the residual stream and the MLP's branch, [B, S, D] each."""
+        """[B, S, D], [B, S, H, E] -> the residual and the MLP's branch, [B, S, D] each."""
         attention_BSD = self.attention.output(out_BSHE.flatten(2))
         if self.attention_output_norm is not None:
             attention_BSD = self.attention_output_norm(attention_BSD)

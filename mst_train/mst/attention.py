@@ -72,13 +72,13 @@ class Documents:
             self._copies[device] = self.boundaries.to(device, non_blocking=True)
         return self._copies[device]
 
-    def inside(self, batch: int, sequence: int, rows: slice) -> "Documents":
-        """The documents as these rows of every sequence see them, cut at their ends."""
-        key = (batch, sequence, rows.start, rows.stop)
+    def inside(self, batch: int, sequence: int, chunk: slice) -> "Documents":
+        """The documents as this chunk of every sequence sees them, cut at its ends."""
+        key = (batch, sequence, chunk.start, chunk.stop)
         if key not in self._inside:
-            length = rows.stop - rows.start
+            length = chunk.stop - chunk.start
             boundaries = [0]
-            for first in range(rows.start, batch * sequence, sequence):
+            for first in range(chunk.start, batch * sequence, sequence):
                 begun = bisect_right(self.offsets, first)
                 ended = bisect_left(self.offsets, first + length)
                 done = boundaries[-1]

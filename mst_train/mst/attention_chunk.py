@@ -1,7 +1,7 @@
-"""Attention of a chunk of queries: those of some rows of the sequence, over the keys up to there.
+"""Attention of a chunk of queries: some positions', over the keys up to there.
 
 Attention kernels know squares (every query sees the keys before it) and rectangles (every query
-sees every key). The queries of rows [s, e) see the square of the keys [s, e) and the rectangle of
+sees every key). The queries at [s, e) see the square of the keys [s, e) and the rectangle of
 the keys before s; with packed documents, of those keys the ones of the document that reaches over
 s. The two results are merged by their log-sum-exps, as in FlashAttention's own loop (Dao 2023,
 section 3.1); each part's backward is exact with the merged result and log-sum-exp, as in ring
@@ -10,7 +10,7 @@ attention (Liu et al. 2023).
 With a sliding window there is nothing to merge: the queries see the keys of [s, e) and of one
 window before s, which one call of the kernel takes. Cost and memory then do not depend on s.
 
-Legend: B batch, S sequence, T rows of a chunk, H query heads, K key-value heads, E head size.
+Legend: B batch, S sequence, T positions of a chunk, H query heads, K key-value heads, E head size.
 """
 
 from collections.abc import Iterator
@@ -45,22 +45,22 @@ def attend_chunk(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rows: slice,
+    chunk: slice,
     documents: Documents | None,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of the queries of ``rows``.
+    """Causal attention of a chunk's queries.
 
     Args:
-        q: [B, T, H, E], the queries of these rows alone.
-        k, v: [B, S, K, E]; what comes after ``rows`` is not read.
+        q: [B, T, H, E], the queries of the chunk alone.
+        k, v: [B, S, K, E]; what comes after the chunk is not read.
 
     Returns:
         (out, lse): [B, T, H, E] and [B, H, T].
     """
     if kernel.scores.window is not None:
-        return _attend_window(kernel, q, k, v, _parts(documents, k, rows, kernel.scores.window))
-    out, lse = kernel.forward(q, k[:, rows], v[:, rows], _inside(documents, k, rows))
-    for batch, queries, keys in _before(documents, k, rows):
+        return _attend_window(kernel, q, k, v, _parts(documents, k, chunk, kernel.scores.window))
+    out, lse = kernel.forward(q, k[:, chunk], v[:, chunk], _inside(documents, k, chunk))
+    for batch, queries, keys in _before(documents, k, chunk):
         past_out, past_lse = kernel.forward(
             q[batch, queries], k[batch, keys], v[batch, keys], causal=False
         )
@@ -80,33 +80,33 @@ def attend_chunk_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    rows: slice,
+    chunk: slice,
     documents: Documents | None,
     dk: Tensor | None,
     dv: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q and of the keys and values of ``rows``.
+    """The gradients of q and of the chunk's keys and values.
 
-    Called for the last rows first: the keys of some rows are seen by these and later ones, so when
-    their turn comes, ``dk`` and ``dv`` hold all the rest of their gradients.
+    Called for the last chunk first: the keys of a chunk are seen by its queries and later ones, so
+    when its turn comes, ``dk`` and ``dv`` hold all the rest of their gradients.
 
     Args:
         dout, out: [B, T, H, E]; lse: [B, H, T], as ``attend_chunk`` gave it.
         dk, dv: [B, S, K, E] in fp32 at least, zero before the first call; the parts of keys before
-            ``rows`` are added here. None where all rows are one chunk.
+            the chunk are added here. None where the whole sequence is one chunk.
 
     Returns:
-        (dq, dk, dv) of ``rows``, in the types of q, k and v.
+        (dq, dk, dv) of the chunk, in the types of q, k and v.
     """
     if kernel.scores.window is not None:
-        parts = _parts(documents, k, rows, kernel.scores.window)
-        return _attend_window_backward(kernel, dout, q, k, v, out, lse, rows, parts, dk, dv)
-    inside = _inside(documents, k, rows)
-    dq_T, dk_T, dv_T = kernel.backward(dout, q, k[:, rows], v[:, rows], out, lse, inside)
+        parts = _parts(documents, k, chunk, kernel.scores.window)
+        return _attend_window_backward(kernel, dout, q, k, v, out, lse, chunk, parts, dk, dv)
+    inside = _inside(documents, k, chunk)
+    dq_T, dk_T, dv_T = kernel.backward(dout, q, k[:, chunk], v[:, chunk], out, lse, inside)
     if dk is None or dv is None:
         return dq_T, dk_T, dv_T
     total = dq_T.to(dk.dtype)
-    for batch, queries, before in _before(documents, k, rows):
+    for batch, queries, before in _before(documents, k, chunk):
         for part in chunk_slices(before.stop - before.start, kernel.keys_at_once):
             keys = slice(before.start + part.start, before.start + part.stop)
             past_dq, past_dk, past_dv = kernel.backward(
@@ -124,8 +124,8 @@ def attend_chunk_backward(
             del past_dq, past_dk, past_dv  # not to be there with the next ones
     return (
         total.to(q.dtype),
-        dk_T.to(dk.dtype).add_(dk[:, rows]).to(k.dtype),
-        dv_T.to(dv.dtype).add_(dv[:, rows]).to(v.dtype),
+        dk_T.to(dk.dtype).add_(dk[:, chunk]).to(k.dtype),
+        dv_T.to(dv.dtype).add_(dv[:, chunk]).to(v.dtype),
     )
 
 
@@ -153,7 +153,7 @@ def _attend_window_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    rows: slice,
+    chunk: slice,
     parts: list[_Part],
     dk: Tensor | None,
     dv: Tensor | None,
@@ -169,33 +169,33 @@ def _attend_window_backward(
             lse[batch, :, queries],
             documents,
         )
-        if dk is None or dv is None:  # all rows are one chunk, and so one part
+        if dk is None or dv is None:  # the sequence is one chunk, and so one part
             return part_dq, part_dk, part_dv
         dq[batch, queries] = part_dq
         dk[batch, keys] += part_dk
         dv[batch, keys] += part_dv
         del part_dq, part_dk, part_dv
     assert dk is not None and dv is not None
-    return dq, dk[:, rows].to(k.dtype), dv[:, rows].to(v.dtype)
+    return dq, dk[:, chunk].to(k.dtype), dv[:, chunk].to(v.dtype)
 
 
-def _parts(documents: Documents | None, k_BSKE: Tensor, rows: slice, window: int) -> list[_Part]:
-    """What the queries of these rows see through a window, in calls of a kernel."""
+def _parts(documents: Documents | None, k_BSKE: Tensor, chunk: slice, window: int) -> list[_Part]:
+    """What the chunk's queries see through a window, in calls of a kernel."""
     batch, sequence = k_BSKE.shape[:2]
-    length, oldest = rows.stop - rows.start, max(rows.start - window + 1, 0)
+    length, oldest = chunk.stop - chunk.start, max(chunk.start - window + 1, 0)
     if documents is None or length == sequence:
-        return [_Part(slice(None), slice(0, length), slice(oldest, rows.stop), documents)]
+        return [_Part(slice(None), slice(0, length), slice(oldest, chunk.stop), documents)]
     parts = []
     for row in range(batch):
         of_row, offset = slice(row, row + 1), row * sequence
-        start, end = documents.around(offset + rows.start)
-        continued = 0  # queries of the document that reaches over the chunk's first row
-        if start - offset < rows.start:
-            continued = min(end - offset, rows.stop) - rows.start
-            keys = slice(max(start - offset, oldest), rows.start + continued)
+        start, end = documents.around(offset + chunk.start)
+        continued = 0  # queries of the document that reaches over the chunk's start
+        if start - offset < chunk.start:
+            continued = min(end - offset, chunk.stop) - chunk.start
+            keys = slice(max(start - offset, oldest), chunk.start + continued)
             parts.append(_Part(of_row, slice(0, continued), keys, None))
         if continued < length:
-            keys = slice(rows.start + continued, rows.stop)
+            keys = slice(chunk.start + continued, chunk.stop)
             others = documents.between(offset + keys.start, offset + keys.stop)
             parts.append(_Part(of_row, slice(continued, length), keys, others))
     return parts
@@ -206,26 +206,26 @@ def _share(part_lse_BHT: Tensor, whole_lse_BHT: Tensor) -> Tensor:
     return (part_lse_BHT - whole_lse_BHT).exp_().transpose(1, 2).unsqueeze(-1)
 
 
-def _inside(documents: Documents | None, k_BSKE: Tensor, rows: slice) -> Documents | None:
-    """The documents as these rows alone see them."""
+def _inside(documents: Documents | None, k_BSKE: Tensor, chunk: slice) -> Documents | None:
+    """The documents as the chunk alone sees them."""
     batch, sequence = k_BSKE.shape[:2]
-    if documents is None or rows.stop - rows.start == sequence:
+    if documents is None or chunk.stop - chunk.start == sequence:
         return documents
-    return documents.inside(batch, sequence, rows)
+    return documents.inside(batch, sequence, chunk)
 
 
-def _before(documents: Documents | None, k_BSKE: Tensor, rows: slice) -> Iterator[_Rectangle]:
-    """What these rows see before themselves."""
+def _before(documents: Documents | None, k_BSKE: Tensor, chunk: slice) -> Iterator[_Rectangle]:
+    """What the chunk's queries see before it."""
     batch, sequence = k_BSKE.shape[:2]
-    if rows.start == 0:
+    if chunk.start == 0:
         return
     if documents is None:
-        yield _Rectangle(slice(None), slice(0, rows.stop - rows.start), slice(0, rows.start))
+        yield _Rectangle(slice(None), slice(0, chunk.stop - chunk.start), slice(0, chunk.start))
         return
     for row in range(batch):
-        first = row * sequence + rows.start
+        first = row * sequence + chunk.start
         start, end = documents.around(first)
         if start < first:
-            queries = slice(0, min(end - first, rows.stop - rows.start))
-            keys = slice(start - row * sequence, rows.start)
+            queries = slice(0, min(end - first, chunk.stop - chunk.start))
+            keys = slice(start - row * sequence, chunk.start)
             yield _Rectangle(slice(row, row + 1), queries, keys)

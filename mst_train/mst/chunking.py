@@ -14,7 +14,7 @@ MULTIPLE = 256
 """Chunks are whole matrix-product tiles."""
 
 MINIMUM = 1024
-"""Below this many rows a GPU's matrix products slow down."""
+"""Below this many tokens a GPU's matrix products slow down."""
 
 INTERMEDIATE_BYTES = {"cpu": 32 * 2**20, "cuda": 768 * 2**20}
 """What one chunk's intermediates may take, by device type."""
@@ -37,7 +37,7 @@ def auto_chunk_tokens(
 ) -> int:
     """Tokens per chunk so that a chunk's intermediates stay within the device's bound.
 
-    ``tokens`` rows whose intermediates take ``bytes_per_token`` each. All of them make one chunk
+    ``tokens`` have intermediates of ``bytes_per_token`` each. All of them make one chunk
     where they fit the bound. Otherwise the chunks are as even as multiples of 256 allow, and never
     below 1024 tokens.
     """

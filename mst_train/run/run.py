@@ -103,7 +103,7 @@ class Run:
     # --- a step -------------------------------------------------------------------------------
 
     def next_batches(self) -> list[Batch] | None:
-        """This process's rows of the next step's micro-batches; None where a signal has come.
+        """This process's part of the next step's micro-batches; None where a signal has come.
 
         Raises what has failed on any of the processes since they last met.
         """
@@ -118,7 +118,7 @@ class Run:
         if any(signals):
             self.stopped_by = Signals(next(filter(None, signals)))
             return None
-        return [self.topology.rows_of(batch) for batch in batches]
+        return [self.topology.part_of(batch) for batch in batches]
 
     def leave_out(self, problem: BadStep) -> dict[str, Any]:
         """What a bad step leaves for its record; raises what ends the run, where it does."""

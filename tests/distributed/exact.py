@@ -84,7 +84,7 @@ def difference(topology, policy, heads, keys, packed, options):
         )
         if shared and policy == "mst, on the host":
             model.offload = Offload(CPU)
-        own = topology.rows_of(batch) if shared else batch
+        own = topology.part_of(batch) if shared else batch
         loss, count, gradient = loss_and_gradients(model, own)
         if shared:
             loss, count = topology.total([loss, count])

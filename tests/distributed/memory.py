@@ -50,7 +50,7 @@ def peak(policy, degree, everybody):
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     tokens = torch.zeros(1, LENGTH, dtype=torch.int64)
-    batch = topology.rows_of(Batch(tokens, tokens, torch.arange(LENGTH)[None]))
+    batch = topology.part_of(Batch(tokens, tokens, torch.arange(LENGTH)[None]))
     peaks = []
     for _ in range(3):  # gloo's threads may let go of a buffer late
         with MemoryTracker() as tracker:
@@ -71,7 +71,7 @@ def step_peak(config, everybody):
     shape = config.train.micro_batch_size, config.data.sequence_length
     tokens = torch.zeros(shape, dtype=torch.int64)
     places = torch.arange(shape[1]).expand(shape)
-    batch = topology.rows_of(Batch(tokens, tokens.clone(), places.clone()))
+    batch = topology.part_of(Batch(tokens, tokens.clone(), places.clone()))
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     attention = select_attention(config.kernel.attention, CPU, dtype)
     if topology.sequence_group is not None:

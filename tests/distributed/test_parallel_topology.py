@@ -24,23 +24,23 @@ def test_grid():
     assert [t.is_first for t in grid] == [True, False, False, False]
 
 
-def test_rows_of_a_batch():
+def test_part_of_a_batch():
     tokens = torch.arange(16).view(2, 8)
     batch = Batch(tokens, tokens + 1, tokens % 8, torch.tensor([0, 8, 11, 16], dtype=torch.int32))
-    first, second = (topology(rank).rows_of(batch) for rank in (2, 3))
+    first, second = (topology(rank).part_of(batch) for rank in (2, 3))
     assert first.tokens.tolist() == [[0, 1, 2, 3], [8, 9, 10, 11]]
     # The label of a process's last token is the next process's first token.
     assert first.labels[:, -1].tolist() == second.tokens[:, 0].tolist() == [4, 12]
     assert second.positions.tolist() == [[4, 5, 6, 7], [4, 5, 6, 7]]
     assert first.boundaries is second.boundaries is batch.boundaries
-    whole = topology(1, degree=1).rows_of(batch)
+    whole = topology(1, degree=1).part_of(batch)
     assert whole is batch
 
 
 def test_rows_that_do_not_come_out_even():
     tokens = torch.zeros(1, 7, dtype=torch.int64)
     with pytest.raises(UserError, match=r"7 tokens .* parallel\.sequence_parallel=2"):
-        topology(0).rows_of(Batch(tokens, tokens, tokens))
+        topology(0).part_of(Batch(tokens, tokens, tokens))
 
 
 def config(degree, length=64, heads=4, keys=2):

@@ -134,7 +134,7 @@ def train(config, topology, saved=None, rounded=False):
     losses, norms = [], []
     validation = None
     for step in range(done + 1, config.train.steps + 1):
-        batches = [topology.rows_of(next(loader)) for _ in range(config.train.accumulation_steps)]
+        batches = [topology.part_of(next(loader)) for _ in range(config.train.accumulation_steps)]
         rate = learning_rate(step, STEPS, config.optimizer)
         loss, norm, _ = train_step(engine, batches, rate, config.optimizer.max_grad_norm)
         losses.append(loss)

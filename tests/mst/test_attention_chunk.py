@@ -1,4 +1,4 @@
-"""Attention of some rows at a time: the numbers of the whole sequence at once."""
+"""Attention of one chunk at a time: the numbers of the whole sequence at once."""
 
 from itertools import pairwise
 
@@ -45,34 +45,34 @@ def make_documents(boundaries):
 
 
 def whole(inputs, documents):
-    """(out, lse, dq, dk, dv) by the formula, all rows at once."""
+    """(out, lse, dq, dk, dv) by the formula, the whole sequence at once."""
     q, k, v, dout = inputs
     out, lse = ReferenceKernel().forward(q, k, v, documents)
     return out, lse, *ReferenceKernel().backward(dout, q, k, v, out, lse, documents)
 
 
-def in_chunks(kernel, inputs, documents, rows_at_once):
+def in_chunks(kernel, inputs, documents, length):
     """The same, chunk by chunk: what a chunk must not read is NaN while it is computed."""
     q, k, v, dout = inputs
     batch, sequence, heads, _ = q.shape
-    chunks = list(chunk_slices(sequence, rows_at_once))
+    chunks = list(chunk_slices(sequence, length))
     dtype = torch.promote_types(q.dtype, torch.float32)
     out, lse = torch.empty_like(q), torch.empty(batch, heads, sequence, dtype=dtype)
-    for rows in chunks:
-        out[:, rows], lse[..., rows] = attend_chunk(
-            kernel, q[:, rows], *(without(t, rows.stop) for t in (k, v)), rows, documents
+    for chunk in chunks:
+        out[:, chunk], lse[..., chunk] = attend_chunk(
+            kernel, q[:, chunk], *(without(t, chunk.stop) for t in (k, v)), chunk, documents
         )
     dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
     sums = [torch.zeros_like(t, dtype=dtype) for t in (k, v)]
-    for rows in reversed(chunks):
-        dq[:, rows], dk[:, rows], dv[:, rows] = attend_chunk_backward(
+    for chunk in reversed(chunks):
+        dq[:, chunk], dk[:, chunk], dv[:, chunk] = attend_chunk_backward(
             kernel,
-            dout[:, rows],
-            q[:, rows],
-            *(without(t, rows.stop) for t in (k, v)),
-            out[:, rows],
-            lse[..., rows],
-            rows,
+            dout[:, chunk],
+            q[:, chunk],
+            *(without(t, chunk.stop) for t in (k, v)),
+            out[:, chunk],
+            lse[..., chunk],
+            chunk,
             documents,
             *(sums if len(chunks) > 1 else [None, None]),
         )
@@ -85,13 +85,13 @@ def without(tensor, stop):
     return tensor
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 4, 5, 11, 12])
+@pytest.mark.parametrize("length", [1, 4, 5, 11, 12])
 @pytest.mark.parametrize("boundaries", BOUNDARIES)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_equals_the_whole_sequence(kernel, boundaries, rows_at_once):
+def test_equals_the_whole_sequence(kernel, boundaries, length):
     documents, inputs = make_documents(BOUNDARIES[boundaries]), make_inputs()
     torch.testing.assert_close(
-        in_chunks(kernel(), inputs, documents, rows_at_once),
+        in_chunks(kernel(), inputs, documents, length),
         whole(inputs, documents),
         rtol=1e-12,
         atol=1e-12,
@@ -142,13 +142,13 @@ def packed(draw, longest=12):
     st.booleans(),
 )
 @settings(max_examples=80, deadline=None)
-def test_equals_the_whole_sequence_always(packed, heads, rows_at_once, keys_at_once, confined):
+def test_equals_the_whole_sequence_always(packed, heads, length, keys_at_once, confined):
     batch, sequence, boundaries = packed
     documents = make_documents(boundaries) if confined else None
     inputs = make_inputs(batch, sequence, *heads)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CpuKernel, "keys_at_once", keys_at_once)
-        actual = in_chunks(NothingLeftOf(), inputs, documents, rows_at_once)
+        actual = in_chunks(NothingLeftOf(), inputs, documents, length)
     torch.testing.assert_close(actual, whole(inputs, documents), rtol=1e-11, atol=1e-11)
 
 
@@ -182,20 +182,20 @@ def test_bf16_is_as_near_to_the_truth_as_the_whole_sequence_at_once(monkeypatch)
         assert many < 1.5 * once + 1e-6, (name, once, many)
 
 
-# --- documents as some rows see them -------------------------------------------------------------
+# --- documents as a chunk sees them --------------------------------------------------------------
 
 
 @given(packed(), st.data())
 def test_documents_inside(packed, data):
-    """Each token of the rows is in a document with those that it was in one with."""
+    """Each token of the chunk is in a document with those that it was in one with."""
     batch, sequence, boundaries = packed
     start = data.draw(st.integers(0, sequence - 1))
-    rows = slice(start, data.draw(st.integers(start + 1, sequence)))
-    inside = make_documents(boundaries).inside(batch, sequence, rows)
+    chunk = slice(start, data.draw(st.integers(start + 1, sequence)))
+    inside = make_documents(boundaries).inside(batch, sequence, chunk)
     owners = [
         index for index, (start, end) in enumerate(pairwise(boundaries)) for _ in range(start, end)
     ]
-    expected = torch.tensor(owners).view(batch, sequence)[:, rows].flatten().tolist()
+    expected = torch.tensor(owners).view(batch, sequence)[:, chunk].flatten().tolist()
     cuts = [i for i, (a, b) in enumerate(pairwise(expected), start=1) if a != b]
     assert inside.boundaries.tolist() == inside.offsets == [0, *cuts, len(expected)]
     assert inside.boundaries.dtype == torch.int32

@@ -231,8 +231,8 @@ def layer_forward(base: Any) -> Any:
             )
         q, k, v = block.before_attention(x_BSD, *rotary)
         assert q is not None
-        stream, branch = block.after_attention(x_BSD, attend(kernel, q, k, v, call.documents))
-        return stream + branch
+        residual, branch = block.after_attention(x_BSD, attend(kernel, q, k, v, call.documents))
+        return residual + branch
 
     return forward
 

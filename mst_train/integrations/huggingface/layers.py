@@ -4,8 +4,8 @@ A ``RowwiseLayer`` is a view of one decoder layer: it calls the layer's own norm
 so that whatever they are (adapters on them, for one) is what runs. Only attention, and an MLP of
 plain linear layers, are computed by this project.
 
-Legend: B batch, T rows of a chunk, D hidden, F intermediate, H query heads, K key-value heads, E
-head size.
+Legend: B batch, T positions of a chunk, D hidden, F intermediate, H query heads, K key-value heads,
+E head size.
 """
 
 import importlib
@@ -173,7 +173,7 @@ class RowwiseLayer:
     def after_attention(
         self, x: Tensor, out: Tensor, *, values: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """[B, T, D], [B, T, H, E] -> the residual stream and the MLP's branch, [B, T, D] each."""
+        """[B, T, D], [B, T, H, E] -> the residual and the MLP's branch, [B, T, D] each."""
         _, after_attention, before_mlp, after_mlp = self._norms
         attention_BTD = self._layer.self_attn.o_proj(out.flatten(2))
         stream_BTD = x + (after_attention(attention_BTD) if after_attention else attention_BTD)
@@ -240,10 +240,10 @@ class RowwiseLayer:
         tokens = resolve_chunk_tokens(
             self._mlp_chunk_tokens, x_BTD[..., 0].numel(), bytes_per_token, x_BTD.device
         )
-        rows = -(-tokens // x_BTD.shape[0])
+        length = -(-tokens // x_BTD.shape[0])
         parts = [
             checkpoint(mlp, x_BTD[:, chunk], use_reentrant=False)
-            for chunk in chunk_slices(x_BTD.shape[1], rows)
+            for chunk in chunk_slices(x_BTD.shape[1], length)
         ]
         return torch.cat(parts, dim=1)
 
