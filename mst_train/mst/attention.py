@@ -9,11 +9,11 @@ Legend: B batch, S sequence, H query heads, K key-value heads, E head size.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -176,24 +176,27 @@ class AttentionKernel(Protocol):
 
 
 class KeptResults:
-    """What ``attend`` computed in a block's forward, handed over when the block runs again."""
+    """What ``attend`` computed in a block's forward, handed over when the block runs again.
+
+    tensors: results and log-sum-exps, in the order of the calls.
+    """
 
     def __init__(self, rerun: Rerun) -> None:
         self.tensors: list[Tensor] = []
-        """Results and log-sum-exps, in the order of the calls."""
         self.running_again = False
         self._rerun = rerun
 
-    def put(self, *tensors: Tensor) -> None:
-        for tensor in tensors if not self.running_again else ():
-            self.tensors.append(tensor.detach())
-            self._rerun.watch("attention's result", self.tensors[-1])
-
-    def take(self, count: int) -> list[Tensor]:
+    def result(self, compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """What ``compute`` gives, or gave in the forward."""
+        if self.running_again and self.tensors:
+            out, lse, *self.tensors = self.tensors
+            return out, lse
+        out, lse = compute()
         if not self.running_again:
-            return []
-        taken, self.tensors = self.tensors[:count], self.tensors[count:]
-        return taken
+            self.tensors += out.detach(), lse.detach()
+            for tensor in self.tensors[-2:]:
+                self._rerun.watch("attention's result", tensor)
+        return out, lse
 
 
 _kept: ContextVar[KeptResults | None] = ContextVar("kept_results", default=None)
@@ -240,10 +243,8 @@ class _Attend(torch.autograd.Function):
         kernel: AttentionKernel,
         documents: Documents | None,
     ) -> Tensor:
-        kept = _kept.get()
-        out, lse = (kept and kept.take(2)) or kernel.forward(q, k, v, documents)
-        if kept:
-            kept.put(out, lse)
+        kept, compute = _kept.get(), partial(kernel.forward, q, k, v, documents)
+        out, lse = compute() if kept is None else kept.result(compute)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.kernel, ctx.documents = kernel, documents
         return out

@@ -147,7 +147,8 @@ class _Kept:
     """What a block keeps from its forward for its backward, under names.
 
     Under a chunk's first position: its x and, with ``keep_attention``, attention's result and
-    log-sum-exp. Under KEYS_VALUES, with offload and several chunks: those of the whole sequence.
+    log-sum-exp. Under KEYS_VALUES, with offload and several chunks: the whole sequence's keys and
+    values.
 
     On the device tensors are autograd's to save: it sees changes in place, and lets go of them
     after the backward. On the host they wait for their one ``load``; the last ones saved, which are
