@@ -1,9 +1,6 @@
 """What models are wrapped in, in two processes: the method comes before it, or is refused."""
 
-import os
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +8,6 @@ pytest.importorskip("transformers")
 
 from hf_models import assert_same
 
-HERE = Path(__file__).parent
 AFTER = {
     "ddp": None,
     "fsdp2": "FSDPLlamaForCausalLM is not supported",
@@ -27,29 +23,26 @@ AFTER = {
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("names", [["fsdp1 original", "fsdp2 head"], ["zero3 adapters"]], ids=str)
-def test_wrappers(names, tmp_path, monkeypatch):
-    check(names, tmp_path, monkeypatch)
+def test_wrappers(names, tmp_path):
+    check(names, tmp_path)
 
 
 @pytest.mark.distributed_full
 @pytest.mark.parametrize("names", [["ddp", "fsdp2", "fsdp1"], ["zero2", "zero3"]], ids=str)
-def test_other_wrappers(names, tmp_path, monkeypatch):
-    check(names, tmp_path, monkeypatch)
+def test_other_wrappers(names, tmp_path):
+    check(names, tmp_path)
 
 
-def check(names, tmp_path, monkeypatch):
+def check(names, tmp_path):
     """Loss and this process's gradients with the method are those without."""
     zero = names[0].startswith("zero")
     if zero:
         pytest.importorskip("deepspeed")
         pytest.importorskip("peft")
-    monkeypatch.syspath_prepend(str(HERE.parent / "parallel"))
     import hf_distributed
     import processes
 
     tolerance = 1e-5 if zero else 1e-9  # ZeRO exchanges gradients in fp32
-    paths = [str(HERE), str(HERE.parent), *sys.path]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     for results in processes.run(hf_distributed.run_all, 2, tmp_path, wrappers=names):
         for name in names:
             expected = results[f"{name}, without"]
