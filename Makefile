@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 # DeepSpeed compiles its CPU optimizer with the ninja that is installed beside it.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup train test test-distributed paper check format clean
+.PHONY: help setup train test test-full test-exhaustive paper check format clean
 
 help:  ## Show this page
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -22,8 +22,11 @@ train: $(INSTALLED)  ## Train the tiny model (ARGS="key=value ..." changes setti
 test: $(INSTALLED)  ## Run the tests, side by side on all cores (JOBS=0: one after the other)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
-test-distributed: $(INSTALLED)  ## Run every combination of processes, sequence parallelism and ZeRO (several minutes)
-	$(BIN)/python -m pytest tests/distributed -m "distributed or distributed_full" $(ARGS)
+test-full: $(INSTALLED)  ## Run the slow ones too, which CI does
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile -m "not exhaustive" $(ARGS)
+
+test-exhaustive: $(INSTALLED)  ## Run every combination of processes, sequence parallelism and ZeRO
+	$(BIN)/python -m pytest -m exhaustive $(ARGS)
 
 paper: $(INSTALLED)  ## Predict and measure what the paper reports, into docs/paper (ARGS="--only PIECE")
 	@$(BIN)/python -c 'import transformers' 2>/dev/null || \

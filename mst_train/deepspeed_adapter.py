@@ -5,9 +5,11 @@ process keeps its parts of states, gradients and fp32 weights, which no function
 """
 
 import fcntl
+import hashlib
 import importlib.util
 import logging
 import os
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -189,7 +191,10 @@ def _building_alone(name: str) -> Iterator[None]:
 
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     python = sysconfig.get_config_var("SOABI")
-    root = Path(given or get_default_build_root()) / f"mst_train-{python}-{torch.__version__}"
+    home = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]  # others have headers elsewhere
+    root = (
+        Path(given or get_default_build_root()) / f"mst_train-{python}-{torch.__version__}-{home}"
+    )
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
     with (root / f"{name}.lock").open("w") as lock:

@@ -11,6 +11,7 @@ from mst_train.bench.__main__ import main
 ARGUMENTS = ["+bench=max_sequence", "bench.variants=[recompute,mst]", "kernel.attention=cpu"]
 
 
+@pytest.mark.slow
 def test_the_limit_is_found_and_was_predicted(tmp_path):
     assert main([*ARGUMENTS, f"bench.dir={tmp_path}"]) == 0
     report = json.loads((tmp_path / "results.json").read_text())
@@ -28,6 +29,7 @@ def test_the_limit_is_found_and_was_predicted(tmp_path):
     assert (tmp_path / "results.png").exists()
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_is_recovered_from(tmp_path, monkeypatch):
     """As on a GPU: a length that does not fit raises, and the next one runs as if nothing had."""
     real = max_sequence.train_step

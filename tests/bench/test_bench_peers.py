@@ -15,6 +15,7 @@ NO_COMPILER = (
 )  # its compiled code takes half a minute to compile
 
 
+@pytest.mark.slow
 def test_gradients_are_held_to_float64(run_bench, by_variant):
     report, _ = run_bench("peers", NO_COMPILER, "bench.lengths=[300]")
     for work, names in (("head", peers.HEAD), ("mlp", peers.MLP)):
@@ -29,6 +30,7 @@ def test_gradients_are_held_to_float64(run_bench, by_variant):
         assert by_variant(report, "head")["liger_fused"]["problem"] == "not run: needs CUDA"
 
 
+@pytest.mark.slow
 def test_matched_stays_within_the_leanest_peers_peak_and_close_to_it(run_bench, by_variant):
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         pytest.skip("this torch has no chunked linear_cross_entropy")
@@ -66,6 +68,7 @@ def test_a_torch_without_linear_cross_entropy_is_a_reason(monkeypatch):
     assert len(found) == 3 and all("has no linear_cross_entropy" in v for v in found.values())
 
 
+@pytest.mark.slow
 def test_the_preset_for_gpus_runs_here_with_small_dimensions(run_bench, by_variant):
     report, _ = run_bench("peers_gpu", "bench.variants=[torch,mst]", "bench.lengths=[64]")
     for work in ("head", "mlp"):

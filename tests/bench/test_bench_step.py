@@ -6,6 +6,7 @@ import torch
 from mst_train.bench import step
 
 
+@pytest.mark.slow
 def test_it_measures_every_policy_and_writes_its_files(run_bench, by_variant):
     report, folder = run_bench(
         "step",
@@ -28,6 +29,7 @@ def test_it_measures_every_policy_and_writes_its_files(run_bench, by_variant):
     assert report["hardware"]["threads"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_master"])
 def test_the_optimizer_can_be_part_of_it(run_bench, by_variant, precision):
     report, _ = run_bench(
@@ -66,6 +68,7 @@ def test_our_own_failure_fails_it(run_bench, monkeypatch, by_variant):
     assert len(rows["recompute"]["seconds"]) == 1
 
 
+@pytest.mark.slow
 def test_short_lengths_run_more_often(run_bench):
     report, _ = run_bench("short", "bench.lengths=[16,128]")
     counts = {(row["tokens"], row["variant"]): len(row["seconds"]) for row in report["rows"]}

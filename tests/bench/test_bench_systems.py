@@ -59,6 +59,7 @@ def test_a_missing_package_is_a_reason(run_bench, by_variant, monkeypatch):
     assert len(rows["mst"]["seconds"]) == 1
 
 
+@pytest.mark.slow
 def test_the_preset_for_gpus_runs_here_with_small_dimensions(run_bench, by_variant):
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")

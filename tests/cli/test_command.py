@@ -16,8 +16,6 @@ from mst_train.bench import __main__ as bench
 from mst_train.cli.command import run_command
 from mst_train.plan import __main__ as plan
 
-pytestmark = pytest.mark.slow
-
 
 def command(*arguments):
     return [sys.executable, "-m", "mst_train", *arguments]
@@ -71,6 +69,7 @@ def test_it_trains_and_says_where(tmp_path, arguments, monkeypatch, caplog):
     assert "is finished" in caplog.text
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_gives_the_same_losses(tmp_path, arguments):
     assert main([*arguments, f"run.dir={tmp_path}/whole"]) == 0
     metrics = tmp_path / "cut" / "metrics.jsonl"
@@ -140,6 +139,7 @@ def test_help_and_config(tmp_path):
     assert "steps: 3" in shown
 
 
+@pytest.mark.slow
 def test_without_a_terminal_or_home(tmp_path, arguments):
     """A scheduler's environment: no terminal, no home folder, another working folder."""
     environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("HOME", "XDG_CACHE_HOME")}

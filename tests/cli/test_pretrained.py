@@ -212,6 +212,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(argument
 # --- training ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16_master"])
 def test_training_goes_on_from_the_weights(exported, arguments, precision):
     before, folder = exported

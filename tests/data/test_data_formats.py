@@ -327,6 +327,7 @@ def test_rows_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [document.content for document in all_of(source, 60)] == rows["text"][:]
 
 
+@pytest.mark.slow
 def test_streamed_data_set(
     tmp_path: Path, prose: Callable[[int, int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -198,6 +198,7 @@ def children(pid: int) -> list[int]:
     return found + [grandchild for child in found for grandchild in children(child)]
 
 
+@pytest.mark.slow
 def test_a_killed_command_continues(
     tokenizer: Path, prose: Callable[[int, int], str], tmp_path: Path
 ) -> None:

@@ -54,8 +54,8 @@ def alone():
 
 @pytest.fixture(scope="module")
 def two_together(tmp_path_factory):
-    """Everything that two processes train, in one start of them."""
-    runs = [*combinations(COVERING[2]), *MASTERS, *TIED, *IN_BACKWARD, *ON_HOST, *UNCLIPPED]
+    """What else two processes train, in one start of them."""
+    runs = [*MASTERS, *TIED, *IN_BACKWARD, *ON_HOST, *UNCLIPPED]
     return train_all(2, runs, tmp_path_factory.mktemp("two"), timeout=600)
 
 
@@ -85,19 +85,18 @@ def check_equal(expected, found, tolerance):
         assert error < tolerance, (name, error)
 
 
-@pytest.mark.distributed
-def test_two_processes(alone, two_together):
-    for found in those_of(two_together, combinations(COVERING[2])):
+def test_two_processes(alone, tmp_path):
+    for _, found in train_all(2, combinations(COVERING[2]), tmp_path, timeout=600):
         check_equal(alone, found, 1e-5)
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_four_processes(alone, tmp_path):
     for _, found in train_all(4, combinations(COVERING[4]), tmp_path, timeout=600):
         check_equal(alone, found, 1e-5)
 
 
-@pytest.mark.distributed_full
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_combination(alone, world, tmp_path):
@@ -115,7 +114,7 @@ def test_the_comparison_would_notice_a_wrong_scale(alone):
     assert len(alone["losses"]) == STEPS
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_processes(alone, tmp_path):
     """Two processes under ZeRO-2 and then ZeRO-3, four under ZeRO-1, then one."""
     two = [
@@ -141,7 +140,7 @@ def errors(found, truth):
     }
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_fp32_masters_of_bf16_weights(two_together):
     """As near to what fp32 gives as one process is."""
     truth = train_alone(rounded=True)["weights"]
@@ -158,7 +157,7 @@ def test_fp32_masters_of_bf16_weights(two_together):
             assert one["weights"][name].dtype == torch.bfloat16
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_other_policies_and_tied_embeddings_with_shared_weights(two_together):
     expected = train_alone(tied=True)
     results = those_of(two_together, TIED)
@@ -167,7 +166,7 @@ def test_other_policies_and_tied_embeddings_with_shared_weights(two_together):
         check_equal(expected, one, 1e-5)
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_the_optimizer_in_the_backward(two_together):
     expected = train_alone(in_backward=True)
     results = those_of(two_together, IN_BACKWARD)
@@ -176,7 +175,7 @@ def test_the_optimizer_in_the_backward(two_together):
         check_equal(expected, one, 1e-5)
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_without_clipping_nothing_is_clipped(two_together):
     expected = train_alone(max_grad_norm=None)
     assert (expected["norms"] > 1.01).any()  # DeepSpeed would clip to 1 by default
@@ -184,7 +183,7 @@ def test_without_clipping_nothing_is_clipped(two_together):
         check_equal(expected, found, 1e-5)
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_parts_of_the_optimizer_on_the_host(alone, two_together):
     in_bf16 = train_alone(precision="bf16_master")
     for settings in ON_HOST:
@@ -196,7 +195,7 @@ def test_parts_of_the_optimizer_on_the_host(alone, two_together):
             torch.testing.assert_close(found["norms"], in_bf16["norms"], rtol=5e-3, atol=0)
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_a_forgotten_step_leaves_no_trace(tmp_path):
     runs = [{"stage": stage} for stage in STAGES]
     runs += [{"stage": stage, "offload": "host"} for stage in (1, 2, 3)]

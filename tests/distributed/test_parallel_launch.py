@@ -112,7 +112,7 @@ def losses(run):
     return [(r["step"], r["loss"]) for r in records if "loss" in r]
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_one_machine_from_any_folder(arguments, tmp_path):
     """The script finds the interpreter beside it, and two runs find a port each."""
     if not (LAUNCH.parent / ".venv/bin/python").exists():
@@ -204,10 +204,9 @@ def test_processes_share_the_cores(tmp_path):
     assert log.startswith("7 ")
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("SIGTERM", 143), pytest.param("SIGUSR1", 138, marks=pytest.mark.distributed_full)],
+    [("SIGTERM", 143), pytest.param("SIGUSR1", 138, marks=pytest.mark.exhaustive)],
 )
 def test_a_signal_reaches_the_processes(name, expected, arguments, tmp_path):
     arguments += ["train.steps=100000", "checkpoint.every=100000", "run.dir=run"]
@@ -224,15 +223,15 @@ def test_a_signal_reaches_the_processes(name, expected, arguments, tmp_path):
     assert latest == f"step_{summary['step']:08d}"
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_what_cannot_be_is_told_by_the_status(arguments, tmp_path):
     status, log = launch(*arguments, "parallel.sequence_parallel=4", folder=tmp_path, PROCESSES="2")
     assert status == 2, log
     assert "parallel.sequence_parallel=4 does not divide the number of processes, 2" in log
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("restarts", [0, pytest.param(1, marks=pytest.mark.distributed_full)])
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_process_that_dies(restarts, arguments, tmp_path):
     """The others do not wait for it; with RESTARTS all of them go on from the last checkpoint."""
     arguments += ["train.steps=60", "checkpoint.every=20", "run.dir=run"]
@@ -284,7 +283,7 @@ def attack(address, port, witness):
             store.set(key, base64.b64encode(pickle))
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_no_door_beyond_this_machine(processes, arguments, tmp_path):
     """Not even to its other addresses; and what gets in is not run."""
@@ -308,7 +307,7 @@ def test_no_door_beyond_this_machine(processes, arguments, tmp_path):
     assert not witness.exists()
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_a_killed_launcher_leaves_nobody_training(arguments, tmp_path):
     arguments += ["train.steps=100000", "checkpoint.every=100000", "run.dir=run"]
     with started(*arguments, folder=tmp_path, PROCESSES="2") as process:
@@ -402,7 +401,7 @@ def on_both(machines, *arguments, folder, second=(), **environment):
         ]
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_two_machines(machines, arguments, tmp_path):
     """One process on each gives the losses of two processes on one."""
     status, log = launch(*arguments, "run.dir=one", folder=tmp_path, PROCESSES="2")
@@ -415,7 +414,7 @@ def test_two_machines(machines, arguments, tmp_path):
     assert losses(tmp_path / "two") == losses(tmp_path / "one")
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_what_another_network_reaches(machines, outsider, arguments, tmp_path):
     """Nothing at machine 0's address there; and by a route to the other, which a firewall has to
     close, nothing that is run."""
@@ -442,7 +441,7 @@ def test_what_another_network_reaches(machines, outsider, arguments, tmp_path):
     assert not witness.exists()
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_what_cannot_be_on_one_machine_ends_both(machines, arguments, tmp_path):
     """The first, which was told nothing wrong, does not wait for the other."""
     with on_both(machines, *arguments, folder=tmp_path, second=["train.steps=x"]) as processes:
@@ -453,7 +452,7 @@ def test_what_cannot_be_on_one_machine_ends_both(machines, arguments, tmp_path):
     assert "Traceback" not in told + other_told
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_a_process_of_another_machine_dies(machines, arguments, tmp_path):
     """Both machines meet again."""
     arguments += ["train.steps=40", "checkpoint.every=10", "run.dir=run"]
@@ -470,7 +469,7 @@ def test_a_process_of_another_machine_dies(machines, arguments, tmp_path):
     assert "by SIGKILL" in logs[1]
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_a_signal_to_one_machine_stops_both(machines, arguments, tmp_path):
     """The other one, which was not signalled, ends with the same status and does not restart."""
     arguments += ["train.steps=100000", "checkpoint.every=100000", "run.dir=run"]

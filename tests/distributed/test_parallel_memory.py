@@ -68,7 +68,7 @@ ZERO = {
 SETTINGS = {name: [*SMALL, *given] for name, given in (WITHOUT_ZERO | ZERO).items()}
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_activations_are_shared_out(tmp_path):
     for found in run(peak_bytes, 4, tmp_path, degrees=DEGREES):
         assert found.keys() == {"vanilla", "recompute", "mst"}
@@ -89,7 +89,7 @@ def predict(name):
     return simulate(config, find_device("cpu"), gpus=2).allocated_bytes
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITHOUT_ZERO)
 def test_predicted_is_measured(measured, name):
     predicted = predict(name)
@@ -97,7 +97,7 @@ def test_predicted_is_measured(measured, name):
     assert predicted == pytest.approx(measured[name], rel=0.02)
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZERO)
 def test_predicted_is_measured_with_zero(measured, name):
     """Rather too much: it is as if a full bucket were reduced at each gradient's arrival."""
@@ -106,6 +106,7 @@ def test_predicted_is_measured_with_zero(measured, name):
     assert 0.98 * measured[name] < predicted < 1.1 * measured[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_planner_knows_what_the_optimizer_takes_to_the_host(stage):
     def held(*settings):

@@ -18,7 +18,7 @@ from mst_train.config import ModelConfig
 from mst_train.model import build_model
 from mst_train.model.hf.weights import save_pretrained
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.slow
 
 STEPS = 6
 TRAINED = [f"train.steps={STEPS}", "train.eval_every=3", "checkpoint.every=2", "checkpoint.keep=9"]

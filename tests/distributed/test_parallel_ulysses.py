@@ -28,8 +28,10 @@ def cases():
         yield {"policy": policy, "packed": packed, "heads": 12, "keys": 2, "options": WINDOWS}
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("degree", [2, 3, 4])
+SLOW = {"marks": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("degree", [2, pytest.param(3, **SLOW), pytest.param(4, **SLOW)])
 def test_loss_and_gradients(degree, tmp_path):
     expected = list(cases())
     results = run(largest_differences, degree, tmp_path, degree=degree, cases=expected)

@@ -21,13 +21,13 @@ AFTER = {
 """What is said to a model that is wrapped already, if it is refused."""
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["fsdp1 original", "fsdp2 head"], ["zero3 adapters"]], ids=str)
 def test_wrappers(names, tmp_path):
     check(names, tmp_path)
 
 
-@pytest.mark.distributed_full
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("names", [["ddp", "fsdp2", "fsdp1"], ["zero2", "zero3"]], ids=str)
 def test_other_wrappers(names, tmp_path):
     check(names, tmp_path)

@@ -66,6 +66,7 @@ def slopes(policy, lengths, layers=LAYERS, **options):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keep", "lengths"), [(True, (1, 2, 4)), (False, (1, 2))])
 def test_slope_on_the_device(keep, lengths):
     """All blocks' kept tensors, in the backward of the last one."""
@@ -73,6 +74,7 @@ def test_slope_on_the_device(keep, lengths):
         assert slope == pytest.approx(LAYERS * KEPT[keep] + BACKWARD, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [2, 3])
 def test_slope_with_offload_does_not_depend_on_depth(layers):
     """Of what was kept, a chunk or two are there at a time; but when a block comes to its first
@@ -81,6 +83,7 @@ def test_slope_with_offload_does_not_depend_on_depth(layers):
     assert slope == pytest.approx(BACKWARD + KEYS_VALUES, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [True, False])
 def test_host_memory_is_what_the_blocks_keep_with_keys_and_values(keep):
     """Keys and values wait there too, rather than being computed a third time."""
@@ -92,6 +95,7 @@ def test_host_memory_is_what_the_blocks_keep_with_keys_and_values(keep):
     assert one_chunk == 4096 * LAYERS * KEPT[keep]
 
 
+@pytest.mark.slow
 def test_real_tensors_count_alike():
     config = ModelConfig(
         vocab_size=512,

@@ -309,6 +309,7 @@ def hosted(model, **settings):
     return HostOptimizer(model, dataclasses.replace(CONFIG, **settings), master_weights=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"epsilon": 1e-2}, {"weight_decay": 0.0}])
 def test_on_the_host_steps_are_those_of_adamw(cpu_adam, settings):
     """Against the textbook in float64: epsilon after the correction, decay of matrices alone."""

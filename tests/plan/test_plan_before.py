@@ -65,6 +65,7 @@ def test_a_cpu_has_one_memory_for_both():
     assert "offloaded" in message
 
 
+@pytest.mark.slow
 def test_a_gpu_may_try_what_is_close(monkeypatch, caplog):
     config = compose(["+experiment=llama3_8b_seq60k"])
 

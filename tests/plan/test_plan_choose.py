@@ -25,6 +25,7 @@ def test_the_fastest_that_fits():
     assert found.chosen.config.memory.policy in ("vanilla", "mst")
 
 
+@pytest.mark.slow
 def test_a_budget_that_only_the_method_meets():
     roomy = choice("data.sequence_length=4096")
     peaks = {describe(p): p.simulation.peak_bytes for p in roomy.compared}
@@ -35,6 +36,7 @@ def test_a_budget_that_only_the_method_meets():
     assert "too large: vanilla" in found.reason
 
 
+@pytest.mark.slow
 def test_nothing_fits_names_what_would():
     small = ("model=llama_tiny", "model.num_layers=1", "memory.device_budget_gib=0.08")
     with pytest.raises(UserError) as caught:
@@ -64,6 +66,7 @@ def test_updates_in_the_backward_only_where_they_are_allowed():
     assert all(c.memory.offload == "host" for c in settings("memory.offload=host"))
 
 
+@pytest.mark.slow
 def test_offload_is_chosen_where_attention_is_kept_for_it():
     """Llama3-8B at 60K tokens on 80 GB: copies cost less than computing attention again."""
     config = read(
@@ -80,6 +83,7 @@ def test_offload_is_chosen_where_attention_is_kept_for_it():
     assert (chosen.config.memory.offload, chosen.config.memory.keep_attention) == ("none", False)
 
 
+@pytest.mark.slow
 def test_training_stays_inside_the_budget(tmp_path, corpus, cache):
     """A run with a budget that only the method meets, measured by the tracker."""
     arguments = ["model=llama_tiny", "memory.policy=auto", "train.steps=2", "train.eval_every=0"]

@@ -18,9 +18,16 @@ BEYOND_80_GB = {  # at the paper's lengths, by what today's transformers takes i
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_experiment(name):
+def test_experiment_is_valid(name):
     config = read([f"+experiment={name}"])
     assert config.run.name == name
+    assert configured_target(config).budget_bytes > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("ablation")])
+def test_experiment_can_be_planned(name):
+    config = read([f"+experiment={name}"])
     if config.memory.policy == "auto":
         config = read([f"+experiment={name}", "plan.device=a100_80gb"])
         assert choose(config, configured_target(config)).chosen.fits

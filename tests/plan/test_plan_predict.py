@@ -124,6 +124,7 @@ def test_windows_cost_less_than_whole_attention():
     assert ratio == pytest.approx(share, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_methods_reach_on_80_gib():
     """100K tokens without offload; 500K with it and 512 GiB of host memory."""
     assert predicted("+experiment=llama3_8b_seq100k").fits

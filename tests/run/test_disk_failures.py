@@ -217,7 +217,6 @@ def test_a_full_disk_is_the_same_for_all_commands(
     assert export([f"checkpoint={small_config.run.dir}", f"output={tmp_path / 'model'}"]) == 0
 
 
-@pytest.mark.slow
 def test_output_that_cannot_be_written_is_named():
     with Path("/dev/full").open("w") as full:
         result = subprocess.run(

@@ -72,6 +72,7 @@ def test_it_learns(small_config, change):
     assert validations[-1] < validations[0] - 1.0
 
 
+@pytest.mark.slow
 def test_every_policy_gives_the_same_curve(small_config, change):
     """50 steps in fp32: vanilla, recompute and mst with several chunk sizes, one ragged."""
     curves = {}
@@ -104,6 +105,7 @@ def test_every_policy_gives_the_same_curve(small_config, change):
 IN_BACKWARD = {"optimizer.in_backward": True, "optimizer.max_grad_norm": None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"train.accumulation_steps": 2}, IN_BACKWARD])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_master"])
 def test_resuming_continues_bit_for_bit(small_config, change, precision, settings):
