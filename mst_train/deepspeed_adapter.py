@@ -192,9 +192,8 @@ def _building_alone(name: str) -> Iterator[None]:
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     python = sysconfig.get_config_var("SOABI")
     home = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]  # others have headers elsewhere
-    root = (
-        Path(given or get_default_build_root()) / f"mst_train-{python}-{torch.__version__}-{home}"
-    )
+    kind = f"mst_train-{python}-{torch.__version__}-{home}"
+    root = Path(given or get_default_build_root()) / kind
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
     with (root / f"{name}.lock").open("w") as lock:
