@@ -53,12 +53,18 @@ def is_at(file: IO[str], path: Path) -> bool:
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all, and is on disk on return."""
-    temporary = path.with_name(path.name + ".tmp")
+def replace_file(path: Path, content: bytes, work: Path | None = None) -> None:
+    """Write a file so that it is there whole or not at all, and is on disk on return.
+
+    work: a folder of the same file system to write it in, by several processes at once; None: its
+        own, by one.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    if work is not None:
+        temporary = work / f"{path.name}-{secrets.token_hex(8)}"
     try:
-        with temporary.open("w") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -66,6 +72,11 @@ def replace_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     to_disk(path.parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """``replace_file`` with a text."""
+    replace_file(path, text.encode())
 
 
 def remove_folder(folder: Path) -> None:

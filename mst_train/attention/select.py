@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mst_kernels import set_backend, use_triton
 from mst_train.attention.cpu import CpuKernel
 from mst_train.attention.cuda import (
     CudnnKernel,
@@ -55,7 +56,7 @@ from mst_train.attention.layouts import heads_first
 from mst_train.attention.measure import MeasuredKernel
 from mst_train.attention.reference import ReferenceKernel
 from mst_train.attention.tiled import TiledKernel
-from mst_train.config import AUTO
+from mst_train.config import AUTO, KernelConfig
 from mst_train.errors import UserError
 from mst_train.mst.attention import PLAIN, AttentionKernel, Documents, Scores, attend
 
@@ -123,6 +124,19 @@ def select_attention(
     if chosen == "tiled":
         return KernelAttention(TiledKernel(scores, device.type), choose)
     return KernelAttention(KERNELS[chosen](scores), choose)
+
+
+def select_kernels(config: KernelConfig, device: torch.device, dtype: torch.dtype) -> Attention:
+    """Attention as ``kernel.attention`` asks for it, with the other kernels on ``kernel.backend``.
+
+    Raises UserError where either cannot be used here.
+    """
+    try:
+        set_backend(config.backend)
+        use_triton(torch.empty(0, device=device, dtype=dtype))
+    except ValueError as error:
+        raise UserError(f"kernel.backend={config.backend} cannot be used: {error}") from error
+    return select_attention(config.attention, device, dtype)
 
 
 def _automatic(device: torch.device, scores: Scores) -> str:

@@ -32,7 +32,6 @@ from mst_train.data.manifest import (
     inside,
     is_prepared,
     read_manifest,
-    write_file,
     write_json,
     write_manifest,
 )
@@ -43,6 +42,7 @@ from mst_train.data.tokenizer import Vocabulary
 from mst_train.data.tokenizer_file import FILE_NAMES, open_tokenizer
 from mst_train.data.workers import Job, make_shards
 from mst_train.errors import UserError
+from mst_train.files import replace_file
 
 PIECES = "pieces.json"
 OURS = {WORK, SHARDS, TOKENIZER, MANIFEST, PROBLEMS, "packing", "packing.json", "lengths.png"}
@@ -148,7 +148,7 @@ def _tokenizer_is_whole(folder: Path, manifest: Manifest) -> bool:
 
 def _build(source: Source, tokenizer: Vocabulary, folder: Path, plan: Plan) -> Manifest | None:
     if tokenizer.model is not None:
-        write_file(folder / tokenizer.file_name, tokenizer.model, folder / WORK)
+        replace_file(folder / tokenizer.file_name, tokenizer.model, folder / WORK)
     tasks = tasks_of(source, tokenizer, _pieces(source, folder, plan.shard_bytes))
     own = tasks[plan.job :: plan.jobs]
     missing = [task for task in own if not _usable(read_record(folder, task), plan)]
@@ -218,11 +218,11 @@ def _join(
     problems = [problem for record in whole for problem in record.problems]
     lines = "".join(json.dumps({"problem": problem}) + "\n" for problem in problems)
     if lines:
-        write_file(folder / PROBLEMS, lines.encode(), folder / WORK)
+        replace_file(folder / PROBLEMS, lines.encode(), folder / WORK)
     else:
         (folder / PROBLEMS).unlink(missing_ok=True)
     if tokenizer.model is not None:  # a job that began later may have removed it
-        write_file(folder / tokenizer.file_name, tokenizer.model, folder / WORK)
+        replace_file(folder / tokenizer.file_name, tokenizer.model, folder / WORK)
     _remove_others(folder, tasks, shards_with_files={shard.name for shard in shards})
     write_manifest(folder, manifest)
     shutil.rmtree(folder / WORK, ignore_errors=True)

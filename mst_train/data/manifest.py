@@ -5,9 +5,7 @@ files inside its folder or the manifest is refused.
 """
 
 import json
-import os
 import re
-import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 from mst_train.data.checked import Written
 from mst_train.data.documents import digest
 from mst_train.errors import UserError
+from mst_train.files import replace_file
 
 KIND = "mst_train tokens"
 FORMAT = 4
@@ -199,17 +198,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def write_json(path: Path, content: Any, work: Path) -> None:
-    write_file(path, (json.dumps(content, indent=1) + "\n").encode(), work)
-
-
-def write_file(path: Path, content: bytes, work: Path) -> None:
-    """Write a file so that it is there whole or not at all; ``work``: a folder to write it in."""
-    temporary = work / f"{path.name}-{secrets.token_hex(8)}"
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace_file(path, (json.dumps(content, indent=1) + "\n").encode(), work)
 
 
 def _damaged(path: Path, reason: str) -> UserError:

@@ -12,7 +12,6 @@ import hashlib
 import io
 import logging
 import re
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Self
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from mst_train.data.pieces import after_newline, between_words, cores
 from mst_train.errors import UserError
+from mst_train.files import replace_file
 
 SAMPLE_CHARACTERS = 8_000_000
 """The most text a tokenizer is trained on."""
@@ -140,10 +140,7 @@ class Tokenizer(Vocabulary):
         """Write the .model file, so that it is there whole or not at all; ``OSError``."""
         assert self.model is not None
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tokenizer-") as folder:
-            written = Path(folder, path.name)
-            written.write_bytes(self.model)
-            written.replace(path)
+        replace_file(path, self.model, path.parent)
         return self
 
     def encode_arrays(

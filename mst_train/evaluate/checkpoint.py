@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from mst_kernels import set_backend, use_triton
-from mst_train.attention import select_attention
+from mst_train.attention import select_kernels
 from mst_train.checkpoint.files import complete_checkpoints, held
 from mst_train.checkpoint.form import load_progress, load_weights
 from mst_train.config import Config
@@ -76,16 +75,11 @@ def _load(config: Config, checkpoint: Path) -> Transformer:
     """The checkpoint's model on this machine's device, in mini-sequences whatever its policy."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = weight_type(config.precision)
-    try:
-        set_backend(config.kernel.backend)
-        use_triton(torch.empty(0, device=device, dtype=dtype))
-    except ValueError as error:
-        message = f"kernel.backend={config.kernel.backend} cannot be used: {error}"
-        raise UserError(message) from error
+    attention = select_kernels(config.kernel, device, dtype)
     model = build_model(
         config.model,
         policy=Policy.from_config(replace(config.memory, policy="mst", offload="none")),
-        attention=select_attention(config.kernel.attention, device, dtype),
+        attention=attention,
         device=device,
         dtype=dtype,
     )

@@ -1,11 +1,10 @@
 """python -m mst_train.report run.dir=DIR [report.compare=[DIR,...]]: a run as an HTML page."""
 
-import contextlib
 import sys
 
 from mst_train.cli.command import run_command
 from mst_train.errors import TrainingError
-from mst_train.files import expanded
+from mst_train.files import expanded, replace_file
 
 HELP = """\
 python -m mst_train.report run.dir=DIR [report.compare=[DIR,...]]
@@ -41,14 +40,10 @@ def _run(arguments: list[str]) -> int:
     from mst_train.report.page import page
 
     file = folder / "report.html"
-    temporary = folder / ".report.html.tmp"
     text = page(runs, over_lengths(runs[0]))
     try:
-        temporary.write_text(text, "utf-8", "replace")
-        temporary.replace(file)
+        replace_file(file, text.encode("utf-8", "replace"))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise TrainingError(
             f"{file} cannot be written ({error.strerror or error}): make room or give permission "
             f"there"

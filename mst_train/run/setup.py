@@ -10,10 +10,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mst_kernels import set_backend, use_triton
-from mst_train.attention import select_attention
 from mst_train.attention.select import Attention
 from mst_train.checkpoint.files import first_undamaged, load_part
 from mst_train.checkpoint.form import load_progress, load_states, load_weights
@@ -109,7 +105,7 @@ def set_up(start: Start) -> SetUp:
         _require_vocabulary(config, data)
         _require_same_data(start, data)
         passkeys = make_probes(config, data.tokenizer) if config.evaluation.passkey_every else []
-        attention = _select_kernels(config, topology)
+        attention = select_kernels(config.kernel, topology.device, weight_type(config.precision))
     model = _build_model(config, attention, topology)
     if checkpoint is None and config.model.from_pretrained is not None:
         with together(patient):
@@ -177,19 +173,6 @@ def _load_data(config: Config, topology: Topology) -> Data:
     (data,) = loaded
     check_same(topology, {"what data.source holds": data.corpus_fingerprint})
     return data
-
-
-def _select_kernels(config: Config, topology: Topology) -> Attention:
-    """The kernels that the settings ask for; UserError where they cannot be used here."""
-    device, dtype = topology.device, weight_type(config.precision)
-    try:
-        set_backend(config.kernel.backend)
-        use_triton(torch.empty(0, device=device, dtype=dtype))
-    except ValueError as error:
-        raise UserError(
-            f"kernel.backend={config.kernel.backend} cannot be used: {error}"
-        ) from error
-    return select_attention(config.kernel.attention, device, dtype)
 
 
 def _build_model(config: Config, attention: Attention, topology: Topology) -> Transformer:

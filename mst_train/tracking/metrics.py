@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from mst_train.config import Config
 from mst_train.errors import TrainingError
-from mst_train.files import is_at, writing
+from mst_train.files import is_at, replace_text, writing
 from mst_train.tracking.wandb_run import WandbRun, start_wandb
 from mst_train.units import GIB
 
@@ -152,6 +152,4 @@ def _drop_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             log.warning("dropping a line of %s that is not a record: %.60s", path, line)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    replace_text(path, "".join(kept))
