@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from mst_train.attention import select_kernels
 from mst_train.attention.select import Attention
 from mst_train.checkpoint.files import first_undamaged, load_part
 from mst_train.checkpoint.form import load_progress, load_states, load_weights

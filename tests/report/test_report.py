@@ -377,13 +377,11 @@ def test_a_prediction_of_other_settings_is_not_drawn_over_lengths(run, tmp_path,
 
 def test_a_page_that_cannot_be_written_is_named(tmp_path, quick, capsys, monkeypatch):
     folder = whole_run(tmp_path / "run")
-    write_text = Path.write_text
 
-    def full(self, text, *rest, **settings):
-        write_text(self, "")
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert main([f"run.dir={folder}"]) == 1
     assert f"{folder}/report.html cannot be written (No space left" in capsys.readouterr().err
     assert not list(folder.glob("*report.html*"))
