@@ -29,15 +29,15 @@ def make_inputs(heads=4, kv_heads=2, sequence=SEQUENCE, size=6, batch=BATCH, dty
     return q, k, v, dout
 
 
-def make_documents(boundaries):
-    return boundaries and Documents(torch.tensor(boundaries, dtype=torch.int32))
+def make_documents(cu_seqlens):
+    return cu_seqlens and Documents(torch.tensor(cu_seqlens, dtype=torch.int32))
 
 
-def formula(q, k, v, scores, boundaries=None):
+def formula(q, k, v, scores, cu_seqlens=None):
     """(out, lse)."""
     batch, sequence, heads, size = q.shape
-    boundaries = boundaries or [i * sequence for i in range(batch + 1)]
-    owners = torch.tensor([i for i, (a, b) in enumerate(pairwise(boundaries)) for _ in range(a, b)])
+    cu_seqlens = cu_seqlens or [i * sequence for i in range(batch + 1)]
+    owners = torch.tensor([i for i, (a, b) in enumerate(pairwise(cu_seqlens)) for _ in range(a, b)])
     owners = owners.view(batch, 1, sequence)
     places = torch.arange(sequence)
     distance = places[:, None] - places
@@ -60,8 +60,8 @@ def differentiated(function, q, k, v, dout):
     return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
-def whole(inputs, scores, boundaries=None):
-    return differentiated(lambda q, k, v: formula(q, k, v, scores, boundaries), *inputs)
+def whole(inputs, scores, cu_seqlens=None):
+    return differentiated(lambda q, k, v: formula(q, k, v, scores, cu_seqlens), *inputs)
 
 
 def assert_same(actual, expected):

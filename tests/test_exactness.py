@@ -43,12 +43,12 @@ def make_batches(accumulation, packed):
     batches = []
     for rows in torch.arange(ROWS).chunk(accumulation):
         positions = torch.arange(LENGTH).expand(len(rows), -1)
-        boundaries = None
+        cu_seqlens = None
         if packed:
             starts = [r * LENGTH + s for r in range(len(rows)) for s in (0, 5, 6, 30)]
-            boundaries = torch.tensor([*starts, len(rows) * LENGTH], dtype=torch.int32)
+            cu_seqlens = torch.tensor([*starts, len(rows) * LENGTH], dtype=torch.int32)
             positions = positions - torch.tensor([0] * 5 + [5] + [6] * 24 + [30] * 7)
-        batches.append(Batch(tokens[rows, :-1], labels[rows], positions, boundaries))
+        batches.append(Batch(tokens[rows, :-1], labels[rows], positions, cu_seqlens))
     return batches
 
 

@@ -94,8 +94,8 @@ class Problem:
         )
         if not self.documents:
             return q, k, v, dout, None
-        boundaries = sorted({tokens * quarter // 4 for quarter in range(5)})
-        return q, k, v, dout, Documents(torch.tensor(boundaries, dtype=torch.int32))
+        cu_seqlens = sorted({tokens * quarter // 4 for quarter in range(5)})
+        return q, k, v, dout, Documents(torch.tensor(cu_seqlens, dtype=torch.int32))
 
     def __str__(self) -> str:
         return (

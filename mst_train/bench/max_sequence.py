@@ -172,7 +172,7 @@ class _Stepper:
         self._model.offload = None
         gc.collect()
         collect_garbage(self.device)
-        self._optimizer.abandon_step()
+        self._optimizer.zero_grad()
 
     def _build(self) -> tuple[Transformer, Optimizer]:
         config, dtype = self._config, weight_type(self._config.precision)

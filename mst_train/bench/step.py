@@ -105,7 +105,7 @@ def _variant(
 
     def run() -> Tensor:
         if optimizer is not None:
-            optimizer.begin_step(0.0)
+            optimizer.set_learning_rate(0.0)
         loss = forward()
         loss.backward()
         if optimizer is not None:
@@ -133,7 +133,7 @@ def _optimizer(config: BenchConfig, model: Transformer) -> Optimizer | None:
         model, config.optimizer, master_weights=config.precision == "bf16_master"
     )
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.embedding.weight.device)
-    optimizer.begin_step(0.0)
+    optimizer.set_learning_rate(0.0)
     loss, _ = model(tokens, tokens)
     loss.backward()
     optimizer.step()

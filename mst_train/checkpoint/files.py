@@ -65,7 +65,7 @@ def save_checkpoint(
     suffix = f"-{processes.rank:04d}.pt" if processes.rank else ".pt"
     try:
         with together(processes), _writing(final):
-            if processes.is_first:
+            if processes.is_rank_zero:
                 folder.mkdir(exist_ok=True)
                 remove_unfinished(folder)
                 temporary.mkdir()
@@ -75,7 +75,7 @@ def save_checkpoint(
             }
         everyones = processes.gather(own)
         with together(processes), _writing(final):
-            if processes.is_first:
+            if processes.is_rank_zero:
                 files = {file: written for one in everyones for file, written in one.items()}
                 marker = {"format": FORMAT, "step": step, "files": files}
                 replace_text(temporary / MARKER, json.dumps(marker, indent=1) + "\n")
@@ -84,10 +84,10 @@ def save_checkpoint(
                 temporary.rename(final)
                 replace_text(folder / "latest", name + "\n")
     except TrainingError:
-        if processes.is_first:
+        if processes.is_rank_zero:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if processes.is_first:
+    if processes.is_rank_zero:
         _delete_old(folder, step, keep)
     return final
 

@@ -32,7 +32,7 @@ class CheckpointWriter:
         folder: where checkpoints are.
         config: how they are written.
         processes: those that write each checkpoint together, with a connection that nobody else
-            uses (``Topology.patient``).
+            uses (``Topology.with_timeout``).
     """
 
     def __init__(

@@ -28,7 +28,7 @@ class Batch:
     """[B, S] int64, the token after each: already shifted. -100 where there is none."""
     positions: "Tensor"
     """[B, S] int64, for the rotary embedding."""
-    boundaries: "Tensor | None" = None
+    cu_seqlens: "Tensor | None" = None
     """[documents + 1] int32, 0 to B * S: documents in the batch's rows, one row after the other;
     None where attention takes no notice of documents."""
 
@@ -103,10 +103,10 @@ def collate(sequences: Sequences, indices: list[int]) -> Batch:
     rows = [sequences[index] for index in indices]
     length = sequences.sequence_length
     starts = [row * length + s.starts for row, s in enumerate(rows) if s.starts is not None]
-    boundaries = np.concatenate([*starts, [len(rows) * length]]).astype(np.int32)
+    cu_seqlens = np.concatenate([*starts, [len(rows) * length]]).astype(np.int32)
     return Batch(
         torch.from_numpy(np.stack([row.tokens for row in rows])),
         torch.from_numpy(np.stack([row.labels for row in rows])),
         torch.from_numpy(np.stack([row.positions for row in rows])),
-        torch.from_numpy(boundaries) if starts else None,
+        torch.from_numpy(cu_seqlens) if starts else None,
     )

@@ -11,7 +11,7 @@ that they share.
 
 from mst_train.distributed.comm_timer import WAITING
 from mst_train.distributed.guard import Guard, check_same, together, told_once
-from mst_train.distributed.init import joined, lost_contact
+from mst_train.distributed.init import init_distributed, lost_contact
 from mst_train.distributed.sampler import SharedSequences
 from mst_train.distributed.topology import Topology, check_degree, grid
 from mst_train.distributed.ulysses import UlyssesAttention
@@ -25,7 +25,7 @@ __all__ = [
     "check_degree",
     "check_same",
     "grid",
-    "joined",
+    "init_distributed",
     "lost_contact",
     "together",
     "told_once",

@@ -69,7 +69,7 @@ def together(topology: Topology) -> Iterator[None]:
 def told_once(error: E, topology: Topology) -> E:
     """``error``, which every process is about to raise, without its message but on the first."""
     error.shared = True
-    if not topology.is_first:
+    if not topology.is_rank_zero:
         error.args = ("",)
         if isinstance(error, UserError):
             error.problems = []

@@ -34,7 +34,7 @@ MEETING = timedelta(minutes=15)
 
 
 @contextmanager
-def joined(config: Config) -> Iterator[Topology]:
+def init_distributed(config: Config) -> Iterator[Topology]:
     """Join the processes that torchrun has started, and leave them at the end.
 
     Communication is NCCL's on GPUs, one GPU for each process of a machine, and gloo's elsewhere. A
@@ -69,7 +69,7 @@ def joined(config: Config) -> Iterator[Topology]:
     try:
         objects = dist.new_group(backend="gloo", timeout=timeout)
         processes = Topology(rank(), world, device=device, object_group=objects)
-        leaving = processes.patient(LEAVING)
+        leaving = processes.with_timeout(LEAVING)
         settings = {key: str(value) for key, value in leaves(asdict(config))}
         code = {"mst_train's code": code_fingerprint(), "torch": torch.__version__}
         check_same(processes, settings | code)

@@ -64,7 +64,7 @@ class Topology:
         return self.rank % self.sequence_parallel
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this process writes what is written once."""
         return self.rank == 0
 
@@ -109,7 +109,7 @@ class Topology:
 
     def from_first(self, value: T) -> T:
         """What the first process has given, as ``gather`` gives it."""
-        return self.gather(value if self.is_first else None)[0]  # type: ignore[return-value]
+        return self.gather(value if self.is_rank_zero else None)[0]  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:
         """What every process has given, by rank.
@@ -131,7 +131,7 @@ class Topology:
             for text, size in zip(texts, sizes, strict=True)
         ]
 
-    def patient(self, longest: timedelta) -> "Topology":
+    def with_timeout(self, longest: timedelta) -> "Topology":
         """The same processes with another connection for objects, on which they wait longer for
         each other, and which a thread may use for itself. All processes call this together.
         """

@@ -5,7 +5,7 @@ whole step, which all of them know before the first backward. The step's gradien
 over all processes and micro-batches, never a mean of means:
 
     valid_tokens = engine.topology.total([own valid tokens])
-    engine.begin_step(rate)
+    engine.set_learning_rate(rate)
     for each micro-batch:
         loss_sum, _ = engine(tokens, labels, positions, documents)
         engine.backward(loss_sum / valid_tokens, last=...)

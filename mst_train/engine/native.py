@@ -33,8 +33,8 @@ class NativeEngine:
     def __call__(self, *arguments: Any) -> Any:
         return self.model(*arguments)
 
-    def begin_step(self, rate: float) -> None:
-        self._optimizer.begin_step(rate)
+    def set_learning_rate(self, rate: float) -> None:
+        self._optimizer.set_learning_rate(rate)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
@@ -50,8 +50,8 @@ class NativeEngine:
     def step(self) -> None:
         self._optimizer.step()
 
-    def abandon_step(self) -> None:
-        self._optimizer.abandon_step()
+    def zero_grad(self) -> None:
+        self._optimizer.zero_grad()
 
     def state(self) -> tuple[dict[str, Tensor], State]:
         own = own_parameters(self.model, self.topology)

@@ -26,7 +26,7 @@ class Engine(Protocol):
         """The model's forward, on this process's part of the sequences."""
         ...
 
-    def begin_step(self, rate: float) -> None:
+    def set_learning_rate(self, rate: float) -> None:
         """Before the step's first forward: the learning rate of the step."""
         ...
 
@@ -49,7 +49,7 @@ class Engine(Protocol):
         """Update the weights and forget the gradient: the step is done."""
         ...
 
-    def abandon_step(self) -> None:
+    def zero_grad(self) -> None:
         """Forget the gradient of a step that was not finished."""
         ...
 

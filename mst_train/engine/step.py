@@ -72,7 +72,7 @@ def train_step(
             can_skip=True,
         )
     loss_sum = torch.zeros((), dtype=torch.float64, device=topology.device)
-    engine.begin_step(rate)
+    engine.set_learning_rate(rate)
     for index, batch in enumerate(batches):
         batch_loss_sum, _ = engine(*_move(batch, topology.device))
         loss_sum += batch_loss_sum.detach()
@@ -88,7 +88,7 @@ def train_step(
     _require_good(total, valid_tokens, loss_limit, engine)
     if not math.isfinite(gradient_norm):
         if engine.survives_bad_gradient:
-            engine.abandon_step()
+            engine.zero_grad()
         raise BadStep(
             f"the gradient's norm is {gradient_norm}",
             engine.after_bad_gradient,
@@ -127,7 +127,7 @@ def _require_good(loss_sum: float, valid_tokens: int, loss_limit: float, engine:
     """Raises BadStep, before the weights are updated, for a loss that is not finite or a spike."""
     if math.isfinite(loss_sum) and loss_sum <= loss_limit * valid_tokens:
         return
-    engine.abandon_step()
+    engine.zero_grad()
     reason = f"the loss is {loss_sum}"
     if math.isfinite(loss_sum):
         reason = (
@@ -139,7 +139,7 @@ def _require_good(loss_sum: float, valid_tokens: int, loss_limit: float, engine:
 
 def _move(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Documents | None]:
     """What the model takes, on its device."""
-    documents = None if batch.boundaries is None else Documents(batch.boundaries)
+    documents = None if batch.cu_seqlens is None else Documents(batch.cu_seqlens)
     return (
         batch.tokens.to(device),
         batch.labels.to(device),

@@ -73,7 +73,7 @@ class ZeroEngine:
     def __call__(self, *arguments: Any) -> Any:
         return self._engine(*arguments)
 
-    def begin_step(self, rate: float) -> None:
+    def set_learning_rate(self, rate: float) -> None:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
 
@@ -98,7 +98,7 @@ class ZeroEngine:
     def step(self) -> None:
         self._engine.step()
 
-    def abandon_step(self) -> None:
+    def zero_grad(self) -> None:
         self._parts.forget_gradients()
 
     def state(self) -> tuple[dict[str, Tensor], State]:

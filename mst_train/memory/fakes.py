@@ -23,7 +23,7 @@ class SimulatedHostOptimizer(HostOptimizer):
     def _build_adamw(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW([{"params": [w]} for w in self._weights.values()], fused=True)
 
-    def begin_step(self, rate: float) -> None:
+    def set_learning_rate(self, rate: float) -> None:
         pass
 
     def _state(self, weight: Tensor, saved: dict[str, Tensor]) -> dict[str, Any]:

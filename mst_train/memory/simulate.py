@@ -103,11 +103,11 @@ def simulate(
     *,
     gpus: int = 1,
     build: "Build | None" = None,
-    boundaries: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Simulation:
     """One training step of ``config`` on one of ``gpus`` devices, once the states exist.
 
-    build: makes the model, where it is not the decoder of this project. boundaries: where the
+    build: makes the model, where it is not the decoder of this project. cu_seqlens: where the
     documents of the batch begin and end, as ``Batch`` has them; None: one document in each row,
     the whole sequence, which takes the most time and memory. On a CPU the peak is that of the real
     step to the byte, as the tracker counts it, for the boundaries given; without them it is one
@@ -132,10 +132,10 @@ def simulate(
     shared_out = gpus > 1 and config.parallel.zero_stage > 0
     buckets = Buckets.of(config, device.kind) if shared_out else None
     run = partial(
-        _at_any_depth, policy, dtype, device, gpus, buckets, boundaries, build or build_decoder
+        _at_any_depth, policy, dtype, device, gpus, buckets, cu_seqlens, build or build_decoder
     )
     lengths = None
-    if boundaries is None:
+    if cu_seqlens is None:
         lengths = _shorter_lengths(config, policy, whole_blocks)
     if lengths is None:
         found = run(config)
@@ -168,7 +168,7 @@ def _at_any_depth(
     device: Device,
     gpus: int,
     buckets: Buckets | None,
-    boundaries: Tensor | None,
+    cu_seqlens: Tensor | None,
     build: "Build",
     config: Config,
 ) -> "_Found":
@@ -176,7 +176,7 @@ def _at_any_depth(
     shallow = max(_SHALLOW * period, _SHALLOW + ahead)
     deep = shallow + period
     layers = config.model.num_layers
-    run = partial(_run, policy, dtype, device, gpus, buckets, boundaries, build)
+    run = partial(_run, policy, dtype, device, gpus, buckets, cu_seqlens, build)
     if layers <= deep or layers % period:
         return run(config)
 
@@ -283,18 +283,18 @@ def _run(
     device: Device,
     gpus: int,
     buckets: Buckets | None,
-    boundaries: Tensor | None,
+    cu_seqlens: Tensor | None,
     build: Build,
     config: Config,
 ) -> _Found:
-    if boundaries is None:
-        boundaries = _boundaries(config)
+    if cu_seqlens is None:
+        cu_seqlens = _boundaries(config)
     shares = {}
     if buckets is not None and config.parallel.zero_stage == 3:
         shares["parameters"] = 1 / gpus
     counter = StepCounter(ALLOCATION_BYTES if device.kind == "cuda" else 1, shares)
     micro_batches = min(config.train.accumulation_steps, 2)
-    batches = [_batch(config, boundaries) for _ in range(micro_batches)]
+    batches = [_batch(config, cu_seqlens) for _ in range(micro_batches)]
     with counter:
         model = build(config, policy, dtype, device, counter)
         counter.watch_module(model)
@@ -368,12 +368,12 @@ def _overhead(allocated_bytes: int, config: Config, device: Device, gpus: int) -
     return CUDA_CONTEXT_BYTES + CUBLAS_WORKSPACE_BYTES + communication + unusable
 
 
-def _batch(config: Config, boundaries: Tensor | None) -> Batch:
+def _batch(config: Config, cu_seqlens: Tensor | None) -> Batch:
     shape = (config.train.micro_batch_size, _local_length(config))
     tokens, labels, positions = (
         torch.empty(shape, dtype=torch.int64, device="meta") for _ in range(3)
     )
-    return Batch(tokens, labels, positions, boundaries)
+    return Batch(tokens, labels, positions, cu_seqlens)
 
 
 def _boundaries(config: Config) -> Tensor | None:

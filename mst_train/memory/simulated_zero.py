@@ -168,7 +168,7 @@ class SimulatedZero(NativeEngine):
             self._gathered = [self._hold(n, self._weight_type, "working_set") for n in sizes]
         return self._model(*arguments)
 
-    def begin_step(self, rate: float) -> None:
+    def set_learning_rate(self, rate: float) -> None:
         pass
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

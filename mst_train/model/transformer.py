@@ -361,7 +361,7 @@ class Transformer(nn.Module):
             yield block
 
     @torch.no_grad()
-    def draw(self, name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
+    def init_weights(self, name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
         """Draw the parameter of this name anew.
 
         Matrices are normal with standard deviation ``initializer_std``; those that write to the
@@ -412,7 +412,7 @@ def build_model(
     generator = torch.Generator(device).manual_seed(seed)
     for module, parameters in _materialized(model, device):
         for name, parameter in parameters.items():
-            model.draw(name, parameter, generator)
+            model.init_weights(name, parameter, generator)
         if partition is not None:
             partition(module)
     return model

@@ -49,16 +49,16 @@ PLAIN = Scores()
 class Documents:
     """Where packed documents begin and end: attention stays within each.
 
-    boundaries: [documents + 1] int32 on the CPU, from 0 to B*S, ascending; rows of the batch one
+    cu_seqlens: [documents + 1] int32 on the CPU, from 0 to B*S, ascending; rows of the batch one
     after the other, so that a document may not cross from one row into the next.
     """
 
-    boundaries: Tensor
+    cu_seqlens: Tensor
 
     @cached_property
     def offsets(self) -> list[int]:
         """The boundaries as numbers."""
-        offsets: list[int] = self.boundaries.tolist()
+        offsets: list[int] = self.cu_seqlens.tolist()
         return offsets
 
     @cached_property
@@ -66,10 +66,10 @@ class Documents:
         """Tokens of the longest document."""
         return max(end - start for start, end in pairwise(self.offsets))
 
-    def boundaries_on(self, device: torch.device) -> Tensor:
+    def cu_seqlens_on(self, device: torch.device) -> Tensor:
         """The boundaries on a device, as variable-length kernels take them; copied once."""
         if device not in self._copies:
-            self._copies[device] = self.boundaries.to(device, non_blocking=True)
+            self._copies[device] = self.cu_seqlens.to(device, non_blocking=True)
         return self._copies[device]
 
     def inside(self, batch: int, sequence: int, chunk: slice) -> "Documents":
@@ -77,14 +77,14 @@ class Documents:
         key = (batch, sequence, chunk.start, chunk.stop)
         if key not in self._inside:
             length = chunk.stop - chunk.start
-            boundaries = [0]
+            cu_seqlens = [0]
             for first in range(chunk.start, batch * sequence, sequence):
                 begun = bisect_right(self.offsets, first)
                 ended = bisect_left(self.offsets, first + length)
-                done = boundaries[-1]
-                boundaries += [done + offset - first for offset in self.offsets[begun:ended]]
-                boundaries.append(done + length)
-            self._inside[key] = self._of(boundaries)
+                done = cu_seqlens[-1]
+                cu_seqlens += [done + offset - first for offset in self.offsets[begun:ended]]
+                cu_seqlens.append(done + length)
+            self._inside[key] = self._of(cu_seqlens)
         return self._inside[key]
 
     def between(self, start: int, stop: int) -> "Documents":

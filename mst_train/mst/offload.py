@@ -67,7 +67,7 @@ class Offload:
         self._order.append(weakref.ref(stored))
         return stored
 
-    def bring_back(self, stored: "Stored") -> None:
+    def prefetch(self, stored: "Stored") -> None:
         """Start the copies of ``stored`` and of the ``AHEAD`` blocks stored before it."""
         index = next(i for i, reference in enumerate(self._order) if reference() is stored)
         for reference in reversed(self._order[max(index - AHEAD, 0) : index + 1]):
@@ -88,7 +88,7 @@ class Stored:
 
     def load(self) -> list[Tensor]:
         """The tensors on their device, ready for the current stream."""
-        self._offload.bring_back(self)
+        self._offload.prefetch(self)
         assert self.returning is not None
         if self.returning.arrived is not None:
             torch.cuda.current_stream().wait_event(self.returning.arrived)

@@ -9,7 +9,7 @@ schedule      the learning rate
 All three are used in the same way and save the same state, so a run may change from one to another
 at a checkpoint:
 
-    optimizer.begin_step(rate)
+    optimizer.set_learning_rate(rate)
     loss.backward()
     norm = optimizer.gradient_norm()
     optimizer.clip(max_norm, norm)

@@ -63,7 +63,7 @@ class Optimizer:
             for name, parameter in self._parameters.items():
                 parameter.register_post_accumulate_grad_hook(partial(self._take, name))
 
-    def begin_step(self, rate: float) -> None:
+    def set_learning_rate(self, rate: float) -> None:
         """Before the step's first backward: the learning rate of the step."""
         for group in self._adamw.param_groups:
             group["lr"] = rate
@@ -80,7 +80,7 @@ class Optimizer:
         """Scale the gradient, whose global norm is ``norm``, to at most ``max_norm``."""
         nn.utils.clip_grads_with_norm_(self._weights.values(), max_norm, norm)
 
-    def abandon_step(self) -> None:
+    def zero_grad(self) -> None:
         """Forget the gradient of a step that was not finished."""
         self._adamw.zero_grad(set_to_none=True)
 

@@ -32,7 +32,7 @@ class HostOptimizer(Optimizer):
         self._gradients = {n: _host_copy(w) for n, w in self._parameters.items()}
         self._device = next(iter(self._parameters.values())).device
 
-    def begin_step(self, rate: float) -> None:
+    def set_learning_rate(self, rate: float) -> None:
         """Before the step's first backward: the learning rate of the step.
 
         CPUAdam multiplies the powers of beta in its bias correction up from step to step, and would

@@ -49,8 +49,8 @@ class InBackwardOptimizer(Optimizer):
     def clip(self, max_norm: float, norm: Tensor) -> None:
         raise RuntimeError("weights that are updated in the backward leave nothing to clip")
 
-    def abandon_step(self) -> None:
-        super().abandon_step()
+    def zero_grad(self) -> None:
+        super().zero_grad()
         self._norms.clear()
 
     def step(self) -> None:

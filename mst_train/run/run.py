@@ -82,15 +82,15 @@ class Run:
                 self.folder.metrics,
                 config,
                 None if self.fresh else self.step,
-                writes=topology.is_first,
+                writes=topology.is_rank_zero,
             )
         self.exit_code = 1
         opened.callback(lambda: self.metrics.close(self.exit_code))
-        self.progress = Progress(self.step, config.train.steps, shown=topology.is_first)
+        self.progress = Progress(self.step, config.train.steps, shown=topology.is_rank_zero)
         opened.callback(self.progress.close)
-        patient = topology.patient(WRITING)
+        patient = topology.with_timeout(WRITING)
         # Only now: where another process has gone, a signal has to end this one while they connect.
-        self._stop = StopSignals(tells=topology.is_first)
+        self._stop = StopSignals(tells=topology.is_rank_zero)
         opened.callback(self._stop.restore)
         self.stopped_by: Signals | None = None
         """The signal that any of the processes got."""
@@ -189,7 +189,7 @@ class Run:
         self.metrics.checkpoints()  # before the oldest of them is deleted
         weights, states = self.engine.state()
         state: dict[str, Any] = {"model": weights, "optimizer": states}
-        if self.topology.is_first:
+        if self.topology.is_rank_zero:
             state["random"] = random_state()
             state["trainer"] = {
                 "step": self.step,
@@ -311,7 +311,7 @@ def finished_before(start: Start) -> dict[str, Any]:
     try:
         return write_summary(start.folder, summary, start.topology)
     except TrainingError as error:
-        if start.topology.is_first:
+        if start.topology.is_rank_zero:
             log.warning("%s", error)
         return {**summary, "run_dir": str(start.folder.path)}
 
@@ -320,7 +320,7 @@ def write_summary(folder: RunFolder, summary: dict[str, Any], topology: Topology
     """The run's last word, on disk and returned."""
     summary = {**summary, "run_dir": str(folder.path)}
     with together(topology):
-        if topology.is_first:
+        if topology.is_rank_zero:
             write_json(folder.summary, summary)
     return summary
 

@@ -79,12 +79,12 @@ class SetUp:
 
 def find_start(config: Config, topology: Topology) -> Start:
     """Raises UserError where the folder or its checkpoints do not allow such a run."""
-    patient = topology.patient(SETTING_UP)
+    patient = topology.with_timeout(SETTING_UP)
     found: str | None = None
     with together(patient):
         check_engine(config, topology.world)
         folder = RunFolder(config)
-        if topology.is_first:
+        if topology.is_rank_zero:
             undamaged = first_undamaged(folder.candidates)
             found = None if undamaged is None else str(undamaged)
     found = patient.from_first(found)
@@ -115,7 +115,7 @@ def set_up(start: Start) -> SetUp:
     engine = build_engine(model, config, topology)
     seed_everything(config.train.seed)
     with together(patient):
-        if topology.is_first:
+        if topology.is_rank_zero:
             start.folder.open()
     lock = patient.from_first(start.folder.lock)
     with together(patient):
@@ -146,7 +146,7 @@ def _predict(config: Config, topology: Topology) -> tuple[Prediction | None, Con
     prediction: Prediction | None = None
     told: dict[str, Any] = {}
     with together(topology):
-        if topology.is_first:
+        if topology.is_rank_zero:
             prediction = before_training(config, topology.device, topology.world)
             chosen = prediction.config
             told = {
@@ -167,7 +167,7 @@ def _load_data(config: Config, topology: Topology) -> Data:
     """What the first process prepares the others find, in a cache of their machine's at the latest
     after one of them has prepared it there."""
     loaded: list[Data] = []
-    for mine in (topology.is_first, local_rank() == 0, True):
+    for mine in (topology.is_rank_zero, local_rank() == 0, True):
         with together(topology):
             if mine and not loaded:
                 loaded.append(load_data(config.data))

@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from mst_train.config import Config
-from mst_train.distributed import joined
+from mst_train.distributed import init_distributed
 from mst_train.engine.step import BadStep, train_step
 from mst_train.optim import learning_rate
 from mst_train.run.run import Run, finished_before, running
@@ -25,7 +25,7 @@ def train(config: Config) -> dict[str, Any]:
     Raises UserError where the run cannot start, TrainingError where it cannot go on, and Stopped
     where a signal has ended it: SIGTERM and SIGUSR1 do, once the run has begun (cli/signals.py).
     """
-    with joined(config) as topology:
+    with init_distributed(config) as topology:
         start = find_start(config, topology)
         if start.finished:
             log.info(

@@ -24,16 +24,16 @@ def make_inputs(heads, kv_heads, sequence=13, size=6, batch=2, dtype=torch.float
     return [t.clone().requires_grad_() for t in (q, k, v)]
 
 
-def make_documents(boundaries):
-    return boundaries and Documents(torch.tensor(boundaries, dtype=torch.int32))
+def make_documents(cu_seqlens):
+    return cu_seqlens and Documents(torch.tensor(cu_seqlens, dtype=torch.int32))
 
 
-def textbook(q, k, v, boundaries):
+def textbook(q, k, v, cu_seqlens):
     """Row by row and head by head; boundaries of documents in the flattened batch."""
     q_, k_, v_ = (t.flatten(0, 1) for t in (q, k, v))
     group = q.shape[2] // k.shape[2]
     rows = []
-    for start, end in pairwise(boundaries):
+    for start, end in pairwise(cu_seqlens):
         for s in range(start, end):
             for h in range(q.shape[2]):
                 keys, values = k_[start : s + 1, h // group], v_[start : s + 1, h // group]
@@ -42,14 +42,14 @@ def textbook(q, k, v, boundaries):
     return torch.stack(rows).view(q.shape)
 
 
-@pytest.mark.parametrize("boundaries", [None, [0, 4, 5, 13, 26], [0, 13, 14, 20, 26]])
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 4, 5, 13, 26], [0, 13, 14, 20, 26]])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1), (1, 1)])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_backends_are_the_formula(name, heads, kv_heads, boundaries):
+def test_backends_are_the_formula(name, heads, kv_heads, cu_seqlens):
     inputs = make_inputs(heads, kv_heads)
     dout = torch.randn_like(inputs[0])
-    expected = textbook(*inputs, boundaries or [0, 13, 26])
-    actual = BACKENDS[name](*inputs, make_documents(boundaries))
+    expected = textbook(*inputs, cu_seqlens or [0, 13, 26])
+    actual = BACKENDS[name](*inputs, make_documents(cu_seqlens))
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
         torch.autograd.grad(actual, inputs, dout),
@@ -77,10 +77,10 @@ def test_kernels_give_the_log_sum_exp():
 
 
 @pytest.mark.parametrize("name", ["torch_flash", "cudnn"])
-@pytest.mark.parametrize("boundaries", [None, [0, 13, 20, 26]])
-def test_cuda_kernels_take_and_give_the_right_shapes(name, boundaries):
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 13, 20, 26]])
+def test_cuda_kernels_take_and_give_the_right_shapes(name, cu_seqlens):
     """Without a device: torch's own shape functions of these operators."""
-    documents = make_documents(boundaries)
+    documents = make_documents(cu_seqlens)
     q = torch.empty(2, 13, 4, 64, dtype=torch.bfloat16, device="meta")
     k = torch.empty(2, 13, 2, 64, dtype=torch.bfloat16, device="meta")
     kernel = KERNELS[name](Scores())

@@ -47,12 +47,12 @@ def results(kernel, inputs, documents):
     return out, lse, *kernel.backward(dout, q, k, v, out, lse, documents)
 
 
-@pytest.mark.parametrize("boundaries", DOCUMENTS, ids=["rows", "documents"])
+@pytest.mark.parametrize("cu_seqlens", DOCUMENTS, ids=["rows", "documents"])
 @pytest.mark.parametrize("scores", SCORES, ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
 @pytest.mark.parametrize("name", ["auto", *FOR_CUDA, "tiled"])
-def test_backends_are_the_formula(name, heads, scores, boundaries):
-    kernel, documents = kernel_or_skip(name, scores), make_documents(boundaries)
+def test_backends_are_the_formula(name, heads, scores, cu_seqlens):
+    kernel, documents = kernel_or_skip(name, scores), make_documents(cu_seqlens)
     inputs = [t.to("cuda", torch.bfloat16) for t in make_inputs(*heads, SEQUENCE, SIZE, batch=2)]
     truths = results(ReferenceKernel(scores), [t.float() for t in inputs], documents)
     assert_near(results(kernel, inputs, documents), truths)

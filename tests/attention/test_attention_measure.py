@@ -154,14 +154,14 @@ def test_nobody_is_left():
         fastest(kernels, PROBLEM, Clock({}))
 
 
-@pytest.mark.parametrize("boundaries", [None, [0, 4, 5, 13, 26]])
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 4, 5, 13, 26]])
 @pytest.mark.parametrize("scores", [Scores(), Scores(window=5, softcap=1.5, scale=0.7)], ids=str)
-def test_it_computes_what_it_chose(scores, boundaries):
+def test_it_computes_what_it_chose(scores, cu_seqlens):
     kernels = {"cpu": CpuKernel(scores), "tiled": TiledKernel(scores)}
     clock = Clock({kernels["cpu"]: [2.0], kernels["tiled"]: [1.0]})
     kernel, inputs = MeasuredKernel(kernels, scores, clock), make_inputs()
-    actual = in_chunks(kernel, inputs, make_documents(boundaries), 4)
-    assert_same(actual, whole(inputs, scores, boundaries))
+    actual = in_chunks(kernel, inputs, make_documents(cu_seqlens), 4)
+    assert_same(actual, whole(inputs, scores, cu_seqlens))
     assert kernel._chosen is kernels["tiled"]
 
 

@@ -66,15 +66,15 @@ def by_formula(softmax_scale, causal, left, right, softcap, unbounded):
     return ReferenceKernel(Scores(window, softcap or None, softmax_scale))
 
 
-def call(function, tensors, causal, boundaries, longest):
+def call(function, tensors, causal, cu_seqlens, longest):
     """Calls a kernel's function with [B, S, H, E], or with packed [N, H, E] and boundaries."""
-    if boundaries is None:
+    if cu_seqlens is None:
         assert longest is None
         return function(*tensors, causal=causal)
     assert causal
-    assert boundaries.dtype == torch.int32
-    assert longest == int(boundaries.diff().max())
-    documents = make_documents(boundaries.tolist())
+    assert cu_seqlens.dtype == torch.int32
+    assert longest == int(cu_seqlens.diff().max())
+    documents = make_documents(cu_seqlens.tolist())
     return [t[0] for t in function(*(t[None] for t in tensors), documents=documents)]
 
 
@@ -266,29 +266,29 @@ def installed_4(monkeypatch, device_is):
 CASES = list(product([(4, 2), (3, 3), (6, 1)], [*SCORES, Scores()], DOCUMENTS))
 
 
-def assert_is_the_formula(kernel, heads, boundaries):
+def assert_is_the_formula(kernel, heads, cu_seqlens):
     """Whole, and in chunks of rows, where queries also see all of some keys before them."""
     inputs = make_inputs(*heads, size=8)
-    expected, documents = whole(inputs, kernel.scores, boundaries), make_documents(boundaries)
+    expected, documents = whole(inputs, kernel.scores, cu_seqlens), make_documents(cu_seqlens)
     q, k, v, dout = inputs
     out, lse = kernel.forward(q, k, v, documents)
     assert_same((out, lse, *kernel.backward(dout, q, k, v, out, lse, documents)), expected)
     assert_same(in_chunks(kernel, inputs, documents, 4), expected)
 
 
-@pytest.mark.parametrize(("heads", "scores", "boundaries"), CASES)
-def test_flash_attn_is_handed_what_it_expects(installed_2, heads, scores, boundaries):
-    assert_is_the_formula(FlashAttnKernel(scores), heads, boundaries)
+@pytest.mark.parametrize(("heads", "scores", "cu_seqlens"), CASES)
+def test_flash_attn_is_handed_what_it_expects(installed_2, heads, scores, cu_seqlens):
+    assert_is_the_formula(FlashAttnKernel(scores), heads, cu_seqlens)
 
 
-@pytest.mark.parametrize(("heads", "scores", "boundaries"), CASES)
-def test_flash_attn_3_is_handed_what_it_expects(installed_3, heads, scores, boundaries):
-    assert_is_the_formula(FlashAttn3Kernel(scores), heads, boundaries)
+@pytest.mark.parametrize(("heads", "scores", "cu_seqlens"), CASES)
+def test_flash_attn_3_is_handed_what_it_expects(installed_3, heads, scores, cu_seqlens):
+    assert_is_the_formula(FlashAttn3Kernel(scores), heads, cu_seqlens)
 
 
-@pytest.mark.parametrize(("heads", "scores", "boundaries"), CASES)
-def test_flash_attn_4_is_handed_what_it_expects(installed_4, heads, scores, boundaries):
-    assert_is_the_formula(FlashAttn4Kernel(scores), heads, boundaries)
+@pytest.mark.parametrize(("heads", "scores", "cu_seqlens"), CASES)
+def test_flash_attn_4_is_handed_what_it_expects(installed_4, heads, scores, cu_seqlens):
+    assert_is_the_formula(FlashAttn4Kernel(scores), heads, cu_seqlens)
 
 
 @pytest.mark.parametrize("kernel", [FlashAttn3Kernel, FlashAttn4Kernel])

@@ -47,16 +47,16 @@ def small_tiles(monkeypatch):
 # --- kernels on whole sequences ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("boundaries", DOCUMENTS)
+@pytest.mark.parametrize("cu_seqlens", DOCUMENTS)
 @pytest.mark.parametrize("scores", SCORES, ids=str)
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (6, 1)])
 @pytest.mark.parametrize("kernel", [CpuKernel, TiledKernel, ReferenceKernel])
-def test_kernels_are_the_formula(kernel, heads, scores, boundaries):
+def test_kernels_are_the_formula(kernel, heads, scores, cu_seqlens):
     q, k, v, dout = inputs = make_inputs(*heads)
-    documents = make_documents(boundaries)
+    documents = make_documents(cu_seqlens)
     out, lse = kernel(scores).forward(q, k, v, documents)
     gradients = kernel(scores).backward(dout, q, k, v, out, lse, documents)
-    assert_same((out, lse, *gradients), whole(inputs, scores, boundaries))
+    assert_same((out, lse, *gradients), whole(inputs, scores, cu_seqlens))
 
 
 @pytest.mark.parametrize("scores", [s for s in SCORES if s.window], ids=str)
@@ -105,19 +105,19 @@ def test_no_score_matrix_is_held(name, scores, monkeypatch):
 # --- chunks of rows ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("boundaries", DOCUMENTS)
+@pytest.mark.parametrize("cu_seqlens", DOCUMENTS)
 @pytest.mark.parametrize("rows_at_once", [1, 3, 4, 12, 13])
 @pytest.mark.parametrize("scores", SCORES, ids=str)
 @pytest.mark.parametrize("kernel", [CpuKernel, TiledKernel, ReferenceKernel])
-def test_chunks_of_rows(kernel, scores, rows_at_once, boundaries):
+def test_chunks_of_rows(kernel, scores, rows_at_once, cu_seqlens):
     inputs = make_inputs()
-    actual = in_chunks(kernel(scores), inputs, make_documents(boundaries), rows_at_once)
-    assert_same(actual, whole(inputs, scores, boundaries))
+    actual = in_chunks(kernel(scores), inputs, make_documents(cu_seqlens), rows_at_once)
+    assert_same(actual, whole(inputs, scores, cu_seqlens))
 
 
 @st.composite
 def packed(draw, longest=12):
-    """(batch, sequence, boundaries): documents anywhere, none across two rows."""
+    """(batch, sequence, cu_seqlens): documents anywhere, none across two rows."""
     batch, sequence = draw(st.integers(1, 3)), draw(st.integers(1, longest))
     inner = draw(st.sets(st.integers(0, batch * sequence)))
     return batch, sequence, sorted({*inner, *range(0, batch * sequence + 1, sequence)})
@@ -132,11 +132,11 @@ def packed(draw, longest=12):
 )
 @settings(max_examples=100, deadline=None)
 def test_any_chunks_documents_and_window(packed, kernel, rows_at_once, window, softcap):
-    batch, sequence, boundaries = packed
+    batch, sequence, cu_seqlens = packed
     scores = Scores(window, softcap)
     inputs = make_inputs(4, 2, sequence, 4, batch)
-    actual = in_chunks(kernel(scores), inputs, make_documents(boundaries), rows_at_once)
-    assert_same(actual, whole(inputs, scores, boundaries))
+    actual = in_chunks(kernel(scores), inputs, make_documents(cu_seqlens), rows_at_once)
+    assert_same(actual, whole(inputs, scores, cu_seqlens))
 
 
 def test_a_chunk_reads_one_window_before_it_and_no_more():
@@ -241,15 +241,15 @@ def test_what_is_not_measured_on_cuda():
 # --- kernels for CUDA, as far as they can be checked without it ----------------------------------
 
 
-@pytest.mark.parametrize("boundaries", [None, [0, 13, 20, 26]])
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 13, 20, 26]])
 @pytest.mark.parametrize("name", ["torch_flash", "cudnn"])
 @pytest.mark.parametrize("keys", [13, 17])
-def test_torchs_kernels_take_scales_and_windows(name, boundaries, keys):
+def test_torchs_kernels_take_scales_and_windows(name, cu_seqlens, keys):
     """Without a device: torch's own shape functions of these operators."""
-    if keys > 13 and (boundaries or name == "cudnn"):
+    if keys > 13 and (cu_seqlens or name == "cudnn"):
         pytest.skip("never asked for")
     scores = Scores(window=5 if name == "torch_flash" else None, scale=0.5)
-    documents = make_documents(boundaries)
+    documents = make_documents(cu_seqlens)
     q = torch.empty(2, 13, 4, 64, dtype=torch.bfloat16, device="meta")
     k = torch.empty(2, keys, 2, 64, dtype=torch.bfloat16, device="meta")
     kernel = KERNELS[name](scores)

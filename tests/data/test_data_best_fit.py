@@ -179,7 +179,7 @@ def test_padding_is_confined_to_itself(folder: Path) -> None:
     assert sequence.labels.tolist() == [2, 3, 0, IGNORED, 2, 0, IGNORED] + [IGNORED] * 3
     assert sequence.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2]
     assert sequence.starts.tolist() == [0, 4, 7]
-    assert collate(sequences, [0]).boundaries.tolist() == [0, 4, 7, 10]
+    assert collate(sequences, [0]).cu_seqlens.tolist() == [0, 4, 7, 10]
     for index in (-1, 1):
         with pytest.raises(IndexError):
             sequences[index]
@@ -279,7 +279,7 @@ def test_the_loader_goes_on_exactly(prepared: Path, tmp_path: Path, packing: str
         again = loader(first.state())
         for expected in batches[stopped : stopped + 3]:
             found = next(again)
-            for name in ("tokens", "labels", "positions", "boundaries"):
+            for name in ("tokens", "labels", "positions", "cu_seqlens"):
                 assert getattr(found, name).equal(getattr(expected, name))
 
 

@@ -114,10 +114,10 @@ def test_a_batch_holds_the_borders_of_all_its_rows() -> None:
     tokens = np.array([5, 6, eod, 7, eod, 8, 9, 10, 11, 12, eod, 13, 14], np.uint16)
     sequences = PackedSequences(tokens, np.array([[0, len(tokens)]]), 6, confine_to=eod)
     batch = collate(sequences, [1, 0])
-    assert batch.boundaries.dtype == torch.int32
-    assert batch.boundaries.tolist() == [0, 5, 6, 9, 11, 12]
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.cu_seqlens.tolist() == [0, 5, 6, 9, 11, 12]
     plain = PackedSequences(tokens, np.array([[0, len(tokens)]]), 6)
-    assert collate(plain, [0]).boundaries is None
+    assert collate(plain, [0]).cu_seqlens is None
 
 
 # ---------------------------------------------------------------- documents by themselves
@@ -151,7 +151,7 @@ def test_a_batch_is_its_documents_alone(lengths: list[int], policy: Policy) -> N
     batch = collate(sequences, list(range(len(sequences))))
     attention = select_attention("auto", torch.device("cpu"), torch.float64)
     model = build_model(MODEL, policy=policy, attention=attention, dtype=torch.float64, seed=1)
-    borders = Documents(batch.boundaries)
+    borders = Documents(batch.cu_seqlens)
     packed, valid = model(batch.tokens, batch.labels, batch.positions, borders)
     packed.backward()
     found = {name: p.grad for name, p in model.named_parameters()}

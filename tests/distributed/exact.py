@@ -5,7 +5,7 @@ import torch
 from mst_train.attention import select_attention
 from mst_train.config import Config, DataConfig, ModelConfig, ParallelConfig
 from mst_train.data import IGNORED, Batch
-from mst_train.distributed import UlyssesAttention, joined
+from mst_train.distributed import UlyssesAttention, init_distributed
 from mst_train.model import Policy, build_model
 from mst_train.mst import Documents, Offload
 
@@ -46,12 +46,12 @@ def make_batch(packed):
     starts = torch.tensor([0, 5, 6, 17, LENGTH, LENGTH + 10, 2 * LENGTH])
     offsets = torch.arange(ROWS * LENGTH)
     positions = offsets - starts[torch.searchsorted(starts, offsets, right=True) - 1]
-    boundaries = starts.to(torch.int32)
-    return Batch(tokens[:, :-1], labels, positions.view(ROWS, LENGTH), boundaries)
+    cu_seqlens = starts.to(torch.int32)
+    return Batch(tokens[:, :-1], labels, positions.view(ROWS, LENGTH), cu_seqlens)
 
 
 def loss_and_gradients(model, batch):
-    documents = None if batch.boundaries is None else Documents(batch.boundaries)
+    documents = None if batch.cu_seqlens is None else Documents(batch.cu_seqlens)
     loss_sum, valid_tokens = model(batch.tokens, batch.labels, batch.positions, documents)
     loss_sum.backward()
     gradients = [parameter.grad for parameter in model.parameters()]
@@ -65,7 +65,7 @@ def largest_differences(degree, cases):
         data=DataConfig(sequence_length=LENGTH),
         parallel=ParallelConfig(sequence_parallel=degree),
     )
-    with joined(config) as topology:
+    with init_distributed(config) as topology:
         return [difference(topology, **case) for case in cases]
 
 

@@ -7,7 +7,7 @@ from mst_train.attention import select_attention
 from mst_train.cli.compose import compose
 from mst_train.config import Config, ModelConfig, ParallelConfig
 from mst_train.data import Batch
-from mst_train.distributed import UlyssesAttention, grid, joined
+from mst_train.distributed import UlyssesAttention, grid, init_distributed
 from mst_train.engine import build_engine, partition
 from mst_train.engine.step import train_step
 from mst_train.memory.tracker import MemoryTracker
@@ -32,7 +32,7 @@ POLICIES = {
 
 def peak_bytes(degrees):
     """The peak of forward and backward beyond weights and gradients, by policy and degree."""
-    with joined(Config()) as everybody:
+    with init_distributed(Config()) as everybody:
         return {
             name: [peak(policy, degree, everybody) for degree in degrees]
             for name, policy in POLICIES.items()
@@ -62,7 +62,7 @@ def peak(policy, degree, everybody):
 
 def step_peaks(settings):
     """For each of the settings the peak of a whole training step, once the states exist."""
-    with joined(Config()) as everybody:
+    with init_distributed(Config()) as everybody:
         return {name: step_peak(compose(given), everybody) for name, given in settings.items()}
 
 

@@ -8,7 +8,7 @@ import torch
 from mst_train.config import Config, DataConfig, ModelConfig, ParallelConfig
 from mst_train.data import Batch, Loader, Sequences
 from mst_train.data.packing import Sequence
-from mst_train.distributed import SharedSequences, Topology, check_degree, joined
+from mst_train.distributed import SharedSequences, Topology, check_degree, init_distributed
 from mst_train.errors import UserError
 
 
@@ -21,7 +21,7 @@ def test_grid():
     assert [t.data_index for t in grid] == [0, 0, 1, 1]
     assert [t.sequence_index for t in grid] == [0, 1, 0, 1]
     assert {t.data_parallel for t in grid} == {2}
-    assert [t.is_first for t in grid] == [True, False, False, False]
+    assert [t.is_rank_zero for t in grid] == [True, False, False, False]
 
 
 def test_part_of_a_batch():
@@ -32,7 +32,7 @@ def test_part_of_a_batch():
     # The label of a process's last token is the next process's first token.
     assert first.labels[:, -1].tolist() == second.tokens[:, 0].tolist() == [4, 12]
     assert second.positions.tolist() == [[4, 5, 6, 7], [4, 5, 6, 7]]
-    assert first.boundaries is second.boundaries is batch.boundaries
+    assert first.cu_seqlens is second.cu_seqlens is batch.cu_seqlens
     whole = topology(1, degree=1).part_of(batch)
     assert whole is batch
 
@@ -72,10 +72,10 @@ def test_more_processes_than_query_heads():
 
 def test_one_process_joins_nobody(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined(config(1)) as alone:
+    with init_distributed(config(1)) as alone:
         assert (alone.rank, alone.world, alone.sequence_group) == (0, 1, None)
         assert alone.total([1.5, 2]) == [1.5, 2]
-    with pytest.raises(UserError, match="number of processes, 1"), joined(config(2)):
+    with pytest.raises(UserError, match="number of processes, 1"), init_distributed(config(2)):
         pass
 
 

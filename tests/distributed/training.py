@@ -20,7 +20,13 @@ from mst_train.config import (
 from mst_train.data import IGNORED, Loader, Sequences
 from mst_train.data.loader import collate
 from mst_train.data.packing import Sequence
-from mst_train.distributed import SharedSequences, Topology, UlyssesAttention, grid, joined
+from mst_train.distributed import (
+    SharedSequences,
+    Topology,
+    UlyssesAttention,
+    grid,
+    init_distributed,
+)
 from mst_train.engine import build_engine, partition
 from mst_train.engine.step import evaluate, train_step
 from mst_train.model import Policy, build_model
@@ -181,7 +187,7 @@ def train_alone(saved=None, rounded=False, **settings):
 
 def train_together(world, runs):
     """Several runs one after the other in the same processes."""
-    with joined(make_config(world)) as topology:
+    with init_distributed(make_config(world)) as topology:
         return [one_of(topology, **settings) for settings in runs]
 
 
@@ -194,7 +200,7 @@ def forget_and_refuse(world, runs):
     """For each run, norms of gradients with a NaN and forgotten steps between them, and how many
     of the weights are whole on this process in the end.
     """
-    with joined(make_config(world)) as topology:
+    with init_distributed(make_config(world)) as topology:
         return [forgets(make_config(world, **settings), topology) for settings in runs]
 
 
@@ -205,9 +211,9 @@ def forgets(config, topology):
     batches = [collate(sequences, [i, i + 1]) for i in (0, 2)]
 
     def gradient_norm(scale):
-        engine.begin_step(1e-3)
+        engine.set_learning_rate(1e-3)
         for index, batch in enumerate(batches):
-            documents = Documents(batch.boundaries)
+            documents = Documents(batch.cu_seqlens)
             loss_sum, _ = engine(batch.tokens, batch.labels, batch.positions, documents)
             engine.backward(scale * loss_sum, last=index == 1)
         return engine.gradient_norm().item()
@@ -215,11 +221,11 @@ def forgets(config, topology):
     norms = []
     for scale in (1.0, float("nan"), 1.0):
         norms.append(gradient_norm(scale))
-        engine.abandon_step()
+        engine.zero_grad()
     # One that ends between its micro-batches.
     loss_sum, _ = engine(batches[0].tokens, batches[0].labels, batches[0].positions, None)
     engine.backward(loss_sum, last=False)
-    engine.abandon_step()
+    engine.zero_grad()
     norms.append(gradient_norm(1.0))
     held = sum(parameter.numel() for parameter in model.parameters())
     return {"norms": norms, "held": held}
@@ -227,13 +233,13 @@ def forgets(config, topology):
 
 def save_and_continue(world, legs, states):
     """Go on from a state on disk (from none where first is 0), and leave one there."""
-    with joined(make_config(world)) as everybody:
+    with init_distributed(make_config(world)) as everybody:
         for leg in legs:
             first, last = leg["first"], leg["last"]
             config = make_config(world, leg["degree"], leg["stage"], steps=last)
             topology = grid(everybody, config)
             saved = torch.load(f"{states}/{first}.pt", mmap=True) if first else None
             result = train(config, topology, saved)
-            if topology.is_first:
+            if topology.is_rank_zero:
                 torch.save(result, f"{states}/{last}.pt")
             dist.barrier()

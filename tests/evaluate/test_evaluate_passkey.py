@@ -157,7 +157,7 @@ def test_a_model_before_and_after_it_has_learned_the_number(config, ours):
     optimizer = build_optimizer(model, config.optimizer, master_weights=False)
     tokens = torch.tensor([probe.tokens])
     for _ in range(40):
-        optimizer.begin_step(1e-2)
+        optimizer.set_learning_rate(1e-2)
         loss_sum, valid = model(tokens[:, :-1], tokens[:, 1:])
         (loss_sum / valid).backward()
         optimizer.step()

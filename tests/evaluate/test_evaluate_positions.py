@@ -40,7 +40,7 @@ def make_batch(confined):
 
 def plain_losses(model, batch):
     """[documents] of (losses, labels): each document through the model by itself."""
-    ends = [LENGTH, 2 * LENGTH] if batch.boundaries is None else batch.boundaries[1:].tolist()
+    ends = [LENGTH, 2 * LENGTH] if batch.cu_seqlens is None else batch.cu_seqlens[1:].tolist()
     start = 0
     for end in ends:
         tokens, labels = (t.flatten()[start:end] for t in (batch.tokens, batch.labels))

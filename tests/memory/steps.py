@@ -72,7 +72,7 @@ class Portions:
 @dataclass(frozen=True)
 class Step:
     config: Config
-    boundaries: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
     portions: Portions = Portions()
 
 
@@ -92,8 +92,8 @@ def random_step(seed):
             block_elements=_part(draw, config.train.micro_batch_size * length * widest),
             keys_at_once=_part(draw, length),
         )
-    boundaries = _random_boundaries(draw, config) if config.data.attention == "documents" else None
-    return Step(config, boundaries, portions)
+    cu_seqlens = _random_boundaries(draw, config) if config.data.attention == "documents" else None
+    return Step(config, cu_seqlens, portions)
 
 
 def _part(draw, whole):
@@ -176,7 +176,7 @@ def _random_boundaries(draw, config):
 def predicted(step):
     """Device and host peaks of the simulated step."""
     with step.portions.used():
-        found = simulate(step.config, find_device("cpu"), boundaries=step.boundaries)
+        found = simulate(step.config, find_device("cpu"), cu_seqlens=step.cu_seqlens)
     assert sum(found.breakdown.values()) == found.allocated_bytes
     return found.allocated_bytes, found.host_bytes
 
@@ -191,7 +191,7 @@ def measured(step):
             torch.randint(config.model.vocab_size, (rows, length)),
             torch.randint(config.model.vocab_size, (rows, length)),
             torch.arange(length).expand(rows, -1).clone(),
-            step.boundaries,
+            step.cu_seqlens,
         )
         for _ in range(config.train.accumulation_steps)
     ]
@@ -224,7 +224,7 @@ def describe(step):
             for name, value in vars(mine).items()
             if value != getattr(other, name)
         ]
-    documents = "" if step.boundaries is None else f" documents={step.boundaries.tolist()}"
+    documents = "" if step.cu_seqlens is None else f" documents={step.cu_seqlens.tolist()}"
     return f"{step.config.precision} {' '.join(words)}{documents} {step.portions}"
 
 

@@ -52,7 +52,7 @@ def test_one_document_in_each_row_takes_the_most(settings):
     end = 192 * config.train.micro_batch_size
     rows = list(range(0, end, 192))
     for more in ([], [1, 97], [40, 90, 100, 191], list(range(5, 192, 5))):
-        boundaries = sorted({*rows, end, *(row + place for row in rows for place in more)})
-        found = simulate(config, cpu, boundaries=torch.tensor(boundaries, dtype=torch.int32))
+        cu_seqlens = sorted({*rows, end, *(row + place for row in rows for place in more)})
+        found = simulate(config, cpu, cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32))
         assert found.allocated_bytes <= whole.allocated_bytes
         assert found.host_bytes <= whole.host_bytes

@@ -40,8 +40,8 @@ def make_inputs(batch=2, sequence=12, heads=4, kv_heads=2, size=3, dtype=torch.f
     return q, k, v, dout
 
 
-def make_documents(boundaries):
-    return boundaries and Documents(torch.tensor(boundaries, dtype=torch.int32))
+def make_documents(cu_seqlens):
+    return cu_seqlens and Documents(torch.tensor(cu_seqlens, dtype=torch.int32))
 
 
 def whole(inputs, documents):
@@ -86,10 +86,10 @@ def without(tensor, stop):
 
 
 @pytest.mark.parametrize("length", [1, 4, 5, 11, 12])
-@pytest.mark.parametrize("boundaries", BOUNDARIES)
+@pytest.mark.parametrize("cu_seqlens", BOUNDARIES)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_equals_the_whole_sequence(kernel, boundaries, length):
-    documents, inputs = make_documents(BOUNDARIES[boundaries]), make_inputs()
+def test_equals_the_whole_sequence(kernel, cu_seqlens, length):
+    documents, inputs = make_documents(BOUNDARIES[cu_seqlens]), make_inputs()
     torch.testing.assert_close(
         in_chunks(kernel(), inputs, documents, length),
         whole(inputs, documents),
@@ -99,11 +99,11 @@ def test_equals_the_whole_sequence(kernel, boundaries, length):
 
 
 @pytest.mark.parametrize("keys_at_once", [1, 3, 4, 100])
-@pytest.mark.parametrize("boundaries", ["none", "across several chunks"])
+@pytest.mark.parametrize("cu_seqlens", ["none", "across several chunks"])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_keys_of_a_rectangle_in_portions(monkeypatch, kernel, boundaries, keys_at_once):
+def test_keys_of_a_rectangle_in_portions(monkeypatch, kernel, cu_seqlens, keys_at_once):
     monkeypatch.setattr(kernel, "keys_at_once", keys_at_once)
-    documents, inputs = make_documents(BOUNDARIES[boundaries]), make_inputs()
+    documents, inputs = make_documents(BOUNDARIES[cu_seqlens]), make_inputs()
     torch.testing.assert_close(
         in_chunks(kernel(), inputs, documents, 4),
         whole(inputs, documents),
@@ -128,7 +128,7 @@ def test_no_backward_of_a_kernel_has_more_keys_than_that(monkeypatch):
 
 @st.composite
 def packed(draw, longest=12):
-    """(batch, sequence, boundaries): documents anywhere, none across two rows."""
+    """(batch, sequence, cu_seqlens): documents anywhere, none across two rows."""
     batch, sequence = draw(st.integers(1, 3)), draw(st.integers(1, longest))
     inner = draw(st.sets(st.integers(0, batch * sequence)))
     return batch, sequence, sorted({*inner, *range(0, batch * sequence + 1, sequence)})
@@ -143,8 +143,8 @@ def packed(draw, longest=12):
 )
 @settings(max_examples=80, deadline=None)
 def test_equals_the_whole_sequence_always(packed, heads, length, keys_at_once, confined):
-    batch, sequence, boundaries = packed
-    documents = make_documents(boundaries) if confined else None
+    batch, sequence, cu_seqlens = packed
+    documents = make_documents(cu_seqlens) if confined else None
     inputs = make_inputs(batch, sequence, *heads)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CpuKernel, "keys_at_once", keys_at_once)
@@ -188,26 +188,26 @@ def test_bf16_is_as_near_to_the_truth_as_the_whole_sequence_at_once(monkeypatch)
 @given(packed(), st.data())
 def test_documents_inside(packed, data):
     """Each token of the chunk is in a document with those that it was in one with."""
-    batch, sequence, boundaries = packed
+    batch, sequence, cu_seqlens = packed
     start = data.draw(st.integers(0, sequence - 1))
     chunk = slice(start, data.draw(st.integers(start + 1, sequence)))
-    inside = make_documents(boundaries).inside(batch, sequence, chunk)
+    inside = make_documents(cu_seqlens).inside(batch, sequence, chunk)
     owners = [
-        index for index, (start, end) in enumerate(pairwise(boundaries)) for _ in range(start, end)
+        index for index, (start, end) in enumerate(pairwise(cu_seqlens)) for _ in range(start, end)
     ]
     expected = torch.tensor(owners).view(batch, sequence)[:, chunk].flatten().tolist()
     cuts = [i for i, (a, b) in enumerate(pairwise(expected), start=1) if a != b]
-    assert inside.boundaries.tolist() == inside.offsets == [0, *cuts, len(expected)]
-    assert inside.boundaries.dtype == torch.int32
+    assert inside.cu_seqlens.tolist() == inside.offsets == [0, *cuts, len(expected)]
+    assert inside.cu_seqlens.dtype == torch.int32
     assert inside.longest == max(expected.count(owner) for owner in expected)
 
 
 @given(packed(), st.data())
 def test_documents_around(packed, data):
-    batch, sequence, boundaries = packed
+    batch, sequence, cu_seqlens = packed
     token = data.draw(st.integers(0, batch * sequence - 1))
-    expected = [(start, end) for start, end in pairwise(boundaries) if start <= token < end]
-    assert [make_documents(boundaries).around(token)] == expected
+    expected = [(start, end) for start, end in pairwise(cu_seqlens) if start <= token < end]
+    assert [make_documents(cu_seqlens).around(token)] == expected
 
 
 def test_documents_inside_are_made_once():

@@ -69,9 +69,9 @@ def plain(block, x, arguments=(), documents=None):
     """The block as one piece, by torch's own operations."""
     q, k, v = (t.transpose(1, 2) for t in block.before_attention(x, *arguments))
     batch, sequence = x.shape[:2]
-    boundaries = [i * sequence for i in range(batch + 1)]
-    boundaries = documents.boundaries.tolist() if documents else boundaries
-    owners = torch.tensor([i for i, (a, b) in enumerate(pairwise(boundaries)) for _ in range(a, b)])
+    cu_seqlens = [i * sequence for i in range(batch + 1)]
+    cu_seqlens = documents.cu_seqlens.tolist() if documents else cu_seqlens
+    owners = torch.tensor([i for i, (a, b) in enumerate(pairwise(cu_seqlens)) for _ in range(a, b)])
     owners = owners.view(batch, 1, sequence)
     seen = (owners[..., None] == owners[..., None, :]).tril()
     out = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
@@ -106,8 +106,8 @@ def make_stack(
     return stack, torch.randn(batch, sequence, hidden, dtype=dtype)
 
 
-def make_documents(boundaries):
-    return boundaries and Documents(torch.tensor(boundaries, dtype=torch.int32))
+def make_documents(cu_seqlens):
+    return cu_seqlens and Documents(torch.tensor(cu_seqlens, dtype=torch.int32))
 
 
 def forward(stack, x, run, *arguments):
@@ -157,7 +157,7 @@ def test_grouped_heads_and_norms_after(kv_heads, post_norm, chunk_tokens):
 
 
 @pytest.mark.parametrize(
-    "boundaries",
+    "cu_seqlens",
     [
         [0, 20, 40],
         [0, 5, 10, 15, 20, 40],  # the chunks' own borders
@@ -168,10 +168,10 @@ def test_grouped_heads_and_norms_after(kv_heads, post_norm, chunk_tokens):
 )
 @pytest.mark.parametrize("keep_attention", [True, False])
 @pytest.mark.parametrize("kernel", [CpuKernel, ReferenceKernel])
-def test_packed_documents(kernel, keep_attention, boundaries):
+def test_packed_documents(kernel, keep_attention, cu_seqlens):
     """In chunks of 5 rows of 20; the second row's documents are others than the first's."""
     stack, x = make_stack(batch=2, sequence=20)
-    documents = make_documents(boundaries)
+    documents = make_documents(cu_seqlens)
     run = mini(10, kernel(), keep_attention=keep_attention)
     actual = gradients(stack, x, run, (), documents)
     assert_equal(actual, gradients(stack, x, plain, (), documents))
@@ -623,13 +623,13 @@ def kept_bytes(x, keep_attention):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 34])
-@pytest.mark.parametrize("boundaries", [None, [0, 3, 17, 34]])
-def test_memory_between_forward_and_backward(boundaries, chunk_tokens, dtype):
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 3, 17, 34]])
+def test_memory_between_forward_and_backward(cu_seqlens, chunk_tokens, dtype):
     """To the byte, with everything that views hold on to. The first input was there before, and
     the last result is alive."""
     layers = 3
     stack, x = make_stack(layers, batch=2, dtype=dtype)
-    documents = make_documents(boundaries)
+    documents = make_documents(cu_seqlens)
     keys_values = 2 * x.nbytes * KV_HEADS // HEADS if chunk_tokens < 34 else 0
     for keep_attention in (True, False):
         kept = kept_bytes(x, keep_attention)

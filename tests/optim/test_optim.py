@@ -118,7 +118,7 @@ def test_steps_are_those_of_adamw(kind):
         loss = model(x).square().sum()
         gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
         rate = 0.01 / step
-        optimizer.begin_step(rate)
+        optimizer.set_learning_rate(rate)
         loss.backward()
         norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
         assert optimizer.gradient_norm().item() == pytest.approx(norm, rel=1e-12)
@@ -159,8 +159,8 @@ def test_master_weights_keep_what_bf16_rounds_away(kind):
     master = kind(model, CONFIG, master_weights=True)
     reference = Optimizer(exact, CONFIG, master_weights=False)
     for _ in range(steps):
-        master.begin_step(rate)
-        reference.begin_step(rate)
+        master.set_learning_rate(rate)
+        reference.set_learning_rate(rate)
         for low, full in zip(model.parameters(), exact.parameters(), strict=True):
             gradient = torch.randn_like(full).bfloat16()
             (low * gradient).sum().backward()
@@ -200,7 +200,7 @@ def run(model, optimizer, steps, *, tokens=40, clip=None, accumulation=1):
     norms = []
     for step in steps:
         generator = torch.Generator().manual_seed(step)
-        optimizer.begin_step(0.01 / (step + 1))
+        optimizer.set_learning_rate(0.01 / (step + 1))
         for _ in range(accumulation):
             batch = torch.randint(model.config.vocab_size, (1, tokens + 1), generator=generator)
             loss_sum, _ = model(batch[:, :-1], batch[:, 1:])
@@ -320,7 +320,7 @@ def test_on_the_host_steps_are_those_of_adamw(cpu_adam, settings):
     for step in range(1, 7):
         loss = model(torch.randn(4, 6)).square().sum() / 100
         gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
-        optimizer.begin_step(0.01)
+        optimizer.set_learning_rate(0.01)
         loss.backward()
         assert all(p.grad is None for p in model.parameters())
         optimizer.step()
@@ -342,7 +342,7 @@ def test_on_the_host_clipping_and_accumulation(cpu_adam, precision, tied):
         norms = []
         for step in range(6):
             generator = torch.Generator().manual_seed(step)
-            optimizer.begin_step(0.01)
+            optimizer.set_learning_rate(0.01)
             for _ in range(2):
                 directions = [
                     torch.randn(p.shape, generator=generator).to(dtype) for p in model.parameters()

@@ -273,7 +273,7 @@ def test_the_command_is_requeued(tmp_path, corpus, cache, small_config):
 def test_processes_connect_before_signals_wait_for_them(small_config, monkeypatch):
     """Connecting to one that has gone is a wait in torch, which no handler of Python's cuts off."""
     before = [signal.getsignal(name) for name in STOP_SIGNALS]
-    connect, handlers = Topology.patient, []
+    connect, handlers = Topology.with_timeout, []
 
     def connecting(topology, longest):
         handlers.append([signal.getsignal(name) for name in STOP_SIGNALS])

@@ -49,8 +49,8 @@ class FlashAttnKernel:
         if documents is None:
             out, lse, *_ = _flash_attn_forward(q, k, v, **options)
             return out, lse
-        boundaries, longest = documents.boundaries_on(q.device), documents.longest
-        lengths = (boundaries, boundaries, longest, longest)
+        cu_seqlens, longest = documents.cu_seqlens_on(q.device), documents.longest
+        lengths = (cu_seqlens, cu_seqlens, longest, longest)
         out_NHE, lse_HN, *_ = _flash_attn_varlen_forward(*flat(q, k, v), *lengths, **options)
         return out_NHE.view(q.shape), rows_first(lse_HN, q)
 
@@ -77,12 +77,12 @@ class FlashAttnKernel:
             tensors = (dout, q, k, v, out, lse.contiguous(), dq, dk, dv)
             _flash_attn_backward(*tensors, **options)
             return dq, dk, dv
-        boundaries, longest = documents.boundaries_on(q.device), documents.longest
+        cu_seqlens, longest = documents.cu_seqlens_on(q.device), documents.longest
         _flash_attn_varlen_backward(
             *flat(dout, q, k, v, out),
             flat_heads(lse),
             *flat(dq, dk, dv),  # contiguous, so these are views
-            *(boundaries, boundaries, longest, longest),
+            *(cu_seqlens, cu_seqlens, longest, longest),
             **options,
         )
         return dq, dk, dv

@@ -113,12 +113,12 @@ class FlashAttn3Kernel:
         return dq, dk, dv
 
     def _options(self, q: Tensor, documents: Documents | None, causal: bool) -> dict[str, Any]:
-        boundaries = None if documents is None else documents.boundaries_on(q.device)
+        cu_seqlens = None if documents is None else documents.cu_seqlens_on(q.device)
         longest = None if documents is None else documents.longest
         left, right = window(self.scores, -1)
         return {
-            "cu_seqlens_q": boundaries,
-            "cu_seqlens_k": boundaries,
+            "cu_seqlens_q": cu_seqlens,
+            "cu_seqlens_k": cu_seqlens,
             "max_seqlen_q": longest,
             "max_seqlen_k": longest,
             "softmax_scale": self.scores.scale or q.shape[-1] ** -0.5,

@@ -44,8 +44,8 @@ class TorchFlashKernel:
                 q, k, v, *lengths, 0.0, causal, False, **options
             )
             return out, lse
-        boundaries, longest = documents.boundaries_on(q.device), documents.longest
-        lengths_N = (boundaries, boundaries, longest, longest)
+        cu_seqlens, longest = documents.cu_seqlens_on(q.device), documents.longest
+        lengths_N = (cu_seqlens, cu_seqlens, longest, longest)
         out_NHE, lse_HN, *_ = aten._flash_attention_forward(
             *flat(q, k, v), *lengths_N, 0.0, True, False, **options
         )
@@ -87,8 +87,8 @@ class TorchFlashKernel:
                 **options,
             )
             return dq, dk, dv
-        boundaries, longest = documents.boundaries_on(q.device), documents.longest
-        lengths_N = (boundaries, boundaries, longest, longest)
+        cu_seqlens, longest = documents.cu_seqlens_on(q.device), documents.longest
+        lengths_N = (cu_seqlens, cu_seqlens, longest, longest)
         gradients = aten._flash_attention_backward(
             *flat(dout, q, k, v, out),
             flat_heads(lse),
