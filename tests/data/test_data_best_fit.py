@@ -18,7 +18,7 @@ from mst_train.data.packing import PackedSequences
 from mst_train.data.splitting import long_documents
 from mst_train.data.statistics import packing_statistics
 from mst_train.errors import UserError
-from mst_train.prepare import main
+from mst_train.prepare.__main__ import main
 
 EOD = 0
 

@@ -23,7 +23,7 @@ from mst_train.data.documents import Source
 from mst_train.data.pieces import Document, ranges, refuse
 from mst_train.data.readers import JsonLines, Parquet
 from mst_train.errors import UserError
-from mst_train.prepare import main
+from mst_train.prepare.__main__ import main
 
 
 def all_of(source: Source, limit: int) -> list[Document]:

@@ -20,7 +20,7 @@ import pytest
 
 from mst_train.config import DataConfig
 from mst_train.data import Loader, find_documents, load_corpus, load_data, train_tokenizer
-from mst_train.prepare import main
+from mst_train.prepare.__main__ import main
 
 Prepare = Callable[..., int]
 

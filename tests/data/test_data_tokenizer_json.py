@@ -12,7 +12,7 @@ from mst_train.config import DataConfig
 from mst_train.data import load_data, load_tokenizer
 from mst_train.data.tokenizer_file import open_tokenizer
 from mst_train.errors import UserError
-from mst_train.prepare import main as prepare
+from mst_train.prepare.__main__ import main as prepare
 
 TEXTS = [
     f"text {n}: the quick brown fox, and {n * 7} lazy dogs.\n\tdef f(x): return x\n"

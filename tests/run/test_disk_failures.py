@@ -20,7 +20,7 @@ from mst_train.checkpoint.files import complete_checkpoints, save_checkpoint
 from mst_train.data import load_data
 from mst_train.errors import TrainingError, UserError
 from mst_train.export import main as export
-from mst_train.prepare import main as prepare
+from mst_train.prepare.__main__ import main as prepare
 from mst_train.run.train import train
 
 
