@@ -20,6 +20,8 @@ from transformers.activations import GELUTanh, SiLUActivation
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from mst_train.integrations.huggingface.calls import altered, origin
+from mst_train.model.hf.families import FAMILIES as DECODERS
+from mst_train.model.hf.families import Family as DecoderFamily
 from mst_train.mst import Scores, mini_sequence_mlp
 from mst_train.mst.chunking import BLOCK_BYTES, chunk_slices, resolve_chunk_tokens
 
@@ -44,6 +46,17 @@ class Family:
     windows: str = "none"
     head_norms: str = "none"
     fused: bool = False
+
+    @classmethod
+    def of(cls, model_type: str, decoder: DecoderFamily) -> "Family":
+        """A family that our own decoder has."""
+        return cls(
+            model_type,
+            decoder.architecture.removesuffix("ForCausalLM"),
+            norms=decoder.fixed["norm_placement"],
+            windows=decoder.windows,
+            head_norms=decoder.fixed["qk_norm"],
+        )
 
     @property
     def causal_lm(self) -> str:
@@ -97,14 +110,10 @@ class Family:
 
 
 FAMILIES = (
-    Family("llama", "Llama"),
-    Family("mistral", "Mistral", windows="all"),
-    Family("qwen2", "Qwen2", windows="layers"),
-    Family("qwen3", "Qwen3", windows="layers", head_norms="head"),
-    Family("gemma2", "Gemma2", norms="around", windows="layers"),
-    Family("olmo2", "Olmo2", norms="after", head_norms="projection"),
+    *(Family.of(model_type, decoder) for model_type, decoder in DECODERS.items()),
     Family("phi3", "Phi3", windows="all", fused=True),
 )
+"""Those of our own decoder, and others whose checkpoints it does not read."""
 
 NORMS = {
     "before": ("input_layernorm", None, "post_attention_layernorm", None),
