@@ -159,31 +159,13 @@ class Topology:
 
 
 def check_degree(config: Config, world: int) -> None:
-    """Whether ``world`` processes can share the work as configured.
-
-    Key-value heads may be fewer than the processes that share a sequence; query heads may not.
-
-    Raises UserError, with every problem, where they cannot.
-    """
-    degree, heads = config.parallel.sequence_parallel, config.model.num_heads
-    problems = []
+    """Whether ``world`` processes are whole groups that share sequences; UserError where not."""
+    degree = config.parallel.sequence_parallel
     if degree < 1 or world % degree:
-        problems.append(
+        raise UserError(
             f"parallel.sequence_parallel={degree} does not divide the number of processes, "
             f"{world}: start a multiple of it (torchrun --nproc_per_node), or change it"
         )
-    if degree > 1 and heads % degree:
-        problems.append(
-            f"parallel.sequence_parallel={degree} does not divide model.num_heads={heads}: in "
-            f"attention each process has some of the query heads, at least one"
-        )
-    if degree > 1 and config.data.sequence_length % degree:
-        problems.append(
-            f"data.sequence_length={config.data.sequence_length} is not a multiple of "
-            f"parallel.sequence_parallel={degree}"
-        )
-    if problems:
-        raise UserError(problems)
 
 
 def grid(processes: Topology, config: Config) -> Topology:
