@@ -6,9 +6,9 @@
     rope            rotary position embedding, in place
     backend         which of the two implementations runs; row_blocks: blocks for torch's
 
-Each of the first four has the formulas, the torch implementation (for CPUs, and for float64), and
-the autograd Function. Its `_triton` neighbour has the kernels, and is imported when the first one
-runs: the package imports without triton, and depends on torch only.
+Each of the first four has the formulas and the torch implementation (for CPUs, and for float64);
+norms and rotary embeddings the autograd Function too. Its `_triton` neighbour has the kernels, and
+is imported when the first one runs: the package imports without triton, and depends on torch only.
 
 The Triton kernels compile for CUDA (sm_80 and sm_90); docs/measured.md says where they have run.
 """

@@ -93,7 +93,7 @@ def _check(activation: str, first: torch.Tensor, *others: torch.Tensor) -> None:
 def _activate(gate: torch.Tensor, activation: str, out: torch.Tensor) -> torch.Tensor:
     if activation == "silu":
         _aten.silu.out(gate, out=out)
-    else:
+    elif activation == "gelu_tanh":
         _aten.gelu.out(gate, approximate="tanh", out=out)
     return out
 
@@ -103,7 +103,7 @@ def _activation_backward(
 ) -> None:
     if activation == "silu":
         _aten.silu_backward.grad_input(grad, gate, grad_input=out)
-    else:
+    elif activation == "gelu_tanh":
         _aten.gelu_backward.grad_input(grad, gate, approximate="tanh", grad_input=out)
 
 

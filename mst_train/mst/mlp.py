@@ -21,12 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mst_kernels import glu_backward_, glu_forward
+from mst_kernels.glu import ACTIVATIONS
 from mst_train.mst.accumulate import WeightGradient
 from mst_train.mst.autocast import Autocast
 from mst_train.mst.autograd import first_order_only
 from mst_train.mst.chunking import chunk_slices, resolve_chunk_tokens
-
-ACTIVATIONS = ("silu", "gelu_tanh")
 
 BACKWARD_INTERMEDIATES = 3
 """Arrays of [C, F] alive at once in the backward: gate, up and their product."""

@@ -9,6 +9,7 @@ from mst_train.config import Config
 from mst_train.errors import UserError
 from mst_train.memory.devices import find_device
 from mst_train.model.flops import parameter_count
+from mst_train.plan.choose import SMALL_BLOCK_CHUNK
 from mst_train.plan.predict import make_target
 from mst_train.plan.sweep import at_length
 from mst_train.report.read import Run
@@ -67,5 +68,11 @@ def _as_planned(config: Config, prediction: dict[str, Any]) -> Config:
         keep_attention=prediction["keep_attention"],
         offload=prediction["offload"],
     )
-    optimizer = replace(config.optimizer, in_backward=prediction["in_backward"])
+    if prediction["block_chunk_tokens"] == SMALL_BLOCK_CHUNK:
+        memory = replace(memory, block_chunk_tokens=SMALL_BLOCK_CHUNK)
+    optimizer = replace(
+        config.optimizer,
+        in_backward=prediction["in_backward"],
+        offload=prediction["optimizer_offload"],
+    )
     return replace(config, memory=memory, optimizer=optimizer)

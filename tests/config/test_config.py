@@ -2,7 +2,7 @@
 
 import pytest
 
-from mst_train.config import Config, validate
+from mst_train.config import ACTIVATIONS, Config, validate
 
 
 def test_defaults_are_valid():
@@ -143,3 +143,10 @@ def test_what_the_optimizers_can_do(change):
 def test_all_problems_are_listed_at_once(change):
     wrong = {"precision": "fp8", "train.steps": -3, "model.num_heads": 0, "memory.policy": "x"}
     assert len(validate(change(Config(), **wrong))) == 4
+
+
+def test_all_know_the_same_activations():
+    from mst_kernels import glu
+    from mst_train.model.hf import families
+
+    assert set(ACTIVATIONS) == set(glu.ACTIVATIONS) == set(families.ACTIVATIONS.values())

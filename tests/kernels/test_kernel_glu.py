@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from kernel_truth import assert_exact, assert_no_worse
 
 from mst_kernels import glu_backward_, glu_forward, row_blocks
+from mst_kernels.glu import ACTIVATIONS
 
 # exp(-w) is inf in fp32 far in the negative tail, where 1 / (1 + inf) = 0 is right.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -29,7 +30,7 @@ def make(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> li
     return [scale * torch.randn(shape, dtype=dtype, device=device) for scale in (1, 4, 1)]
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("block_elements", [1, 300, 1 << 20])
 def test_float64_is_exact(activation, block_elements, monkeypatch) -> None:
     monkeypatch.setattr(row_blocks, "_CPU_BLOCK_ELEMENTS", block_elements)
@@ -41,7 +42,7 @@ def test_float64_is_exact(activation, block_elements, monkeypatch) -> None:
         assert_exact(name, actual, truth)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_worse_than_plain(implementation, device, activation, dtype, shape) -> None:

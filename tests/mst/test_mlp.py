@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mst_kernels.glu import ACTIVATIONS
 from mst_train.memory.tracker import MemoryTracker, live_bytes_of
 from mst_train.mst import gated_mlp, mini_sequence_mlp
 
@@ -22,7 +23,7 @@ def gradients(function, inputs, dy, **options):
     return y, torch.autograd.grad(y, [i for i in inputs if i.requires_grad], dy)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
     ("shape", "chunk_tokens"),
     [
