@@ -6,17 +6,22 @@ import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from mst_train.cli.compose import compose
 from mst_train.errors import UserError
+from mst_train.memory.devices import find_device
 from mst_train.memory.tracker import KINDS
+from mst_train.plan.choose import settings
+from mst_train.plan.predict import make_target, predict
 from mst_train.report import charts
 from mst_train.report.__main__ import main
-from mst_train.report.memory import over_lengths
+from mst_train.report.memory import _as_planned, over_lengths
 from mst_train.report.page import DARK, LIGHT, page
 from mst_train.report.read import read_run
 from mst_train.run.train import train
@@ -386,3 +391,14 @@ def test_a_page_that_cannot_be_written_is_named(tmp_path, quick, capsys, monkeyp
     assert f"{folder}/report.html cannot be written (No space left" in capsys.readouterr().err
     assert not list(folder.glob("*report.html*"))
     assert not list(folder.glob(".report*"))
+
+
+def test_memory_over_lengths_is_that_of_what_auto_chose():
+    asked = compose(["memory.policy=auto", "optimizer.max_grad_norm=null", "model.num_layers=2"])
+    asked = replace(asked, data=replace(asked.data, sequence_length=2048))
+    target = make_target(asked, find_device("cpu"))
+    for group in settings(asked):
+        for chosen in group:
+            if chosen.memory.policy == "mst":
+                found = _as_planned(asked, predict(chosen, target).report())
+                assert (found.memory, found.optimizer) == (chosen.memory, chosen.optimizer)
