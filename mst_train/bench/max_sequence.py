@@ -15,7 +15,7 @@ from mst_train.attention import select_attention
 from mst_train.bench.config import BenchConfig
 from mst_train.bench.measure import collect_garbage, out_of_memory, synchronize
 from mst_train.bench.progress import Progress
-from mst_train.bench.step import VARIANTS, policy_of
+from mst_train.bench.step import VARIANTS, memory_of, policy_of
 from mst_train.bench.workload import chosen
 from mst_train.config import Config
 from mst_train.data import Batch
@@ -52,7 +52,9 @@ def run(config: BenchConfig, device: torch.device) -> tuple[list[dict[str, Any]]
     with _Stepper(config, device) as stepper, Progress(len(wanted)) as progress:
         for name in wanted:
             progress.advance(name)
-            row = _row(_settings(name, config), name, target, stepper)
+            row = _row(
+                replace(config, memory=memory_of(name, config.memory)), name, target, stepper
+            )
             rows.append(row)
             found, predicted = row["peak_bytes"], row["predicted_bytes"]
             if found and abs(predicted / found - 1) > 0.03:
@@ -61,17 +63,6 @@ def run(config: BenchConfig, device: torch.device) -> tuple[list[dict[str, Any]]
                     f"measured {found / GIB:.2f}: more than 3% apart"
                 )
     return rows, problems
-
-
-def _settings(name: str, config: Config) -> Config:
-    """The memory settings that a variant's name means."""
-    memory = replace(
-        config.memory,
-        policy=name.partition("_")[0],
-        keep_attention=name != "mst_without_keeping",
-        offload="host" if name == "mst_offload" else "none",
-    )
-    return replace(config, memory=memory)
 
 
 def _row(config: Config, name: str, target: Target, stepper: "_Stepper") -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Whole training steps of one model under each memory policy."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from mst_train.bench.config import BenchConfig
 from mst_train.bench.measure import Measurement, Variant, collect_garbage, measure
 from mst_train.bench.progress import Progress
 from mst_train.bench.workload import Batch, build, chosen, lengths, loss_problems, random_batch
+from mst_train.config import MemoryConfig
 from mst_train.memory.devices import this_device
 from mst_train.model import Policy, Transformer
 from mst_train.model.flops import training_flops
@@ -48,16 +50,19 @@ def run(
     return rows, problems
 
 
+def memory_of(name: str, memory: MemoryConfig) -> MemoryConfig:
+    """The settings of memory that a variant's name means."""
+    return replace(
+        memory,
+        policy=name.partition("_")[0],
+        keep_attention=name != "mst_without_keeping",
+        offload="host" if name == "mst_offload" else "none",
+    )
+
+
 def policy_of(name: str, config: BenchConfig) -> Policy:
     """What a variant's name means for the decoder."""
-    return Policy(
-        recompute=name != "vanilla",
-        mini_sequence=name.startswith("mst"),
-        mlp_chunk_tokens=config.memory.mlp_chunk_tokens,
-        head_chunk_tokens=config.memory.head_chunk_tokens,
-        block_chunk_tokens=config.memory.block_chunk_tokens,
-        keep_attention=name != "mst_without_keeping",
-    )
+    return Policy.from_config(memory_of(name, config.memory))
 
 
 def step_rows(
