@@ -279,6 +279,6 @@ def test_processes_connect_before_signals_wait_for_them(small_config, monkeypatc
         handlers.append([signal.getsignal(name) for name in STOP_SIGNALS])
         return connect(topology, longest)
 
-    monkeypatch.setattr(Topology, "patient", connecting)
+    monkeypatch.setattr(Topology, "with_timeout", connecting)
     train(small_config)
     assert handlers == [before] * 2
