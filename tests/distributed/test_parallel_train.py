@@ -199,7 +199,7 @@ def test_a_killed_process_ends_the_job_and_nothing_is_lost(place, tmp_path):
 def test_a_process_that_hangs_ends_the_job(place, tmp_path):
     """The others, that is: then torchrun ends it, after 30 s."""
     port = free_port()
-    arguments = command(tmp_path, place, "parallel.timeout_minutes=0.1")
+    arguments = command(tmp_path, place, "parallel.timeout_minutes=0.5")
     first, second = (
         subprocess.Popen(
             [sys.executable, "-m", "mst_train", *arguments],
@@ -225,7 +225,7 @@ def test_a_process_that_hangs_ends_the_job(place, tmp_path):
         second.kill()
         second.communicate()
     assert first.returncode == 1
-    assert "has not answered for parallel.timeout_minutes=0.1" in told
+    assert "has not answered for parallel.timeout_minutes=0.5" in told
     assert "Traceback" not in told
 
 
