@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from mst_kernels import backend
 from mst_train.config import (
@@ -29,6 +30,11 @@ if not torch.cuda.is_available():
 # that tests start.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.fixture(autouse=True)

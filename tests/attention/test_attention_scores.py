@@ -130,7 +130,7 @@ def packed(draw, longest=12):
     st.integers(1, 13),
     st.sampled_from([None, 2.0]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_chunks_documents_and_window(packed, kernel, rows_at_once, window, softcap):
     batch, sequence, cu_seqlens = packed
     scores = Scores(window, softcap)

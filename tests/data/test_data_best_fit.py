@@ -66,7 +66,6 @@ def test_it_is_best_fit_decreasing(lengths: list[int], capacity: int) -> None:
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=7), st.integers(12, 20))
-@settings(deadline=None)
 def test_it_is_close_to_the_fewest_bins(lengths: list[int], capacity: int) -> None:
     """The known bound: 11/9 of the fewest and 6/9 more; with so few items, one more at most."""
     bins, fewest = len(best_fit.best_fit(lengths, capacity)), fewest_bins(lengths, capacity)
@@ -107,7 +106,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(LENGTHS, st.integers(2, 12), st.booleans(), st.integers(1, 60))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_each_token_is_predicted_once_from_its_own_document(
     folder: Path, lengths: list[int], length: int, confined: bool, window: int
 ) -> None:
@@ -139,7 +138,7 @@ def test_each_token_is_predicted_once_from_its_own_document(
 
 
 @given(LENGTHS, st.integers(2, 40))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_documents_that_fit_are_whole(folder: Path, lengths: list[int], length: int) -> None:
     """As few documents as possible are cut: those that are longer than a sequence."""
     tokens, documents = make(lengths, folder)
@@ -353,7 +352,7 @@ def missing(*arguments: object) -> None:
 
 
 @given(LENGTHS, st.integers(1, 35), st.integers(1, 7))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_long_documents(folder: Path, lengths: list[int], minimum: int, chunk: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mst_train.data.splitting.CHUNK_DOCUMENTS", chunk)

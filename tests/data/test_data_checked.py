@@ -34,7 +34,7 @@ def blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Writt
 
 
 @given(st.lists(st.integers(0, 30), max_size=12), st.integers(0, 200), st.integers(0, 200))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_round_trip(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], start: int, stop: int
 ) -> None:

@@ -51,7 +51,7 @@ def compressed(content: bytes, suffix: str) -> bytes:
     parts=st.integers(1, 9),
     end=st.sampled_from(["", "\n", "\n\n"]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_pieces_of_lines(
     tmp_path_factory: pytest.TempPathFactory,
     suffix: str,
@@ -95,7 +95,7 @@ def test_compressed_files_have_few_pieces(tmp_path: Path) -> None:
 
 
 @given(st.text(st.sampled_from("ab\u00e9\U0001f4a9\n \ufeff"), max_size=60), st.integers(1, 20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_long_files_are_read_in_parts(
     tmp_path_factory: pytest.TempPathFactory, text: str, limit: int
 ) -> None:
@@ -134,7 +134,7 @@ def test_a_long_file_is_one_document(
 
 
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=6), st.integers(1, 400))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_pieces_of_row_groups(
     tmp_path_factory: pytest.TempPathFactory, groups: list[int], target: int
 ) -> None:
@@ -217,7 +217,7 @@ def test_megatron_files_round_trip(tmp_path: Path, dtype: str) -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=10), st.integers(1, 60))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_pieces_of_token_files(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[list[int]], target: int
 ) -> None:

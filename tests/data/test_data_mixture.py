@@ -31,7 +31,6 @@ def make(*counts: int) -> list[PackedSequences]:
 
 
 @given(WEIGHTS, st.integers(1, 500))
-@settings(deadline=None)
 def test_shares_at_every_moment(weights: list[float], count: int) -> None:
     mixed = MixedSequences(make(*[5] * len(weights)), weights)
     drawn = [0] * len(weights)
@@ -69,7 +68,7 @@ def test_each_source_has_its_own_epochs() -> None:
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=8), st.integers(0, 99))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_the_loader_goes_on_exactly(sizes: list[int], seed: int) -> None:
     mixed = MixedSequences(make(4, 10, 3), [0.5, 0.3, 0.2])
     whole = Loader(mixed, 1, seed)

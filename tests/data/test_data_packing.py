@@ -138,7 +138,7 @@ MST = [
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.sampled_from(MST))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_a_batch_is_its_documents_alone(lengths: list[int], policy: Policy) -> None:
     """Loss and all gradients, in float64: packed with policy mst, and each document by itself."""
     eod, length = 1, 32

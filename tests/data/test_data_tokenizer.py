@@ -42,7 +42,7 @@ def foreign_model(**settings: object) -> bytes:
 @example("a\0b\0")
 @example("\u2581x \u2581\u2581 y\u2581")
 @example("\N{PILE OF POO} </s><unk><0x41>\u2585\u2047\ufeff\ufffd")
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
     (tokens,) = tokenizer.encode([text])
     assert tokenizer.decode(tokens) == text
@@ -50,7 +50,7 @@ def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
 
 
 @given(st.lists(TEXT, max_size=5))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_texts_are_encoded_one_by_one(tokenizer: Tokenizer, texts: list[str]) -> None:
     assert tokenizer.encode(texts) == [tokenizer.encode([text])[0] for text in texts]
 

@@ -67,7 +67,7 @@ def test_the_ids_are_the_librarys_with_what_comes_before_a_document(bos, tmp_pat
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_no_text_has_special_tokens_in_it(tmp_path_factory, texts):
     path = Path(tmp_path_factory.getbasetemp(), "special", "tokenizer.json")
     if not path.exists():

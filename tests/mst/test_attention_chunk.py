@@ -141,7 +141,7 @@ def packed(draw, longest=12):
     st.integers(1, 9),
     st.booleans(),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_equals_the_whole_sequence_always(packed, heads, length, keys_at_once, confined):
     batch, sequence, cu_seqlens = packed
     documents = make_documents(cu_seqlens) if confined else None
