@@ -48,6 +48,10 @@ class DataError(TrainingError):
     """Data that a run has begun to read cannot be read any further."""
 
 
+class LostContact(TrainingError):
+    """Another process has gone, or does not answer: what waits for it does so for ever."""
+
+
 class Stopped(Ending):
     """A signal asked the run to stop, and its work is saved.
 

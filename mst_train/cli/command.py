@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mst_train.cli.signals import interruptible_once
-from mst_train.errors import Stopped, TrainingError, UserError
+from mst_train.errors import LostContact, Stopped, TrainingError, UserError
 from mst_train.rendezvous.dist_env import end_with_launcher, process_name, rank
 
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
@@ -65,6 +65,9 @@ def run_command(
         return stopped.status
     except TrainingError as error:
         _tell("error", str(error))
+        if isinstance(error, LostContact):
+            sys.stderr.flush()
+            os._exit(1)  # threads that still wait for the others would abort Python's own end
         return 1
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]

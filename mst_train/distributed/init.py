@@ -16,7 +16,7 @@ from mst_train.config import Config, leaves
 from mst_train.distributed.guard import check_same, together
 from mst_train.distributed.topology import Topology, check_degree, exchange_timeout, grid
 from mst_train.environment import code_fingerprint
-from mst_train.errors import Ending, TrainingError, UserError
+from mst_train.errors import Ending, LostContact, TrainingError, UserError
 from mst_train.rendezvous.dist_env import (
     local_rank,
     local_world_size,
@@ -87,7 +87,7 @@ def init_distributed(config: Config) -> Iterator[Topology]:
         if not lost_contact(error):
             raise
         in_contact = False
-        raise TrainingError(
+        raise LostContact(
             f"another process has failed, or has not answered for parallel.timeout_minutes="
             f"{config.parallel.timeout_minutes:g} ({_reason(error)}): its own message says more. "
             f"The same command continues from the last checkpoint"

@@ -68,11 +68,11 @@ def _as_planned(config: Config, prediction: dict[str, Any]) -> Config:
         keep_attention=prediction["keep_attention"],
         offload=prediction["offload"],
     )
-    if prediction["block_chunk_tokens"] == SMALL_BLOCK_CHUNK:
+    if prediction.get("block_chunk_tokens") == SMALL_BLOCK_CHUNK:
         memory = replace(memory, block_chunk_tokens=SMALL_BLOCK_CHUNK)
     optimizer = replace(
         config.optimizer,
         in_backward=prediction["in_backward"],
-        offload=prediction["optimizer_offload"],
+        offload=prediction.get("optimizer_offload", config.optimizer.offload),
     )
     return replace(config, memory=memory, optimizer=optimizer)
