@@ -75,6 +75,7 @@ __all__ = [
     "TorchFlashKernel",
     "reference_attention",
     "select_attention",
+    "select_kernels",
 ]
 
 log = logging.getLogger(__name__)

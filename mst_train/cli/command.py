@@ -1,5 +1,6 @@
 """What all commands share: how an error becomes a message and an exit status."""
 
+import contextlib
 import errno
 import io
 import logging
@@ -66,7 +67,8 @@ def run_command(
     except TrainingError as error:
         _tell("error", str(error))
         if isinstance(error, LostContact):
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):
+                print(end="", flush=True)
             os._exit(1)  # threads that still wait for the others would abort Python's own end
         return 1
     except ModuleNotFoundError as error:

@@ -150,7 +150,8 @@ def _heeded(arguments: Sequence[str], settings: Settings[Schema]) -> list[str]:
     heeded = []
     for argument in arguments:
         group, dot, _ = argument.partition("=")[0].lstrip("+").partition(".")
-        if dot and group in COMMANDS and not settings.is_group(group):
+        chosen = group == "bench" and not dot  # a file, whose other settings count
+        if group in COMMANDS and not chosen and not settings.is_group(group):
             log.warning(
                 "%s does nothing in this command: it is python -m mst_train.%s's",
                 shown(argument),

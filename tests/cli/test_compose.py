@@ -365,11 +365,12 @@ def test_experiments_that_include_each_other_and_a_bomb_of_aliases(write):
 
 
 def test_other_commands_settings_are_left_out_with_a_warning(caplog):
-    config = compose(["+bench=step", "plan.gpus=2", "bench.nothing=3"])
+    config = compose(["+bench=step", "plan.gpus=2", "bench.nothing=3", "plan={gpus: 2}"])
     assert not hasattr(config, "bench") and not hasattr(config, "plan")
     assert [record.message for record in caplog.records] == [
         "plan.gpus=2 does nothing in this command: it is python -m mst_train.plan's",
         "bench.nothing=3 does nothing in this command: it is python -m mst_train.bench's",
+        "plan={gpus: 2} does nothing in this command: it is python -m mst_train.plan's",
     ]
     assert plan.read(["+experiment=paper_base", "plan.gpus=2"]).plan.gpus == 2
     with pytest.raises(UserError, match=r"plan\.gpus=3 is not a multiple"):
