@@ -3,13 +3,10 @@
 Each piece gives a JSON object; pictures and page are made of these alone.
 
 reported      the paper's own numbers
-longest       the longest sequences on one GPU, predicted
-several       on several GPUs, predicted
-lengths       memory over the sequence's length, predicted
-ablations     numbers of chunks, predicted
+predicted     the longest sequences on one GPU and on several; memory over lengths and chunks
 convergence   training, measured
 pieces        all of these, and their files
 plot          pictures
-sections      the page's parts; words: how they show numbers and paragraphs
+sections      the page's parts
 page          README.md
 """

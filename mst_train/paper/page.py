@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mst_train.paper import sections
-from mst_train.paper.words import duration, prose
+from mst_train.paper.sections import prose
+from mst_train.plan.show import duration
 
 Report = dict[str, Any]
 

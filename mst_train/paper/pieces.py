@@ -11,17 +11,12 @@ from mst_train.environment import describe
 from mst_train.files import write_json
 from mst_train.memory import simulate
 from mst_train.memory.devices import DEVICES
-from mst_train.paper import plot
-from mst_train.paper.ablations import number_of_chunks
+from mst_train.paper import plot, predicted
 from mst_train.paper.convergence import converge
-from mst_train.paper.lengths import over_all_lengths
-from mst_train.paper.longest import longest_sequences
-from mst_train.paper.several import several_gpus
+from mst_train.paper.predicted import Advance
 from mst_train.plan.speed import rates
 
 Report = dict[str, Any]
-Advance = Callable[[str], None]
-"""Hears of what is computed now."""
 
 DEVICE = DEVICES["a100_80gb"]
 """What the experiments are planned for (configs/experiment/paper_base.yaml)."""
@@ -36,10 +31,10 @@ class Piece(NamedTuple):
 
 
 PIECES = {
-    "longest": Piece(longest_sequences, plot.draw_longest),
-    "several": Piece(several_gpus, None),
-    "lengths": Piece(over_all_lengths, plot.draw_lengths),
-    "ablations": Piece(number_of_chunks, plot.draw_ablations),
+    "longest": Piece(predicted.longest_sequences, plot.draw_longest),
+    "several": Piece(predicted.several_gpus, None),
+    "lengths": Piece(predicted.over_all_lengths, plot.draw_lengths),
+    "ablations": Piece(predicted.number_of_chunks, plot.draw_ablations),
     "convergence": Piece(converge, plot.draw_convergence, predicted=False),
 }
 

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mst_train.paper.reported import K
-from mst_train.paper.words import short_number
+from mst_train.paper.reported import K, short_number
 from mst_train.plan.plot import INK, stack
 from mst_train.units import GIB
 

@@ -5,6 +5,11 @@ from typing import NamedTuple
 K = 1024
 
 
+def short_number(tokens: float) -> str:
+    """Tokens in units of 1,024."""
+    return f"{tokens / K:.4g}K"
+
+
 class Reported(NamedTuple):
     """One A100 80 GB. confirmed: those that the abstract states; the others are recalled from the
     paper's tables and not confirmed.

@@ -1,10 +1,10 @@
 """The page's sections: each a piece's report as a table, a picture and what to know of them."""
 
+import textwrap
 from typing import Any
 
-from mst_train.paper.reported import K
-from mst_train.paper.words import duration, prose, short_number, tokens_of
-from mst_train.plan.show import gib, markdown
+from mst_train.paper.reported import K, short_number
+from mst_train.plan.show import duration, gib, markdown
 from mst_train.units import GIB
 
 Report = dict[str, Any]
@@ -58,6 +58,16 @@ LONG_AND_SHORT = """
 """
 
 
+WIDTH = 110
+"""Of the page's lines."""
+
+
+def prose(text: str, **values: Any) -> str:
+    """One paragraph: ``text`` with its values."""
+    words = " ".join(text.format(**values).split())
+    return textwrap.fill(words, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
 def longest(report: Report) -> list[str]:
     header = (
         "",
@@ -78,9 +88,9 @@ def longest(report: Report) -> list[str]:
             (
                 reported["name"],
                 *(_reported(reported, way) for way in ("vanilla", "recompute", "mst")),
-                *(tokens_of(found[way]) for way in baselines),
-                f"**{tokens_of(found['mst'])}**",
-                tokens_of(found["offload"]) if "offload" in found else "",
+                *(_tokens(found[way]) for way in baselines),
+                f"**{_tokens(found['mst'])}**",
+                _tokens(found["offload"]) if "offload" in found else "",
                 "{} ({})".format(*(_times(found["mst"], _length(found[way])) for way in baselines)),
                 _times(found["mst"], reported["mst"] * K),
             )
@@ -116,7 +126,7 @@ def several(report: Report) -> list[str]:
                 row["gpus"],
                 f"{short_number(row['reported_tokens'])} †",
                 f"{verdict}: {gib(there['peak_bytes'])} on each",
-                f"**{tokens_of(row['longest'])}**",
+                f"**{_tokens(row['longest'])}**",
                 _times(row["longest"], row["reported_tokens"]),
             )
         )
@@ -218,6 +228,10 @@ def _near_reported(report: Report) -> str:
         if (length := _length(row["predicted"][way]))
     ]
     return f"{min(shares):.2f} and {max(shares):.2f}" if shares else "none and none"
+
+
+def _tokens(prediction: Report | None) -> str:
+    return "none" if prediction is None else short_number(prediction["sequence_length"])
 
 
 def _length(prediction: Report | None) -> int | None:

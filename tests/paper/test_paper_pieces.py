@@ -7,7 +7,7 @@ import pytest
 
 from mst_train.memory.simulate import with_length
 from mst_train.paper import __main__ as command
-from mst_train.paper import ablations, lengths, longest, pieces, several
+from mst_train.paper import pieces, predicted
 from mst_train.paper.reported import MODELS, SEVERAL_GPUS, K
 from mst_train.plan.baseline import transformers_baseline
 from mst_train.plan.choose import longest as longest_that_fits
@@ -31,15 +31,14 @@ def asked(monkeypatch, at):
         calls.append((config, target, build, step))
         return Found()
 
-    for module in (longest, several):
-        monkeypatch.setattr(module, "longest", record)
-    monkeypatch.setattr(several, "predict", lambda config, target: Found())
+    monkeypatch.setattr(predicted, "longest", record)
+    monkeypatch.setattr(predicted, "predict", lambda config, target: Found())
     return calls
 
 
 def test_each_model_is_searched_in_each_way(asked):
     pytest.importorskip("transformers")
-    report = longest.longest_sequences(QUIET, MODELS[:2])
+    report = predicted.longest_sequences(QUIET, MODELS[:2])
     for config, target, build, step in asked:
         assert (target.device.name, target.gpus) == ("a100_80gb", 1)
         assert (config.precision, config.optimizer.in_backward) == ("bf16", True)
@@ -68,7 +67,7 @@ def test_experiments_have_the_reported_lengths():
 
 
 def test_several_gpus_share_a_sequence(asked):
-    report = several.several_gpus(QUIET)
+    report = predicted.several_gpus(QUIET)
     found = [(row["model"], row["gpus"], row["reported_tokens"]) for row in report["rows"]]
     assert found[2] == ("Llama3-8B", 8, 480 * K)
     assert [target.gpus for _, target, _, _ in asked] == [2, 4, 8, 2, 4, 8]
@@ -88,7 +87,7 @@ def test_a_search_can_have_another_model_and_another_step(checkpointing):
 
 
 def test_the_policies_are_compared_over_the_same_lengths():
-    found = [read(settings) for settings in lengths.WAYS.values()]
+    found = [read(settings) for settings in predicted.WAYS.values()]
     assert [(c.memory.policy, c.memory.keep_attention) for c in found[2:]] == [
         ("mst", True),
         ("mst", False),
@@ -104,7 +103,7 @@ def test_the_policies_are_compared_over_the_same_lengths():
 
 def test_memory_over_lengths():
     ways = {policy: (*SMALL, f"memory={policy}") for policy in ("vanilla", "mst")}
-    found = lengths.over_all_lengths(QUIET, ways, [1 * K, 32 * K])["ways"]
+    found = predicted.over_all_lengths(QUIET, ways, [1 * K, 32 * K])["ways"]
     assert [row["sequence_length"] for row in found["mst"]] == [1 * K, 32 * K]
     assert found["vanilla"][1]["peak_bytes"] > found["mst"][1]["peak_bytes"]
     assert found["vanilla"][1]["policy"] == "vanilla"
@@ -114,15 +113,15 @@ def test_memory_over_lengths():
     ("kind", "experiment"), [("head", "ablation_head_chunks_8"), ("block", "ablation_mlp_chunks_8")]
 )
 def test_ablations_are_the_experiments(kind, experiment):
-    ours = read([*ablations.BASE, *ablations.settings(kind, 8, 16 * K)])
+    ours = read([*predicted.CUT, *predicted.cut_settings(kind, 8, 16 * K)])
     theirs = read([f"+experiment={experiment}"])
     assert ours.memory == theirs.memory
     assert replace(ours, run=theirs.run, plan=theirs.plan) == theirs
 
 
 def test_numbers_of_chunks(monkeypatch):
-    monkeypatch.setattr(ablations, "COUNTS", {"head": (1, 8), "mlp": (4,), "block": (4,)})
-    rows = ablations.number_of_chunks(QUIET, [8 * K], SMALL)["rows"]
+    monkeypatch.setattr(predicted, "COUNTS", {"head": (1, 8), "mlp": (4,), "block": (4,)})
+    rows = predicted.number_of_chunks(QUIET, [8 * K], SMALL)["rows"]
     one, eight, mlp, block = rows
     assert (one["head_chunk_tokens"], eight["head_chunk_tokens"]) == (8 * K, 1 * K)
     assert one["peak_bytes"] > eight["peak_bytes"]
