@@ -9,6 +9,5 @@ peers          the LM head and the MLP alone, as others implement them
 max_sequence   the longest sequence that fits under each policy, beside the prediction
 
 ``config`` has the settings of this command. ``measure`` times and weighs the variants of one piece
-of ``workload``; ``machine`` prepares the device, ``progress`` shows how far it is; ``report``,
-``plot`` and ``write`` are for the result.
+of ``workload``, ``progress`` shows how far it is; ``report`` and ``plot`` are for the result.
 """

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mst_train.cli.command import run_command
@@ -66,13 +67,12 @@ def _run(arguments: list[str]) -> int:
 def _measure(config: "BenchConfig") -> tuple[dict[str, Any], str]:
     """The report, written to its folder, and what to show of it."""
     from mst_train import environment
-    from mst_train.bench import max_sequence, peers, report, short, step, systems
-    from mst_train.bench.machine import prepare_device
-    from mst_train.bench.write import write
+    from mst_train.bench import max_sequence, peers, report, step, systems
+    from mst_train.bench.workload import prepare_device
 
     benches = {
         "step": step.run,
-        "short": short.run,
+        "short": step.run,
         "systems": systems.run,
         "peers": peers.run,
         "max_sequence": max_sequence.run,
@@ -98,8 +98,27 @@ def _measure(config: "BenchConfig") -> tuple[dict[str, Any], str]:
     }
     if config.bench.kind == "systems":
         result["compared_gradients"] = list(systems.COMPARED)
-    lines = write(result, folder)
-    return result, "\n".join([report.plain(result), *lines])
+    return result, "\n".join([report.plain(result), *write(result, folder)])
+
+
+def write(result: dict[str, Any], folder: Path) -> list[str]:
+    """Write results.json, results.md and results.png; returns lines to show the user."""
+    from mst_train.bench.report import markdown
+
+    data, page, picture = (folder / f"results.{end}" for end in ("json", "md", "png"))
+    data.write_text(json.dumps(result, indent=2) + "\n")
+    page.write_text(markdown(result))
+    try:
+        from mst_train.bench.plot import draw
+
+        draw(result, picture)
+    except ImportError:
+        return [
+            f"Results: {data}, {page}",
+            f"No plot: matplotlib is not installed here. Where it is: "
+            f"python -m mst_train.bench.plot {data}",
+        ]
+    return [f"Results: {data}, {page}, {picture}"]
 
 
 if __name__ == "__main__":

@@ -4,19 +4,17 @@ On a GPU a length fits if its step runs; running out of memory is recovered from
 if the tensors of its step, as tracked, stay within memory.device_budget_gib.
 """
 
-import gc
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from mst_train.attention import select_attention
 from mst_train.bench.config import BenchConfig
 from mst_train.bench.measure import collect_garbage, out_of_memory, synchronize
-from mst_train.bench.progress import Progress
-from mst_train.bench.step import VARIANTS, memory_of, policy_of
-from mst_train.bench.workload import chosen
+from mst_train.bench.progress import progress
+from mst_train.bench.step import VARIANTS, host_offload, memory_of, policy_of
+from mst_train.bench.workload import build, chosen
 from mst_train.config import Config
 from mst_train.data import Batch
 from mst_train.engine import NativeEngine
@@ -25,13 +23,10 @@ from mst_train.errors import UserError
 from mst_train.memory.devices import this_device
 from mst_train.memory.simulate import with_length
 from mst_train.memory.tracker import MemoryTracker
-from mst_train.model import Transformer, build_model
-from mst_train.mst import Offload
-from mst_train.optim import Optimizer, build_optimizer
+from mst_train.optim import build_optimizer
 from mst_train.plan.choose import longest
 from mst_train.plan.predict import Target, make_target, predict
 from mst_train.plan.search import STEP, longest_fitting
-from mst_train.precision import weight_type
 from mst_train.ranges import OPTIMIZER_RANGE
 from mst_train.units import GIB
 
@@ -49,12 +44,13 @@ def run(config: BenchConfig, device: torch.device) -> tuple[list[dict[str, Any]]
         torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
     rows, problems = [], []
     wanted = chosen(config, VARIANTS)
-    with _Stepper(config, device) as stepper, Progress(len(wanted)) as progress:
+    on_cpu = MemoryTracker() if device.type == "cpu" else nullcontext()
+    with on_cpu as tracker, progress(len(wanted)) as advance:
+        stepper = _Stepper(config, device, tracker)
         for name in wanted:
-            progress.advance(name)
-            row = _row(
-                replace(config, memory=memory_of(name, config.memory)), name, target, stepper
-            )
+            advance(name)
+            variant = replace(config, memory=memory_of(name, config.memory))
+            row = _row(variant, name, target, stepper)
             rows.append(row)
             found, predicted = row["peak_bytes"], row["predicted_bytes"]
             if found and abs(predicted / found - 1) > 0.03:
@@ -113,73 +109,51 @@ def _start(guess: int | None) -> tuple[int, int] | None:
 
 
 class _Stepper:
-    """Training steps of one model at any length and policy, and what they take."""
+    """Training steps of one model at any length and policy, and what they take.
 
-    def __init__(self, config: BenchConfig, device: torch.device) -> None:
+    tracker: sees all tensors from the weights on, on a CPU.
+    """
+
+    def __init__(
+        self, config: BenchConfig, device: torch.device, tracker: MemoryTracker | None
+    ) -> None:
         self.device = device
-        self._config = config
-        self._tracker = MemoryTracker() if device.type == "cpu" else None
-
-    def __enter__(self) -> "_Stepper":
-        if self._tracker is not None:
-            self._tracker.__enter__()  # type: ignore[no-untyped-call]
-        self._model, self._optimizer = self._build()
-        return self
-
-    def __exit__(self, *arguments: Any) -> None:
-        if self._tracker is not None:
-            self._tracker.__exit__(*arguments)
+        self._config, self._tracker = config, tracker
+        self._model = build(config, device)
+        with torch.profiler.record_function(OPTIMIZER_RANGE):
+            masters = config.precision == "bf16_master"
+            optimizer = build_optimizer(self._model, config.optimizer, master_weights=masters)
+        self._optimizer, self._engine = optimizer, NativeEngine(self._model, optimizer)
+        self._step(2)  # the optimizer's states
 
     def peak_bytes(self, name: str, length: int) -> int | None:
         """All that tensors take at the peak of a step; None where memory runs out."""
         self._model.policy = policy_of(name, self._config)
-        budget = self._config.memory.host_budget_gib
         offloads = name == "mst_offload"
-        limit = None if budget is None else int(budget * GIB)
-        self._model.offload = Offload(self.device, limit) if offloads else None
+        self._model.offload = host_offload(self._config, self.device) if offloads else None
         try:
             self._step(length)  # makes the host's buffers, tunes kernels
-            return self._measured(lambda: self._step(length))
+            return self._peak(length)
         except Exception as error:
             if out_of_memory(error) is None:
                 raise
-        self._recover()
+        # What a step held that did not end.
+        self._model.zero_grad(set_to_none=True)
+        self._model.offload = None
+        collect_garbage(self.device)
+        self._optimizer.zero_grad()
         return None
 
-    def _measured(self, work: Callable[[], None]) -> int:
+    def _peak(self, length: int) -> int:
         collect_garbage(self.device)
         if self._tracker is not None:
             self._tracker.reset_peak()
-            work()
+            self._step(length)
             return self._tracker.peak_bytes
         torch.cuda.reset_peak_memory_stats(self.device)
-        work()
+        self._step(length)
         synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device)
-
-    def _recover(self) -> None:
-        """Give back what a step held that did not end."""
-        self._model.zero_grad(set_to_none=True)
-        self._model.offload = None
-        gc.collect()
-        collect_garbage(self.device)
-        self._optimizer.zero_grad()
-
-    def _build(self) -> tuple[Transformer, Optimizer]:
-        config, dtype = self._config, weight_type(self._config.precision)
-        model = build_model(
-            config.model,
-            attention=select_attention(config.kernel.attention, self.device, dtype),
-            device=self.device,
-            dtype=dtype,
-            seed=config.train.seed,
-        )
-        with torch.profiler.record_function(OPTIMIZER_RANGE):
-            masters = config.precision == "bf16_master"
-            optimizer = build_optimizer(model, config.optimizer, master_weights=masters)
-        self._engine = NativeEngine(model, optimizer)
-        self._step(2)  # the optimizer's states
-        return model, optimizer
 
     def _step(self, length: int) -> None:
         generator = torch.Generator().manual_seed(self._config.train.seed)

@@ -19,14 +19,6 @@ from mst_train.memory.tracker import MemoryTracker
 from mst_train.mst import HostBudgetError
 
 
-def _nothing() -> None:
-    pass
-
-
-def _nothing_found(_: Any) -> dict[str, Any]:
-    return {}
-
-
 @dataclass(frozen=True)
 class Variant:
     """One way to do a piece of work.
@@ -42,8 +34,8 @@ class Variant:
 
     name: str
     run: Callable[[], Any]
-    prepare: Callable[[], object] = _nothing
-    inspect: Callable[[Any], dict[str, Any]] = _nothing_found
+    prepare: Callable[[], object] = lambda: None
+    inspect: Callable[[Any], dict[str, Any]] = lambda _: {}
     warm_up: Callable[[], object] | None = None
     problem: str | None = None
     peer: bool = False
@@ -76,6 +68,23 @@ class Measurement:
     @property
     def min_seconds(self) -> float | None:
         return min(self.seconds, default=None)
+
+    def row(self, work: str, tokens: int, **others: Any) -> dict[str, Any]:
+        """What results.json says of it, with what there is to say besides."""
+        return {
+            "work": work,
+            "tokens": tokens,
+            "variant": self.variant,
+            **others,
+            "seconds": self.seconds,
+            "median_seconds": self.median_seconds,
+            "min_seconds": self.min_seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "peak_bytes": self.peak_bytes,
+            **self.found,
+            "problem": self.problem,
+            "failed": self.failed,
+        }
 
 
 def measure(

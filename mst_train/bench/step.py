@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mst_train.bench.config import BenchConfig
-from mst_train.bench.measure import Measurement, Variant, collect_garbage, measure
-from mst_train.bench.progress import Progress
+from mst_train.bench.measure import Variant, collect_garbage, measure
+from mst_train.bench.progress import progress
 from mst_train.bench.workload import Batch, build, chosen, lengths, loss_problems, random_batch
 from mst_train.config import MemoryConfig
 from mst_train.memory.devices import this_device
@@ -21,31 +21,55 @@ from mst_train.precision import weight_type
 from mst_train.units import GIB
 
 VARIANTS = ("vanilla", "recompute", "mst", "mst_without_keeping", "mst_offload")
+SHORT = ("vanilla", "recompute", "mst")
+"""Of these, those that are compared where lengths do not need the method."""
 
 
-def run(
-    config: BenchConfig,
-    device: torch.device,
-    names: tuple[str, ...] = VARIANTS,
-    more_often: Callable[[int], int] = lambda length: 1,
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of measurements, and what is wrong with them.
-
-    A sequence of a length is measured ``more_often(length)`` times the configured repetitions.
-    """
-    wanted = chosen(config, names)
+def run(config: BenchConfig, device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of measurements, and what is wrong with them. Short steps are measured more often."""
+    short = config.bench.kind == "short"
+    wanted = chosen(config, SHORT if short else VARIANTS)
     model = build(config, device)
     optimizer = _optimizer(config, model)
+
+    def variants(batch: Batch) -> list[Variant]:
+        return [_variant(name, model, batch, optimizer, config) for name in wanted]
+
+    if not short:
+        return measure_steps(config, device, len(wanted), variants)
+    longest = max(lengths(config))
+    often = {length: max(min(longest // length // 2, 8), 1) for length in lengths(config)}
+    return measure_steps(config, device, len(wanted), variants, often.__getitem__)
+
+
+def measure_steps(
+    config: BenchConfig,
+    device: torch.device,
+    count: int,
+    variants: Callable[[Batch], list[Variant]],
+    often: Callable[[int], int] = lambda length: 1,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows for ``count`` variants of a step on random tokens, with speed and utilisation.
+
+    A sequence of a length is measured ``often(length)`` times the configured repetitions. Returns
+    the rows, and what is wrong with their losses.
+    """
+    dtype, rate = weight_type(config.precision), this_device(device).bf16_flops
+    repetitions = {n: config.bench.repetitions * often(n) for n in lengths(config)}
     rows, problems = [], []
-    repetitions = {n: config.bench.repetitions * more_often(n) for n in lengths(config)}
-    with Progress(len(wanted) * sum(1 + r for r in repetitions.values())) as progress:
+    with progress(count * sum(1 + r for r in repetitions.values())) as advance:
         for length in lengths(config):
             batch = random_batch(config, length, device)
-            variants = [_variant(name, model, batch, optimizer, config) for name in wanted]
-            measurements = measure(variants, repetitions[length], device, advance=progress.advance)
-            rows += step_rows(config, length, measurements, device)
-            problems += loss_problems(measurements, weight_type(config.precision))
-            del variants
+            found = measure(variants(batch), repetitions[length], device, advance=advance)
+            flops = training_flops(config.model, length)
+            for measurement in found:
+                seconds = measurement.median_seconds
+                speed = {
+                    "tokens_per_second": seconds and length / seconds,
+                    "model_flops_utilization": rate and seconds and flops / seconds / rate,
+                }
+                rows.append(measurement.row("step", length, **speed))
+            problems += loss_problems(found, dtype)
             collect_garbage(device)
     return rows, problems
 
@@ -65,39 +89,10 @@ def policy_of(name: str, config: BenchConfig) -> Policy:
     return Policy.from_config(memory_of(name, config.memory))
 
 
-def step_rows(
-    config: BenchConfig, length: int, measurements: list[Measurement], device: torch.device
-) -> list[dict[str, Any]]:
-    """One row for each variant, with speed and utilisation."""
-    rate = this_device(device).bf16_flops
-    flops = training_flops(config.model, length)
-    rows = []
-    for measurement in measurements:
-        seconds = measurement.median_seconds
-        rows.append(
-            {
-                "work": "step",
-                "tokens": length,
-                "variant": measurement.variant,
-                "seconds": measurement.seconds,
-                "median_seconds": seconds,
-                "min_seconds": measurement.min_seconds,
-                "cpu_seconds": measurement.cpu_seconds,
-                "tokens_per_second": seconds and length / seconds,
-                "model_flops_utilization": rate and seconds and flops / seconds / rate,
-                "peak_bytes": measurement.peak_bytes,
-                **measurement.found,
-                "problem": measurement.problem,
-                "failed": measurement.failed,
-            }
-        )
-    return rows
-
-
 def _variant(
     name: str, model: Transformer, batch: Batch, optimizer: Optimizer | None, config: BenchConfig
 ) -> Variant:
-    offload = _offload(config, batch.tokens.device) if name == "mst_offload" else None
+    offload = host_offload(config, batch.tokens.device) if name == "mst_offload" else None
 
     def prepare() -> None:
         model.policy = policy_of(name, config)
@@ -125,7 +120,8 @@ def _variant(
     return Variant(name, run, prepare, inspect, warm_up)
 
 
-def _offload(config: BenchConfig, device: torch.device) -> Offload:
+def host_offload(config: BenchConfig, device: torch.device) -> Offload:
+    """The host's memory, as much of it as the configuration allows."""
     budget = config.memory.host_budget_gib
     return Offload(device, None if budget is None else int(budget * GIB))
 

@@ -4,9 +4,8 @@ All of them use the same weights: transformers' models have this project's param
 place of their own. So losses and gradients can be compared, and each starts from the same memory.
 """
 
-import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -15,14 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from mst_train.bench.config import BenchConfig
-from mst_train.bench.measure import Measurement, Variant, collect_garbage, measure
-from mst_train.bench.progress import Progress
-from mst_train.bench.step import policy_of, step_rows
-from mst_train.bench.workload import Batch, build, chosen, lengths, loss_problems, random_batch
+from mst_train.bench.measure import Variant, collect_garbage
+from mst_train.bench.step import measure_steps, policy_of
+from mst_train.bench.workload import Batch, build, chosen, lengths, missing
 from mst_train.model import Transformer
+from mst_train.model.hf.config import write_config
+from mst_train.model.hf.weights import parameters_by_name
+from mst_train.plan.baseline import enable_checkpointing
 from mst_train.precision import weight_type
 
-VARIANTS = ("transformers", "transformers_checkpointing", "alst", "liger", "mst")
+NEEDED = {
+    "transformers": ("transformers",),
+    "transformers_checkpointing": ("transformers",),
+    "alst": ("transformers", "deepspeed"),
+    "liger": ("transformers", "liger_kernel"),
+    "mst": (),
+}
+"""The variants, and the packages that each needs."""
 
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """How far gradients may lie apart: relative Frobenius norm, by the weights' type."""
@@ -36,32 +44,27 @@ COMPARED_ROWS = 512
 
 def run(config: BenchConfig, device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of measurements, and what is wrong with them."""
-    wanted = chosen(config, VARIANTS)
+    wanted = chosen(config, list(NEEDED))
+    problems = {name: missing(NEEDED[name], device) for name in wanted}
     ours = build(config, device)
-    models: dict[str, Any] = {}
-    missing = {name: _missing(name, device) for name in wanted}
-    if any(name not in ("mst", "liger") and missing[name] is None for name in wanted):
-        models["transformers"] = _transformers_model(config, ours, device)
-        models["rope"] = _transformers_rope()
-    if "liger" in wanted and missing["liger"] is None:
-        models["liger"], models["liger_rope"] = _liger_model(config, ours, device)
-    rows, problems = [], []
-    repetitions = config.bench.repetitions
-    with Progress(len(lengths(config)) * len(wanted) * (1 + repetitions)) as progress:
-        for length in lengths(config):
-            batch = random_batch(config, length, device)
-            reference: dict[str, Tensor] = {}
-            variants = [
-                _variant(name, missing[name], ours, models, batch, reference, config)
-                for name in wanted
-            ]
-            measurements = measure(variants, repetitions, device, advance=progress.advance)
-            rows += step_rows(config, length, measurements, device)
-            problems += loss_problems(measurements, weight_type(config.precision))
-            problems += _gradient_problems(measurements, weight_type(config.precision))
-            del variants
-            collect_garbage(device)
-    return rows, problems
+    ours.policy = policy_of("mst", config)
+    forwards = {
+        name: _forward(name, config, ours, device)
+        for name, problem in problems.items()
+        if problem is None
+    }
+
+    def variants(batch: Batch) -> list[Variant]:
+        reference: dict[str, Tensor] = {}
+        return [
+            _variant(name, partial(forwards[name], batch), ours, reference)
+            if name in forwards
+            else Variant(name, lambda: None, problem=problems[name], peer=True)
+            for name in wanted
+        ]
+
+    rows, wrong = measure_steps(config, device, len(wanted), variants)
+    return rows, wrong + _gradient_problems(rows, weight_type(config.precision))
 
 
 def compared_gradients(model: Transformer) -> dict[str, nn.Parameter]:
@@ -80,28 +83,8 @@ def compared_gradients(model: Transformer) -> dict[str, nn.Parameter]:
 
 
 def _variant(
-    name: str,
-    problem: str | None,
-    ours: Transformer,
-    models: dict[str, Any],
-    batch: Batch,
-    reference: dict[str, Tensor],
-    config: BenchConfig,
+    name: str, forward: Callable[[], Tensor], ours: Transformer, reference: dict[str, Tensor]
 ) -> Variant:
-    if problem is not None:
-        return Variant(name, _never, problem=problem, peer=True)
-    arrange, forward = {
-        "mst": _mst,
-        "transformers": _transformers,
-        "transformers_checkpointing": _checkpointing,
-        "alst": _alst,
-        "liger": _liger,
-    }[name](ours, models, batch, config)
-
-    def prepare() -> None:
-        ours.zero_grad(set_to_none=True)  # everybody's parameters
-        arrange()
-
     def run() -> Tensor:
         loss = forward()
         loss.backward()
@@ -116,7 +99,8 @@ def _variant(
             found["gradient_errors"][key] = _difference(gradient, reference[key])
         return found
 
-    return Variant(name, run, prepare, inspect, peer=name != "mst")
+    forget = partial(ours.zero_grad, set_to_none=True)  # everybody's parameters
+    return Variant(name, run, forget, inspect, peer=name != "mst")
 
 
 def _difference(gradient: Tensor, reference: Tensor) -> float:
@@ -125,114 +109,78 @@ def _difference(gradient: Tensor, reference: Tensor) -> float:
     return float(norm(gradient - reference) / norm(reference).clamp_min(1e-30))
 
 
-def _gradient_problems(measurements: list[Measurement], dtype: torch.dtype) -> list[str]:
+def _gradient_problems(rows: Sequence[dict[str, Any]], dtype: torch.dtype) -> list[str]:
     tolerance = GRADIENT_TOLERANCE[dtype]
     return [
-        f"the gradient of {key} of {m.variant} differs by {error:.1e} from the first variant's, "
-        f"more than {tolerance:g}"
-        for m in measurements
-        for key, error in m.found.get("gradient_errors", {}).items()
+        f"the gradient of {key} of {row['variant']} differs by {error:.1e} from the first "
+        f"variant's, more than {tolerance:g}"
+        for row in rows
+        for key, error in row.get("gradient_errors", {}).items()
         if not error <= tolerance
     ]
 
 
-def _missing(name: str, device: torch.device) -> str | None:
-    """Why a variant cannot run here."""
-    packages = {
-        "mst": (),
-        "alst": ("transformers", "deepspeed"),
-        "liger": ("transformers", "liger_kernel"),
-    }.get(name, ("transformers",))
-    if name == "liger" and device.type != "cuda":
-        return "not run: needs CUDA"
-    absent = [p for p in packages if importlib.util.find_spec(p) is None]
-    if absent:
-        return f"not run: {' and '.join(absent)} not installed"
-    return None
+# --- the variants: the loss of each --------------------------------------------------------------
 
 
-def _never() -> None:
-    raise AssertionError("a variant that cannot run here was run")
+def _forward(
+    name: str, config: BenchConfig, ours: Transformer, device: torch.device
+) -> Callable[[Batch], Tensor]:
+    """What computes the mean loss of a batch."""
+    if name == "mst":
+        return lambda batch: ours(batch.tokens, batch.labels)[0] / batch.valid_tokens
+    if name == "liger":
+        model, rope = _liger_model(config, ours, device)
+    else:
+        model, rope = _transformers_model(config, ours, device), _rope()
+    if name != "transformers":
+        enable_checkpointing(model)
+    if name == "alst":
+        for layer in model.model.layers:
+            layer.mlp.forward = MethodType(_tiled_mlp_forward, layer.mlp)
+
+    def forward(batch: Batch) -> Tensor:
+        from transformers.models.llama import modeling_llama
+
+        modeling_llama.apply_rotary_pos_emb = rope  # where all of these models look it up
+        if name == "alst":
+            return _tiled_loss(model, batch, loss_tiles(batch.tokens.shape[1], config))
+        # The model shifts the labels by itself.
+        output = model(input_ids=batch.tokens, labels=batch.tokens, use_cache=False)
+        loss: Tensor = output.loss
+        return loss
+
+    return forward
 
 
-# --- the variants: how each is arranged before a step, and its loss ------------------------------
-
-Arranged = tuple[Callable[[], None], Callable[[], Tensor]]
-
-
-def _mst(ours: Transformer, models: dict[str, Any], batch: Batch, config: BenchConfig) -> Arranged:
-    def arrange() -> None:
-        ours.policy = policy_of("mst", config)
-
-    def loss() -> Tensor:
-        loss_sum: Tensor = ours(batch.tokens, batch.labels)[0]
-        return loss_sum / batch.valid_tokens
-
-    return arrange, loss
-
-
-def _transformers(
-    ours: Transformer, models: dict[str, Any], batch: Batch, config: BenchConfig
-) -> Arranged:
-    return partial(_arrange, models, checkpointing=False), partial(_own_loss, models, batch)
-
-
-def _checkpointing(
-    ours: Transformer, models: dict[str, Any], batch: Batch, config: BenchConfig
-) -> Arranged:
-    return partial(_arrange, models), partial(_own_loss, models, batch)
-
-
-def _arrange(models: dict[str, Any], *, checkpointing: bool = True, tiled: bool = False) -> None:
-    """Set transformers' model up for a step."""
-    model = models["transformers"]
-    _use_rope(models["rope"])
-    _checkpoint_layers(model, checkpointing)
-    _tile_mlps(model, tiled=tiled)
-
-
-def _own_loss(models: dict[str, Any], batch: Batch, name: str = "transformers") -> Tensor:
-    """The loss as the model itself computes it; it shifts the labels by itself."""
-    output = models[name](input_ids=batch.tokens, labels=batch.tokens, use_cache=False)
-    loss: Tensor = output.loss
-    return loss
-
-
-def _alst(ours: Transformer, models: dict[str, Any], batch: Batch, config: BenchConfig) -> Arranged:
-    """DeepSpeed's tiled MLP and tiled loss under checkpointing, as ArcticTraining sets them up.
+def _tiled_loss(model: Any, batch: Batch, tiles: int) -> Tensor:
+    """DeepSpeed's tiled loss behind its tiled MLP, as ArcticTraining sets them up.
 
     The loss reaches the tiled loss's end with a gradient of one: its backward does not scale the
     head's.
     """
-    model = models["transformers"]
-    tiles = loss_tiles(batch.tokens.shape[1], config)
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
 
     def tile_loss(model: Any, hidden_CD: Tensor, labels_C: Tensor) -> Tensor:
         logits_CV = model.lm_head(hidden_CD).float()
         loss_sum = nn.functional.cross_entropy(logits_CV, labels_C, reduction="sum")
         return loss_sum / batch.valid_tokens
 
-    def loss() -> Tensor:
-        from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
-
-        hidden_BSD = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state
-        weights = [model.lm_head.weight]
-        loss: Tensor = TiledFusedLogitsLoss.apply(
-            tile_loss, model, hidden_BSD, batch.labels, None, tiles, weights, "sum"
-        )
-        return loss
-
-    return partial(_arrange, models, tiled=True), loss
+    hidden_BSD = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state
+    weights = [model.lm_head.weight]
+    loss: Tensor = TiledFusedLogitsLoss.apply(
+        tile_loss, model, hidden_BSD, batch.labels, None, tiles, weights, "sum"
+    )
+    return loss
 
 
-def _liger(
-    ours: Transformer, models: dict[str, Any], batch: Batch, config: BenchConfig
-) -> Arranged:
-    def arrange() -> None:
-        _use_rope(models["liger_rope"])
-        _checkpoint_layers(models["liger"], True)
+def _tiled_mlp_forward(mlp: Any, x_BSD: Tensor) -> Tensor:
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
 
-    return arrange, partial(_own_loss, models, batch, "liger")
+    weights = [mlp.down_proj.weight, mlp.gate_proj.weight, mlp.up_proj.weight]
+    tiles = mlp_tiles(x_BSD.shape[1], x_BSD.shape[2])
+    y_BSD: Tensor = TiledMLP.apply(type(mlp).forward, mlp, x_BSD, tiles, weights)
+    return y_BSD
 
 
 def loss_tiles(tokens: int, config: BenchConfig) -> int:
@@ -251,92 +199,22 @@ def mlp_tiles(tokens: int, hidden_size: int) -> int:
 
 def _transformers_model(config: BenchConfig, ours: Transformer, device: torch.device) -> Any:
     """transformers' Llama of the same dimensions, over this project's parameters."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    m = config.model
-    settings = LlamaConfig(
-        vocab_size=m.vocab_size,
-        hidden_size=m.hidden_size,
-        intermediate_size=m.intermediate_size,
-        num_hidden_layers=m.num_layers,
-        num_attention_heads=m.num_heads,
-        num_key_value_heads=m.num_kv_heads,
-        head_dim=m.head_dim,
-        rms_norm_eps=m.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": m.rope_theta},
-        max_position_embeddings=max(lengths(config)),
-        tie_word_embeddings=m.tie_embeddings,
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
-    previous = torch.get_default_dtype()
-    # Not by a later .to(), which would round the rotary angles too.
-    torch.set_default_dtype(weight_type(config.precision))
-    try:
-        with torch.device(device):
-            model = LlamaForCausalLM(settings).train()
-    finally:
-        torch.set_default_dtype(previous)
-    _share_parameters(ours, model)
+    values = write_config(config.model, "llama", max(lengths(config)))
+    settings = AutoConfig.for_model(**values, attn_implementation="sdpa", use_cache=False)
+    # The type here and not by a later .to(), which would round the rotary angles too.
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(settings, dtype=weight_type(config.precision))
+    for name, parameter in parameters_by_name(ours):
+        module, _, kind = name.rpartition(".")
+        setattr(model.get_submodule(module), kind, parameter)
+    model.lm_head.weight = ours.head.weight  # tied ones have one name
     collect_garbage(device)
-    return model
+    return model.train()
 
 
-def _share_parameters(ours: Transformer, theirs: Any) -> None:
-    """Put this project's parameters in the place of transformers'."""
-    theirs.model.embed_tokens.weight = ours.embedding.weight
-    theirs.model.norm.weight = ours.norm.weight
-    theirs.lm_head.weight = ours.head.weight
-    blocks: Any = ours.blocks
-    for block, layer in zip(blocks, theirs.model.layers, strict=True):
-        layer.input_layernorm.weight = block.attention_norm.weight
-        layer.self_attn.q_proj.weight = block.attention.query.weight
-        layer.self_attn.k_proj.weight = block.attention.key.weight
-        layer.self_attn.v_proj.weight = block.attention.value.weight
-        layer.self_attn.o_proj.weight = block.attention.output.weight
-        layer.post_attention_layernorm.weight = block.mlp_norm.weight
-        layer.mlp.gate_proj.weight = block.mlp.gate.weight
-        layer.mlp.up_proj.weight = block.mlp.up.weight
-        layer.mlp.down_proj.weight = block.mlp.down.weight
-
-
-def _checkpoint_layers(model: Any, wanted: bool) -> None:
-    """Switch transformers' activation recomputation; its methods had another name before 5."""
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if getattr(model, f"is_{name}_checkpointing") == wanted:
-        return  # enabling it again would add another hook to the embedding
-    if wanted:
-        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
-    else:
-        getattr(model, f"{name}_checkpointing_disable")()
-
-
-def _tile_mlps(model: Any, *, tiled: bool) -> None:
-    """Replace every MLP's forward by DeepSpeed's tiled one, or take it back."""
-    for layer in model.model.layers:
-        if tiled:
-            layer.mlp.forward = MethodType(_tiled_mlp_forward, layer.mlp)
-        else:
-            layer.mlp.__dict__.pop("forward", None)
-
-
-def _tiled_mlp_forward(mlp: Any, x_BSD: Tensor) -> Tensor:
-    from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
-
-    weights = [mlp.down_proj.weight, mlp.gate_proj.weight, mlp.up_proj.weight]
-    tiles = mlp_tiles(x_BSD.shape[1], x_BSD.shape[2])
-    y_BSD: Tensor = TiledMLP.apply(type(mlp).forward, mlp, x_BSD, tiles, weights)
-    return y_BSD
-
-
-def _use_rope(rope: Any) -> None:
-    """Which rotary embedding transformers' models call: it is looked up in their module."""
-    from transformers.models.llama import modeling_llama
-
-    modeling_llama.apply_rotary_pos_emb = rope
-
-
-def _transformers_rope() -> Any:
+def _rope() -> Any:
     from transformers.models.llama import modeling_llama
 
     return modeling_llama.apply_rotary_pos_emb

@@ -1,5 +1,6 @@
 """The work of a training step: a model, random tokens, and the checks that variants agree."""
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mst_train.attention import select_attention
+from mst_train.attention import select_attention, select_kernels
 from mst_train.bench.config import BenchConfig
 from mst_train.bench.measure import Measurement
 from mst_train.errors import UserError
@@ -31,6 +32,15 @@ class Batch:
     @property
     def valid_tokens(self) -> int:
         return self.tokens.shape[1] - 1
+
+
+def prepare_device(config: BenchConfig) -> torch.device:
+    """The device to measure on, with the threads and kernels that are configured."""
+    if config.bench.threads is not None:
+        torch.set_num_threads(config.bench.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    select_kernels(config.kernel, device, weight_type(config.precision))
+    return device
 
 
 def random_batch(config: BenchConfig, length: int, device: torch.device) -> Batch:
@@ -70,6 +80,14 @@ def chosen(config: BenchConfig, names: Sequence[str]) -> list[str]:
             f"{', '.join(names)}"
         )
     return [name for name in names if not wanted or name in wanted]
+
+
+def missing(packages: Sequence[str], device: torch.device) -> str | None:
+    """Why a variant that needs these packages cannot run here, if it cannot."""
+    if "liger_kernel" in packages and device.type != "cuda":
+        return "not run: needs CUDA"
+    absent = [p for p in packages if importlib.util.find_spec(p) is None]
+    return f"not run: {' and '.join(absent)} not installed" if absent else None
 
 
 def loss_problems(measurements: Sequence[Measurement], dtype: torch.dtype) -> list[str]:

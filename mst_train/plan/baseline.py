@@ -52,18 +52,17 @@ def _build(
     _register(counter)
     values = write_config(config.model, sequence_length=config.data.sequence_length)
     settings = AutoConfig.for_model(**values, attn_implementation=_ATTENTION, use_cache=False)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings).train()
-    finally:
-        torch.set_default_dtype(previous)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype).train()
     if gradient_checkpointing:
-        # Its method had another name before transformers 5.
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        enable_checkpointing(model)
     return Baseline(model)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Switch transformers' activation recomputation on; its method had another name once."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _register(counter: StepCounter) -> None:

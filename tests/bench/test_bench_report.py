@@ -6,8 +6,7 @@ import sys
 import pytest
 
 from mst_train.bench import plot, report
-from mst_train.bench.__main__ import main
-from mst_train.bench.write import write
+from mst_train.bench.__main__ import main, write
 
 
 def row(variant, seconds, peak=3 * 2**30, tokens=8192, **other):

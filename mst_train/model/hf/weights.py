@@ -152,7 +152,7 @@ def copy_weights(
 
     whole: gives, for a parameter, a context in which it has its whole shape and takes new values.
     """
-    places = dict(_parameters(model))
+    places = dict(parameters_by_name(model))
     for path, names in files.items():
         with safe_open(path, framework="pt") as file:
             for name in names:
@@ -203,7 +203,7 @@ def save_pretrained(
     values["torch_dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
     to_copy, known_ids = _tokenizer_files(tokenizer)
     values |= dict.fromkeys(TOKEN_IDS) | known_ids | dict(token_ids or {})
-    names = dict(_parameters(model))
+    names = dict(parameters_by_name(model))
     with _written_whole(folder) as temporary:
         shards = list(_shards(names, shard_bytes))
         total = sum(parameter.nbytes for parameter in names.values())
@@ -224,7 +224,7 @@ def save_pretrained(
 # --- names ---------------------------------------------------------------------------------------
 
 
-def _parameters(model: Transformer) -> Iterator[tuple[str, nn.Parameter]]:
+def parameters_by_name(model: Transformer) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter by its name in a checkpoint; a tied one once, as the embedding."""
     in_block = IN_BLOCK | NORMS[model.config.norm_placement]
     for name, parameter in model.named_parameters():
@@ -281,7 +281,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _checked_files(folder: Path, model: Transformer) -> dict[Path, list[str]]:
     """The tensors to take from each file; everything about them is as the model wants it."""
-    wanted = dict(_parameters(model))
+    wanted = dict(parameters_by_name(model))
     stored, problems = _stored_tensors(folder)
     for name, parameter in wanted.items():
         if name not in stored:
