@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from mst_train.memory import meta
 from mst_train.memory.tracker import MemoryTracker, in_backward
 from mst_train.ranges import BLOCK_RANGE, HEAD_RANGE
 
@@ -136,19 +136,20 @@ class StepCounter(MemoryTracker):
     def counts(self, tensor: Tensor) -> bool:
         return tensor.is_meta
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def operation(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function.is_view:
-            return function(*args, **(kwargs or {}))
+            return function(*args, **kwargs)
         if function is aten._local_scalar_dense.default and args[0].is_meta:
             return 1.0 if args[0].is_floating_point() else 1
         if function is aten._to_copy.default and _reads_numbers(args[0], kwargs):
             return torch.ones(args[0].shape, dtype=args[0].dtype)
-        result = super().__torch_dispatch__(function, types, args, kwargs)
+        result = super().operation(function, args, kwargs)
         if function.namespace == "aten" and not self._elsewhere:
             self._count_work(function.overloadpacket, args, kwargs, result)
         return result
+
+    def run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return meta.call(function, args, kwargs)
 
     def _remember(self, tensor: Tensor, size: int, kind: str) -> None:
         super()._remember(tensor, size, kind)
@@ -169,20 +170,20 @@ class StepCounter(MemoryTracker):
         if operation is _CPU_ATTENTION_BACKWARD:
             self.attention_backward_flops += 2.5 * _cpu_attention_flops(args[1:], args[7])
             return
-        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
-        size = sum(t.numel() * t.element_size() for t in tensors)
-        host = [self.on_host(t) for t in tensors]
+        used = meta.tensors(args, kwargs, result)
+        size = sum(t.numel() * t.element_size() for t in used)
+        host = [self.on_host(t) for t in used]
         if not any(host):
             self._sums["memory_bytes"] += size
         elif operation in (aten.copy_, aten._to_copy) and not all(host):
-            self._sums["link_bytes"] += tensors[0].numel() * tensors[0].element_size()
+            self._sums["link_bytes"] += used[0].numel() * used[0].element_size()
         else:
             self._sums["host_memory_bytes"] += size
 
 
-def _reads_numbers(tensor: Tensor, kwargs: dict[str, Any] | None) -> bool:
+def _reads_numbers(tensor: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether a copy of a tensor without data is one that a program reads numbers from."""
-    return tensor.is_meta and (kwargs or {}).get("device") == torch.device("cpu")
+    return tensor.is_meta and kwargs.get("device") == torch.device("cpu")
 
 
 def _cpu_attention_flops(tensors: tuple[Any, ...], causal: bool) -> float:

@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from mst_train.memory.meta import tensors
 from mst_train.ranges import BLOCK_RANGE, HEAD_RANGE, HOST_RANGE, OPTIMIZER_RANGE
 
 KINDS = (
@@ -126,25 +126,30 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        return self.operation(function, args, kwargs or {})
+
+    def operation(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What an operation returns, counted."""
         if function.namespace == "profiler":
             return self._range(function, args, kwargs)
-        result = function(*args, **kwargs)
+        result = self.run(function, args, kwargs)
         if function.is_view:
             return result
         new = [t for t in self._counted(result) if _key(t) not in self._storages]
         if new:
-            before = {_key(t) for t in self._counted((args, kwargs))}
+            before = {_key(t) for t in self._counted(args, kwargs)}
             for tensor in new:
                 there = _key(tensor) in before  # a storage that is older than the tracking
                 size = 0 if there else tensor.untyped_storage().nbytes()
                 self._remember(tensor, size, "other" if there else self._kind())
         return result
 
-    def _counted(self, tree: Any) -> list[Tensor]:
-        if isinstance(tree, Tensor):
-            return [tree] if self.counts(tree) else []
-        return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and self.counts(t)]
+    def run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What an operation returns."""
+        return function(*args, **kwargs)
+
+    def _counted(self, *trees: Any) -> list[Tensor]:
+        return [t for t in tensors(*trees) if self.counts(t)]
 
     def _range(self, function: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         if function.overloadpacket == torch.ops.profiler._record_function_enter_new:

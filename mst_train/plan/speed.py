@@ -39,7 +39,12 @@ virtual machine. Not measured anew, because a trial sees pages that were given b
 which come up to six times as fast."""
 
 ROUNDS = 9
-"""How often each of a CPU's rates is measured; the median counts."""
+ROUNDS_SECONDS = 1.0
+"""How often each of a CPU's rates is measured; the median counts. No round begins after the
+seconds, which a CPU without instructions for bf16 needs for few tokens."""
+
+FEW_TOKENS, MANY_TOKENS = 64, 1024
+"""A CPU's rates are measured at many tokens where all rounds at few were quick enough."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +107,15 @@ def seconds(found: Simulation, rates: Rates) -> float:
 
 @functools.cache
 def _measured(dtype: torch.dtype, threads: int) -> Rates:
-    left, right = torch.ones(1024, 512, dtype=dtype), torch.ones(512, 2048, dtype=dtype)
-    q = torch.ones(1, 1024, 8, 64, dtype=dtype)
+    started = time.perf_counter()
+    rates = _trial(dtype, threads, FEW_TOKENS)
+    slow = time.perf_counter() - started > ROUNDS_SECONDS
+    return rates if slow else _trial(dtype, threads, MANY_TOKENS)
+
+
+def _trial(dtype: torch.dtype, threads: int, tokens: int) -> Rates:
+    left, right = torch.ones(tokens, 512, dtype=dtype), torch.ones(512, 2048, dtype=dtype)
+    q = torch.ones(1, tokens, 8, 64, dtype=dtype)
     kernel = CpuKernel()
     out, lse = kernel.forward(q, q, q)
     small = torch.ones(2**20)
@@ -116,7 +128,7 @@ def _measured(dtype: torch.dtype, threads: int) -> Rates:
     flops = attention_flops(q, q, causal=True)
     memory = 3 * small.nbytes / seconds["memory"]
     return Rates(
-        products=2 * 1024 * 512 * 2048 / seconds["product"],
+        products=2 * left.numel() * right.shape[1] / seconds["product"],
         attention_forward=flops / seconds["forward"],
         attention_backward=2.5 * flops / seconds["backward"],
         memory=memory,
@@ -129,7 +141,10 @@ def _measured(dtype: torch.dtype, threads: int) -> Rates:
 def _median_seconds(**runs: Callable[[], object]) -> dict[str, float]:
     """The median seconds of each of ``runs``, all in turn, so that a busy moment spoils none."""
     times: dict[str, list[float]] = {name: [] for name in runs}
+    begun = time.perf_counter()
     for _ in range(ROUNDS):
+        if any(times.values()) and time.perf_counter() - begun > ROUNDS_SECONDS:
+            break
         for name, run in runs.items():
             started = time.perf_counter()
             run()
