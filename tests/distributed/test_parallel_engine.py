@@ -16,13 +16,14 @@ from mst_train.model import build_model
 
 STAGES = (0, 1, 2, 3)
 COVERING = {
-    2: [(1, 1), (2, 2), (1, 3)],
+    2: [(1, 1), (2, 3)],
     4: [(4, 0), (2, 1), (1, 2), (2, 3)],
 }
 """For 2 and 4 processes: sequence-parallel degrees with ZeRO stages."""
 FULL = {
     world: list(itertools.product([d for d in (1, 2, 4) if d <= world], STAGES)) for world in (2, 4)
 }
+OTHERS = [{"degree": 2, "stage": 2}, {"degree": 1, "stage": 3}]
 MASTERS = [{"degree": 1, "stage": stage, "precision": "bf16_master"} for stage in STAGES]
 TIED = [
     {"degree": 1, "stage": 3, "policy": policy, "tied": True}
@@ -55,7 +56,7 @@ def alone():
 @pytest.fixture(scope="module")
 def two_together(tmp_path_factory):
     """What else two processes train, in one start of them."""
-    runs = [*MASTERS, *TIED, *IN_BACKWARD, *ON_HOST, *UNCLIPPED]
+    runs = [*OTHERS, *MASTERS, *TIED, *IN_BACKWARD, *ON_HOST, *UNCLIPPED]
     return train_all(2, runs, tmp_path_factory.mktemp("two"), timeout=600)
 
 
@@ -87,6 +88,14 @@ def check_equal(expected, found, tolerance):
 
 def test_two_processes(alone, tmp_path):
     for _, found in train_all(2, combinations(COVERING[2]), tmp_path, timeout=600):
+        check_equal(alone, found, 1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_otherwise(alone, two_together):
+    results = those_of(two_together, OTHERS)
+    assert len(results) == len(OTHERS)
+    for found in results:
         check_equal(alone, found, 1e-5)
 
 

@@ -622,12 +622,12 @@ def kept_bytes(x, keep_attention):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 34])
+@pytest.mark.parametrize("chunk_tokens", [4, 14, 34])
 @pytest.mark.parametrize("cu_seqlens", [None, [0, 3, 17, 34]])
 def test_memory_between_forward_and_backward(cu_seqlens, chunk_tokens, dtype):
     """To the byte, with everything that views hold on to. The first input was there before, and
     the last result is alive."""
-    layers = 3
+    layers = 2
     stack, x = make_stack(layers, batch=2, dtype=dtype)
     documents = make_documents(cu_seqlens)
     keys_values = 2 * x.nbytes * KV_HEADS // HEADS if chunk_tokens < 34 else 0
@@ -685,7 +685,7 @@ def test_peak_of_the_backward_does_not_grow_with_depth(monkeypatch, keep_attenti
     monkeypatch.setattr(CpuKernel, "keys_at_once", 128)
     shallow, deep = (
         backward_peak(layers, 256, keep_attention=keep_attention, offload=offload)
-        for layers in (2, 6)
+        for layers in (2, 4)
     )
     assert deep == shallow
 
@@ -704,9 +704,9 @@ def test_peak_of_the_backward_per_token(monkeypatch, offload, keep_attention, po
     """
     monkeypatch.setattr(CpuKernel, "keys_at_once", 128)
     options = {"keep_attention": keep_attention, "offload": offload, "post_norm": post_norm}
-    peaks = [backward_peak(2, sequence, **options) for sequence in (512, 768, 1024)]
+    peaks = [backward_peak(2, sequence, **options) for sequence in (256, 384, 512)]
     expected = 128 + 256 + 256 + (128 if offload else 0)
-    slopes = [(b - a) / 256 for a, b in pairwise(peaks)]
+    slopes = [(b - a) / 128 for a, b in pairwise(peaks)]
     assert slopes == [expected] * 2
 
 
@@ -726,7 +726,7 @@ def test_peak_of_the_forward_per_token(monkeypatch):
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_nothing_leaks_over_fifty_steps(offload):
+def test_nothing_leaks_over_many_steps(offload):
     offload = Offload(CPU) if offload else None
     stack, x = make_stack()
 
@@ -737,7 +737,7 @@ def test_nothing_leaks_over_fifty_steps(offload):
     step()
     host = offload and offload.host_bytes
     with MemoryTracker() as tracker:
-        for _ in range(50):
+        for _ in range(20):
             step()
             assert tracker.live_bytes == 0
     assert (offload and offload.host_bytes) == host
