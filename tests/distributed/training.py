@@ -96,7 +96,7 @@ def make_config(
         model=dataclasses.replace(MODEL, tie_embeddings=tied),
         data=DataConfig(sequence_length=LENGTH),
         memory=MemoryConfig(
-            policy=policy, mlp_chunk_tokens=5, head_chunk_tokens=7, block_chunk_tokens=9
+            policy=policy, mlp_chunk_tokens=13, head_chunk_tokens=19, block_chunk_tokens=23
         ),
         parallel=ParallelConfig(sequence_parallel=degree, zero_stage=stage),
         optimizer=OptimizerConfig(

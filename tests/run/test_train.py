@@ -332,7 +332,7 @@ AUTO_CHUNKS = {"memory.mlp_chunk_tokens": "auto", "memory.head_chunk_tokens": "a
     [
         ({"model.vocab_size": 100}, r"model\.vocab_size=100 is smaller than the tokenizer's"),
         ({"data.source": "/nowhere/at/all.txt"}, "/nowhere/at/all.txt"),
-        ({"data.sequence_length": 10**6, **AUTO_CHUNKS}, "data.sequence_length"),
+        ({"data.sequence_length": 10**5, **AUTO_CHUNKS}, "data.sequence_length"),
         ({"kernel.attention": "cudnn"}, "kernel.attention=cudnn cannot be used"),
         ({"kernel.backend": "triton"}, "kernel.backend=triton cannot be used: .* needs CUDA"),
         ({"memory.device_budget_gib": 1e-5}, "memory.device_budget_gib allows"),
