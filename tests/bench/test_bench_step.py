@@ -79,6 +79,7 @@ def test_short_lengths_run_more_often(run_bench):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["step_gpu", "short_gpu"])
 def test_the_presets_for_gpus_run_here_with_small_dimensions(run_bench, name):
     report, _ = run_bench(name)

@@ -461,7 +461,10 @@ def test_a_source_that_changes_or_vanishes_meanwhile(
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("room", [100, 1000, 5000])  # for no shard, for some, for all but the end
+@pytest.mark.parametrize(
+    "room",  # for no shard, for some, for all but the end
+    [pytest.param(100, marks=pytest.mark.slow), 1000, pytest.param(5000, marks=pytest.mark.slow)],
+)
 def test_full_disk(
     room: int, prepare: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

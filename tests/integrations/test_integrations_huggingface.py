@@ -351,6 +351,7 @@ def test_the_trainer_sees_the_same_losses(tmp_path):
     assert torch.equal(*generated)
 
 
+@pytest.mark.slow
 def test_the_trainer_in_bf16_with_checkpointing_asked_for(tmp_path):
     model = make_model("gemma2")
     twin = apply_mini_sequence(copy.deepcopy(model), **CHUNKS)

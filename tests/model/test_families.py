@@ -96,7 +96,7 @@ def assert_same(actual, expected):
         torch.testing.assert_close(gradient, expected[1][name], rtol=1e-11, atol=1e-11, msg=name)
 
 
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("offload", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_policy_gives_the_plain_gradients(form, policy, offload):
