@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mst_train.bench.report import REFERENCES, Row, duration, label, reference_seconds, size
+from mst_train.bench.report import Row, compared, duration, label, relative, size, subject
+from mst_train.plan.plot import INK, new_figure
 
 OURS = "#1f6fb2"
 OTHERS = "#9aa5b1"
-INK = "#2b2f36"
 LINES = ("#6b7280", "#d97706", "#1f6fb2", "#16a34a", "#9333ea", "#be123c")
 
 PEAK = "peak memory beyond weights and inputs"
@@ -29,14 +29,10 @@ TITLES = {
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw a report into an image file. Raises ImportError where matplotlib is missing."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     longest = report["bench"] == "max_sequence"
     rows = [row for row in report["rows"] if row["tokens"] if longest or row["median_seconds"]]
     cases = list(dict.fromkeys((row["work"], row["tokens"]) for row in rows))
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4)
     if not cases:
         figure.text(0.5, 0.5, "nothing could be measured", ha="center", color=INK)
     elif longest:
@@ -59,8 +55,7 @@ def _longest(figure: Any, rows: Sequence[Row]) -> None:
     axes.barh([p - 0.2 for p in places], predicted, 0.36, color=OTHERS)
     axes.set_yticks(list(places), [label(row["variant"]) for row in rows])
     axes.set_xlabel("thousands of tokens (1,024): blue measured, grey predicted", color=INK)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _bars(figure: Any, report: dict[str, Any], rows: Sequence[Row], cases: list[Any]) -> None:
@@ -73,19 +68,13 @@ def _bars(figure: Any, report: dict[str, Any], rows: Sequence[Row], cases: list[
     for (left, right), group, (work, tokens) in zip(panels, groups, cases, strict=True):
 
         def time_text(row: Row) -> str:
-            reference = reference_seconds(row, rows, report["bench"])
-            ratio = "" if reference is None else f"   {row['median_seconds'] / reference:.2f}"
-            return f"{duration(row['median_seconds'])}{ratio}"
+            ratio = relative(row, rows, report["bench"])
+            return (duration(row["median_seconds"]) or "") + (f"   {ratio:.2f}" if ratio else "")
 
         name = f"{work}, {tokens:,} tokens" if report["bench"] == "peers" else f"{tokens:,} tokens"
         _bar_panel(left, group, lambda row: row["median_seconds"], time_text)
         left.set_title(f"{name}: time", loc="left", fontsize=9, color=INK)
-        _bar_panel(
-            right,
-            group,
-            lambda row: (row["peak_bytes"] or 0) / 2**30,
-            _memory_text,
-        )
+        _bar_panel(right, group, lambda row: (row["peak_bytes"] or 0) / 2**30, _memory_text)
         right.set_yticklabels([])
         right.set_title(PEAK, loc="left", fontsize=9, color=INK)
 
@@ -111,8 +100,7 @@ def _bar_panel(
     axes.set_xlim(0, max(values) * 1.35)
     axes.set_xticks([])
     axes.tick_params(length=0)
-    for side in ("top", "right", "bottom"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.spines["left"].set_color("#d1d5db")
 
 
@@ -124,13 +112,12 @@ def _memory_text(row: Row) -> str:
 def _lines(figure: Any, report: dict[str, Any], rows: Sequence[Row]) -> None:
     """Relative time and peak memory over the sequence length, a line for each variant."""
     left, right = figure.subplots(1, 2)
-    reference = label(REFERENCES[report["bench"]])
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     ends: dict[Any, list[tuple[Any, ...]]] = {left: [], right: []}
     for variant, color in zip(variants, LINES, strict=False):
         own = [row for row in rows if row["variant"] == variant]
         for axes, value in (
-            (left, lambda row: _relative(row, rows, report["bench"])),
+            (left, lambda row: relative(row, rows, report["bench"])),
             (right, lambda row: row["peak_bytes"] and row["peak_bytes"] / 2**30),
         ):
             points = [(row["tokens"], value(row)) for row in own if value(row)]
@@ -145,16 +132,16 @@ def _lines(figure: Any, report: dict[str, Any], rows: Sequence[Row]) -> None:
         axes.set_xlabel("tokens in the sequence", fontsize=9, color=INK)
         axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
         axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        axes.spines[["top", "right"]].set_visible(False)
     left.set_ylim(bottom=0)
-    left.set_title(f"time relative to {reference}", loc="left", fontsize=10, color=INK)
+    title = f"time relative to {compared(report['bench'])}"
+    left.set_title(title, loc="left", fontsize=10, color=INK)
     peaks = [row["peak_bytes"] for row in rows if row["peak_bytes"]] or [1]
     right.set_yscale("log", base=4 if max(peaks) > 16 * min(peaks) else 2)
     right.minorticks_off()
     right.yaxis.set_major_formatter(lambda value, _: size(value * 2**30))
     right.set_title(PEAK, loc="left", fontsize=10, color=INK)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     for axes, labels in ends.items():
         _label_ends(axes, labels)
 
@@ -180,26 +167,16 @@ def _label_ends(axes: Any, ends: Sequence[tuple[Any, ...]]) -> None:
         )
 
 
-def _relative(row: Row, rows: Sequence[Row], kind: str) -> float | None:
-    reference = reference_seconds(row, rows, kind)
-    return reference and row["median_seconds"] / reference
-
-
 def _short_number(tokens: int) -> str:
     return f"{tokens // 1024}K" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
 
 
 def _caption(report: dict[str, Any]) -> str:
-    hardware, settings = report["hardware"], report["settings"]
-    model = settings["model"]
-    machine = hardware.get("gpu") or f"{hardware['cpu']}, threads: {hardware['threads']}"
-    compared = REFERENCES.get(report["bench"])
-    reference = label(compared) if compared else "the fastest of others"
-    layers = "" if report["bench"] == "peers" else f"{model['num_layers']} layers, "
+    model = report["settings"]["model"]
     return (
-        f"{machine}; {settings['precision']}; {layers}hidden {model['hidden_size']}, intermediate "
+        f"{subject(report)}hidden {model['hidden_size']}, intermediate "
         f"{model['intermediate_size']}, vocabulary {model['vocab_size']}; torch "
-        f"{report['versions']['torch']}\nMedians; ratios to {reference}"
+        f"{report['versions']['torch']}\nMedians; ratios to {compared(report['bench'])}"
     )
 
 

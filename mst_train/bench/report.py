@@ -76,29 +76,30 @@ def table(report: dict[str, Any]) -> tuple[list[Column], list[list[str]]]:
         Column("time", lambda row: duration(row["median_seconds"])),
         Column("best", lambda row: duration(min(row["seconds"], default=None))),
         Column("CPU time", lambda row: duration(cpu_seconds(row)) if on_cpu else None),
-        Column("relative", lambda row: _ratio(row, rows, kind)),
-        Column("tokens/s", lambda row: _rounded(row.get("tokens_per_second"))),
-        Column("MFU", lambda row: _percent(row.get("model_flops_utilization"))),
-        Column("predicted", lambda row: _rounded(row.get("predicted_tokens"))),
+        Column("relative", lambda row: _shown(relative(row, rows, kind), ".2f")),
+        Column("tokens/s", lambda row: _shown(row.get("tokens_per_second"), ",.0f")),
+        Column("MFU", lambda row: _shown(row.get("model_flops_utilization"), ".1%")),
+        Column("predicted", lambda row: _shown(row.get("predicted_tokens"), ",.0f")),
         Column("peak", lambda row: size(row["peak_bytes"])),
         Column("predicted peak", lambda row: size(row.get("predicted_bytes"))),
         Column("host", lambda row: size(row.get("host_bytes") or None)),
-        Column("loss", lambda row: _loss(row.get("loss"))),
-        Column("gradient error", lambda row: _gradient_error(row)),
+        Column("loss", lambda row: _shown(row.get("loss"), ".6f")),
+        Column("gradient error", lambda row: _shown(_worst(row), ".1e")),
         Column("note", lambda row: row["problem"] or row.get("note"), left=True),
     ]
     columns = [c for c in columns if any(c.text(row) is not None for row in rows)]
     return columns, [[column.text(row) or "" for column in columns] for row in rows]
 
 
-def reference_seconds(row: Row, rows: Sequence[Row], kind: str) -> float | None:
-    """The time that this row's is compared with."""
+def relative(row: Row, rows: Sequence[Row], kind: str) -> float | None:
+    """The row's time as a multiple of the one that it is compared with."""
     same = [r for r in rows if (r["work"], r["tokens"]) == (row["work"], row["tokens"])]
     if kind == "peers":
         same = [r for r in same if r["peer"]]
     else:
         same = [r for r in same if r["variant"] == REFERENCES.get(kind)]
-    return min((r["median_seconds"] for r in same if r["median_seconds"]), default=None)
+    reference = min((r["median_seconds"] for r in same if r["median_seconds"]), default=None)
+    return reference and row["median_seconds"] and row["median_seconds"] / reference
 
 
 def cpu_seconds(row: Row) -> float | None:
@@ -110,9 +111,7 @@ def duration(seconds: float | None) -> str | None:
     """A time with its unit: three digits that count."""
     if seconds is None:
         return None
-    if seconds < 1:
-        return f"{_three_digits(seconds * 1000)} ms"
-    return f"{_three_digits(seconds)} s"
+    return f"{_digits(seconds * 1000)} ms" if seconds < 1 else f"{_digits(seconds)} s"
 
 
 def size(count: float | None) -> str | None:
@@ -120,47 +119,41 @@ def size(count: float | None) -> str | None:
     if count is None:
         return None
     mib = count / 2**20
-    return f"{_three_digits(mib / 1024)} GiB" if mib >= 1024 else f"{_three_digits(mib)} MiB"
+    return f"{_digits(mib / 1024)} GiB" if mib >= 1024 else f"{_digits(mib)} MiB"
 
 
-def _three_digits(number: float) -> str:
+def compared(kind: str) -> str:
+    """What times are compared with, where it is the same for all rows."""
+    return label(REFERENCES[kind]) if kind in REFERENCES else "the fastest of others"
+
+
+def subject(report: dict[str, Any]) -> str:
+    """The machine, the type and the layers that were measured."""
+    hardware, settings = report["hardware"], report["settings"]
+    machine = hardware.get("gpu") or f"{hardware['cpu']}, threads: {hardware['threads']}"
+    layers = "" if report["bench"] == "peers" else f"{settings['model']['num_layers']} layers, "
+    return f"{machine}; {settings['precision']}; {layers}"
+
+
+def _digits(number: float) -> str:
     if number >= 100:
         return f"{number:,.0f}"
     return f"{number:.1f}" if number >= 10 else f"{number:.2f}"
 
 
-def _ratio(row: Row, rows: Sequence[Row], kind: str) -> str | None:
-    reference = reference_seconds(row, rows, kind)
-    if reference is None or row["median_seconds"] is None:
-        return None
-    return f"{row['median_seconds'] / reference:.2f}"
+def _shown(number: float | None, form: str) -> str | None:
+    return None if number is None else format(number, form)
 
 
-def _rounded(number: float | None) -> str | None:
-    return None if number is None else f"{number:,.0f}"
-
-
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{100 * share:.1f}%"
-
-
-def _loss(loss: float | None) -> str | None:
-    return None if loss is None else f"{loss:.6f}"
-
-
-def _gradient_error(row: Row) -> str | None:
-    errors = row.get("gradient_errors")
-    return f"{max(errors.values()):.1e}" if errors else None
+def _worst(row: Row) -> float | None:
+    return max(row.get("gradient_errors", {}).values(), default=None)
 
 
 def _about(report: dict[str, Any]) -> list[str]:
-    hardware, versions = report["hardware"], report["versions"]
-    machine = hardware.get("gpu") or f"{hardware['cpu']}, threads: {hardware['threads']}"
-    model = report["settings"]["model"]
-    layers = "" if report["bench"] == "peers" else f"{model['num_layers']} layers, "
+    hardware, versions, model = report["hardware"], report["versions"], report["settings"]["model"]
     return [
-        f"{machine}; {report['settings']['precision']}; {layers}hidden {model['hidden_size']:,}, "
-        f"intermediate {model['intermediate_size']:,}, vocabulary {model['vocab_size']:,}.",
+        f"{subject(report)}hidden {model['hidden_size']:,}, intermediate "
+        f"{model['intermediate_size']:,}, vocabulary {model['vocab_size']:,}.",
         "",
         f"`{report['command']}`, {report['date']}, commit {report['git_commit'] or 'unknown'}, "
         + ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mst_train.paper.reported import K, short_number
-from mst_train.plan.plot import INK, stack
+from mst_train.plan.plot import INK, new_figure, stack
 from mst_train.units import GIB
 
 Report = dict[str, Any]
@@ -34,7 +34,8 @@ LONG, SHORT = COLORS["mst"], COLORS["recompute"]
 
 def draw_longest(report: Report, path: Path) -> None:
     """A row for each model: hollow marks are reported lengths, full ones predicted."""
-    figure, axes = _figure(10, 1.3 + 0.62 * len(report["rows"]))
+    figure = new_figure(10, 1.3 + 0.62 * len(report["rows"]))
+    axes = figure.subplots()
     for place, row in enumerate(report["rows"]):
         found = row["predicted"].items()
         predicted = {way: at["sequence_length"] for way, at in found if at}
@@ -51,8 +52,7 @@ def draw_longest(report: Report, path: Path) -> None:
     axes.set_xticks(ticks, [short_number(tick) for tick in ticks])
     axes.set_xlim(K, 2**10.6 * K)
     axes.minorticks_off()
-    axes.grid(visible=False, axis="y")
-    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    _plain(axes, grid="x")
     axes.set_xlabel("tokens in a sequence, on one 80 GB GPU", color=INK)
     _legend_of_marks(figure)
     _save(figure, path)
@@ -93,7 +93,7 @@ def _legend_of_marks(figure: Any) -> None:
 def draw_lengths(report: Report, path: Path) -> None:
     """A panel of stacked areas for each way, cut off at twice what the device has."""
     ways = report["ways"]
-    figure, _ = _figure(3.3 * len(ways), 4.2, axes=False)
+    figure = new_figure(3.3 * len(ways), 4.2)
     panels = figure.subplots(1, len(ways), sharey=True, squeeze=False)[0]
     for axes, (name, rows) in zip(panels, ways.items(), strict=True):
         stack(axes, rows)
@@ -114,7 +114,7 @@ def draw_ablations(report: Report, path: Path) -> None:
     """Peak, and time relative to one chunk, over the number of chunks, a row for each length."""
     lengths = list(dict.fromkeys(row["tokens"] for row in report["rows"]))
     counts = sorted({row["chunks"] for row in report["rows"]})
-    figure, _ = _figure(10, 0.8 + 2.7 * len(lengths), axes=False)
+    figure = new_figure(10, 0.8 + 2.7 * len(lengths))
     panels = figure.subplots(len(lengths), 2, squeeze=False, sharex=True)
     for (left, right), length in zip(panels, lengths, strict=True):
         for kind, (name, color, marker) in KINDS.items():
@@ -145,27 +145,22 @@ def draw_ablations(report: Report, path: Path) -> None:
 
 def draw_convergence(report: Report, path: Path) -> None:
     """Four panels: the method against vanilla, and long sequences against short ones."""
-    figure, _ = _figure(10, 7, axes=False)
+    figure = new_figure(10, 7)
     (same, trained), (by_tokens, by_time) = figure.subplots(2, 2)
     _draw_same(same, report)
     _draw_training(trained, report)
-    for axes, time in ((by_tokens, False), (by_time, True)):
-        _draw_validation(axes, report, time=time)
-    for axes in (same, trained, by_tokens, by_time):
-        _plain(axes)
+    _draw_validation(by_tokens, report, time=False)
+    _draw_validation(by_time, report, time=True)
     _save(figure, path)
 
 
 def _draw_same(axes: Any, report: Report) -> None:
     runs = report["runs"]
-    for name, width, style in (("vanilla", 4.5, "-"), ("mst", 1.3, "-")):
+    for name, width, color in (("vanilla", 4.5, "#c3cad2"), ("mst", 1.3, LONG)):
         losses = runs[name]["losses"]
         x = _millions(range(1, len(losses) + 1), report)
-        color = "#c3cad2" if name == "vanilla" else LONG
-        axes.plot(x, losses, style, linewidth=width, color=color, label=NAMES[name])
-    _title(axes, "training loss: the method and vanilla")
-    axes.set_xlabel("million tokens", color=INK)
-    axes.legend(frameon=False, fontsize=9)
+        axes.plot(x, losses, linewidth=width, color=color, label=NAMES[name])
+    _describe(axes, "training loss: the method and vanilla")
     difference = report["largest_relative_difference"]
     axes.annotate(
         f"largest difference: {difference:.1e} of the loss",
@@ -183,25 +178,27 @@ def _draw_training(axes: Any, report: Report) -> None:
         x = _millions(range(1, len(run["losses"]) + 1), report)
         axes.plot(x, run["losses"], color=color, linewidth=0.7, alpha=0.3)
         axes.plot(x, _smooth(run["losses"]), color=color, label=_trained_on(run))
-    _title(axes, "training loss, each at its own length")
-    axes.set_xlabel("million tokens", color=INK)
-    axes.legend(frameon=False, fontsize=9)
+    _describe(axes, "training loss, each at its own length")
 
 
 def _draw_validation(axes: Any, report: Report, *, time: bool) -> None:
     for name, color in (("mst", LONG), ("short", SHORT)):
         run = report["runs"][name]
         steps = [point["step"] for point in run["validation"]]
-        x = _millions(steps, report)
-        if time:
-            x = [step * run["median_step_seconds"] for step in steps]
+        seconds = [step * run["median_step_seconds"] for step in steps]
+        x = seconds if time else _millions(steps, report)
         losses = [point["loss"] for point in run["validation"]]
         axes.plot(x, losses, marker="o", markersize=4, color=color, label=_trained_on(run))
-    over = "time" if time else "tokens"
-    _title(axes, f"validation loss at {report['long']:,} tokens, over {over}")
-    axes.set_xlabel("seconds of training" if time else "million tokens", color=INK)
+    title = f"validation loss at {report['long']:,} tokens, over {'time' if time else 'tokens'}"
+    _describe(axes, title, "seconds of training" if time else "million tokens")
     axes.set_xlim(left=0)
+
+
+def _describe(axes: Any, title: str, x_label: str = "million tokens") -> None:
+    _title(axes, title)
+    axes.set_xlabel(x_label, color=INK)
     axes.legend(frameon=False, fontsize=9)
+    _plain(axes)
 
 
 def _trained_on(run: Report) -> str:
@@ -219,27 +216,13 @@ def _smooth(losses: Sequence[float], window: int = 15) -> list[float]:
     return [sum(part) / len(part) for part in near]
 
 
-def _figure(width: float, height: float, *, axes: bool = True) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    if not axes:
-        return figure, None
-    panel = figure.subplots()
-    _plain(panel)
-    return figure, panel
-
-
 def _title(axes: Any, text: str) -> None:
     axes.set_title(text, loc="left", fontsize=10, color=INK)
 
 
-def _plain(axes: Any) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
+def _plain(axes: Any, grid: str = "y") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
 
 

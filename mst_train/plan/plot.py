@@ -24,17 +24,20 @@ INK = "#2b2f36"
 
 def draw_memory(predictions: Sequence[Prediction], path: Path, title: str) -> None:
     """Stacked areas of the peak's parts against length, with the device's limit as a line."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
     stack(axes, [prediction.report() for prediction in predictions])
     axes.set_title(title, loc="left", fontsize=12, color=INK)
     axes.legend(loc="upper left", fontsize=8, frameon=False, reverse=True)
     axes.set_ylabel("GiB on each device at the peak", color=INK)
     figure.savefig(path, dpi=160, facecolor="white")
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A figure of so many inches, for a file."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def stack(axes: Any, reports: Sequence[dict[str, Any]]) -> None:
@@ -67,5 +70,4 @@ def stack(axes: Any, reports: Sequence[dict[str, Any]]) -> None:
     axes.set_xlabel("tokens in a sequence (K: 1,024)", color=INK)
     axes.margins(x=0)
     axes.set_ylim(bottom=0)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)

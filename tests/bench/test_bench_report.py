@@ -95,7 +95,7 @@ def test_nothing_measured_still_draws(tmp_path):
 
 
 def test_without_matplotlib_it_says_how_to_draw_later(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     lines = write(results(row("mst", 1.0)), tmp_path)
     assert f"python -m mst_train.bench.plot {tmp_path / 'results.json'}" in lines[1]
     assert not (tmp_path / "results.png").exists()
