@@ -12,6 +12,7 @@ from html import escape
 from typing import Any
 
 from mst_train.memory.tracker import KINDS
+from mst_train.plan.plot import new_figure
 
 INK, FAINT, GRID = "#010101", "#010102", "#010103"
 LINES = [f"#0102{number:02x}" for number in range(6)]
@@ -45,6 +46,13 @@ _SETTINGS = {
     "grid.color": GRID,
 }
 
+_STYLES: dict[str, dict[str, Any]] = {
+    "line": {"linewidth": 1.7},
+    "faint": {"linewidth": 0.8, "alpha": 0.3},
+    "points": {"marker": "o", "linewidth": 1.1, "markersize": 4},
+    "rings": {"marker": "o", "linestyle": "", "markersize": 4.5, "markerfacecolor": "none"},
+}
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -74,12 +82,13 @@ def line_chart(
 
     def draw(axes: Any) -> None:
         for curve in curves:
-            _draw(axes, curve)
+            x, y = thin(curve.x, curve.y)
+            alone = len(x) == 1 and curve.style == "line"
+            axes.plot(x, y, color=curve.color, **_STYLES["points" if alone else curve.style])
         if ticks is None:
             axes.xaxis.set_major_formatter(lambda value, _: short(value))
         else:
             axes.set_xticks(range(len(ticks)), ticks)
-        axes.yaxis.set_major_formatter(lambda value, _: short(value))
         axes.set_xlabel(x_label)
         if from_zero:
             axes.set_ylim(0, 1.1 * max(max(curve.y) for curve in curves) or 1)
@@ -114,7 +123,6 @@ def memory_chart(
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
         axes.set_xlabel("tokens in a sequence")
-        axes.yaxis.set_major_formatter(lambda value, _: short(value))
 
     return _svg(name, draw)
 
@@ -154,31 +162,17 @@ def short_power(tokens: int) -> str:
     return f"{tokens // 1024}K" if tokens >= 1024 and tokens % 1024 == 0 else f"{tokens:,}"
 
 
-def _draw(axes: Any, curve: Curve) -> None:
-    x, y = thin(curve.x, curve.y)
-    if curve.style == "faint":
-        axes.plot(x, y, color=curve.color, linewidth=0.8, alpha=0.3)
-    elif curve.style == "rings":
-        axes.plot(x, y, "o", color=curve.color, markersize=4.5, markerfacecolor="none")
-    elif curve.style == "points" or len(x) == 1:
-        axes.plot(x, y, "o-", color=curve.color, linewidth=1.1, markersize=4)
-    else:
-        axes.plot(x, y, color=curve.color, linewidth=1.7)
-
-
 def _svg(name: str, draw: Callable[[Any], None]) -> str:
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
 
     with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        FigureCanvasSVG(figure)
+        figure = new_figure(*SIZE)
         axes = figure.subplots()
         axes.grid(axis="y", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.tick_params(length=0)
         axes.spines["left"].set_visible(False)
+        axes.yaxis.set_major_formatter(lambda value, _: short(value))
         draw(axes)
         file = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -189,11 +183,10 @@ def _svg(name: str, draw: Callable[[Any], None]) -> str:
 def _at_home(svg: str, name: str) -> str:
     """A drawing as a part of the page: without a size, colours and font of its own."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<(metadata|style).*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    for size in ("width", "height"):
+        svg = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", svg, count=1)
     for color, variable in VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(name)}" ', 1).strip()

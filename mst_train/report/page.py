@@ -7,48 +7,28 @@ from typing import Any
 from mst_train.report import sections
 from mst_train.report.read import Run
 
-LIGHT = {
-    "ground": "#fbfbfc",
-    "panel": "#ffffff",
-    "ink": "#1f2933",
-    "faint": "#68727d",
-    "grid": "#dfe3e8",
-    "line-0": "#1f6fb2",
-    "line-1": "#d97706",
-    "line-2": "#15803d",
-    "line-3": "#9333ea",
-    "line-4": "#be123c",
-    "line-5": "#0e7490",
-    "area-parameters": "#334e68",
-    "area-gradients": "#829ab1",
-    "area-optimizer": "#627d98",
-    "area-checkpoints": "#2f9e44",
-    "area-working_set": "#f08c00",
-    "area-head": "#e03131",
-    "area-other": "#adb5bd",
-    "area-overhead": "#d3d9df",
+COLORS = {
+    "ground": ("#fbfbfc", "#14181d"),
+    "panel": ("#ffffff", "#1b2127"),
+    "ink": ("#1f2933", "#e6e9ec"),
+    "faint": ("#68727d", "#98a2ad"),
+    "grid": ("#dfe3e8", "#333b44"),
+    "line-0": ("#1f6fb2", "#62aee8"),
+    "line-1": ("#d97706", "#f5a742"),
+    "line-2": ("#15803d", "#4ac26b"),
+    "line-3": ("#9333ea", "#c08bfa"),
+    "line-4": ("#be123c", "#fb7185"),
+    "line-5": ("#0e7490", "#3fc1d9"),
+    "area-parameters": ("#334e68", "#5d7fa3"),
+    "area-gradients": ("#829ab1", "#a9bdd1"),
+    "area-optimizer": ("#627d98", "#7f9cba"),
+    "area-checkpoints": ("#2f9e44", "#40b35a"),
+    "area-working_set": ("#f08c00", "#f59f2f"),
+    "area-head": ("#e03131", "#ef5a5a"),
+    "area-other": ("#adb5bd", "#7d8791"),
+    "area-overhead": ("#d3d9df", "#56606a"),
 }
-DARK = {
-    "ground": "#14181d",
-    "panel": "#1b2127",
-    "ink": "#e6e9ec",
-    "faint": "#98a2ad",
-    "grid": "#333b44",
-    "line-0": "#62aee8",
-    "line-1": "#f5a742",
-    "line-2": "#4ac26b",
-    "line-3": "#c08bfa",
-    "line-4": "#fb7185",
-    "line-5": "#3fc1d9",
-    "area-parameters": "#5d7fa3",
-    "area-gradients": "#a9bdd1",
-    "area-optimizer": "#7f9cba",
-    "area-checkpoints": "#40b35a",
-    "area-working_set": "#f59f2f",
-    "area-head": "#ef5a5a",
-    "area-other": "#7d8791",
-    "area-overhead": "#56606a",
-}
+"""The page's variables by light and in the dark."""
 
 STYLE = """\
 *{box-sizing:border-box}
@@ -115,6 +95,6 @@ def page(runs: Sequence[Run], predictions: Sequence[dict[str, Any]]) -> str:
 
 def _variables() -> str:
     light, dark = (
-        "".join(f"--{name}:{value};" for name, value in colors.items()) for colors in (LIGHT, DARK)
+        "".join(f"--{name}:{pair[way]};" for name, pair in COLORS.items()) for way in (0, 1)
     )
     return f":root{{{light}}}\n@media(prefers-color-scheme:dark){{:root{{{dark}}}}}\n"

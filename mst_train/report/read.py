@@ -49,10 +49,6 @@ class Run:
         length: int | None = group(self.settings, "data").get("sequence_length")
         return length
 
-    def curve(self, key: str, scale: float = 1) -> tuple[list[int], list[float]]:
-        """The steps and values of a number in the training records, where it is known."""
-        return curve(self.training, key, scale)
-
     def last(self, key: str) -> float | None:
         """The last known value of a number in the training or validation records."""
         for records in (self.training, self.validation):
@@ -63,13 +59,18 @@ class Run:
 
     def median(self, key: str) -> float | None:
         """The median of a number in the training records."""
-        values = self.curve(key)[1]
+        values = curve(self.training, key)[1]
         return median(values) if values else None
 
     @property
     def seconds(self) -> float:
         """Spent in training steps."""
-        return sum(self.curve("step_seconds")[1])
+        return sum(curve(self.training, "step_seconds")[1])
+
+    @property
+    def passkey_accuracy(self) -> float | None:
+        """Of the last retrieval; None where there was none."""
+        return self.passkeys[-1]["passkey_accuracy"] if self.passkeys else None
 
 
 def curve(records: list[Record], key: str, scale: float = 1) -> tuple[list[int], list[float]]:

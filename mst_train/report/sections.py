@@ -31,7 +31,7 @@ FIGURES: tuple[tuple[str, Callable[[Run], str | None]], ...] = (
     ("of the device's FLOP/s", lambda run: _or_none(run.median(MFU), "{:.1%}")),
     ("peak memory", lambda run: _size(run.last("peak_memory_bytes"))),
     ("time in steps", lambda run: _time(run.seconds)),
-    ("passkey digits right", lambda run: _passkey_accuracy(run)),
+    ("passkey digits right", lambda run: _or_none(run.passkey_accuracy, "{:.0%}")),
 )
 MFU = "model_flops_utilization"
 
@@ -68,9 +68,7 @@ def figures(runs: Sequence[Run]) -> str:
             for name, values in rows
         )
         return f"<section class=cards>{''.join(cards)}</section>"
-    head = "".join(f"<th>{swatch(i)}{escape(run.name)}</th>" for i, run in enumerate(runs))
-    body = "".join(_row(name, values) for name, values in rows)
-    return f"<section class=scroll><table><tr><th></th>{head}</tr>{body}</table></section>"
+    return f"<section class=scroll>{_table(runs, rows)}</section>"
 
 
 def charts(runs: Sequence[Run], predictions: Sequence[Report]) -> str:
@@ -84,45 +82,38 @@ def charts(runs: Sequence[Run], predictions: Sequence[Report]) -> str:
     def place(run: Run, steps: Sequence[int]) -> Sequence[float]:
         return _tokens_at(run, steps) if several else steps
 
-    def plain(key: str, scale: float = 1) -> list[Curve]:
+    def drawn(
+        key: str, scale: float = 1, *, kind: str = "training", style: str = "line"
+    ) -> list[Curve]:
         found = []
         for number, run in enumerate(runs):
-            steps, values = run.curve(key, scale)
+            steps, values = curve(getattr(run, kind), key, scale)
             if values:
-                found.append(Curve(place(run, steps), values, color(number)))
+                found.append(Curve(place(run, steps), values, color(number), style))
         return found
 
     def smoothed(key: str) -> list[Curve]:
-        lines = plain(key)
+        lines = drawn(key)
         faint = [Curve(line.x, line.y, line.color, "faint") for line in lines]
         return faint + [Curve(line.x, smooth(line.y), line.color) for line in lines]
 
-    validation = []
-    for number, run in enumerate(runs):
-        steps, values = curve(run.validation, "val_loss")
-        if values:
-            validation.append(Curve(place(run, steps), values, color(number), "points"))
+    validation = drawn("val_loss", kind="validation", style="points")
     loss = smoothed("loss")
     around, rings = "bold: the mean around a step", ""
     if len(runs) == 1 and validation:
         rings = "; rings: validation"
         loss += [Curve(curve.x, curve.y, INK, "rings") for curve in validation]
-    drawn = [
+    figures = [
         ("Training loss", around + rings, loss),
         ("Validation loss", "over the same sequences each time", validation),
-        ("Learning rate", "", plain("learning_rate")),
+        ("Learning rate", "", drawn("learning_rate")),
         ("Gradient norm", f"before clipping; {around}", smoothed("grad_norm")),
         ("Tokens per second", around, smoothed("tokens_per_second")),
-        ("Peak memory", "GiB, the highest so far", plain("peak_memory_bytes", GIB)),
+        ("Peak memory", "GiB, the highest so far", drawn("peak_memory_bytes", GIB)),
     ]
     parts = [
-        _figure(
-            title,
-            note,
-            line_chart(title, curves, x_label, from_zero=title in FROM_ZERO),
-            _key(runs),
-        )
-        for title, note, curves in drawn
+        _figure(title, note, line_chart(title, curves, x_label, from_zero=title in FROM_ZERO), runs)
+        for title, note, curves in figures
         if curves
     ]
     parts[2:2] = positions(runs)
@@ -144,7 +135,7 @@ def positions(runs: Sequence[Run]) -> list[str]:
     title, ticks = "Loss by position in the sequence", [short_power(start) for start in starts]
     chart = line_chart(title, curves, "tokens before, from", ticks=ticks)
     note = "the last validation; lower on the right: the context is used"
-    return [_figure(title, note, chart, _key(runs))]
+    return [_figure(title, note, chart, runs)]
 
 
 def memory(runs: Sequence[Run], predictions: Sequence[Report]) -> list[str]:
@@ -163,7 +154,7 @@ def memory(runs: Sequence[Run], predictions: Sequence[Report]) -> list[str]:
         notes.append(f"areas: predicted for {runs[0].name}, by kind")
     if measured and runs[0].prediction.get("device") == "cpu":
         notes.append("a CPU process's peak has Python and torch in it as well")
-    parts = [_figure(title, "; ".join(notes), chart, _key(runs))]
+    parts = [_figure(title, "; ".join(notes), chart, runs)]
     if runs[0].prediction:
         parts.append(_breakdown(runs[0].prediction))
     return parts
@@ -187,10 +178,8 @@ def passkeys(run: Run) -> str:
         f"After {last['step']:,} steps: how much of a hidden number the model finds, by the text's "
         f"length and the number's place in it"
     )
-    return (
-        f"<section><figure><h2>Passkey retrieval</h2><p class=faint>{note}</p><div class=scroll>"
-        f"<table><tr><th></th>{head}</tr>{rows}</table></div></figure></section>"
-    )
+    table = f"<div class=scroll><table><tr><th></th>{head}</tr>{rows}</table></div>"
+    return f"<section>{_figure('Passkey retrieval', note, table)}</section>"
 
 
 def details(runs: Sequence[Run]) -> str:
@@ -217,16 +206,28 @@ def swatch(number: int) -> str:
     return f'<i class=dot style="background:var(--line-{number % len(LINES)})"></i>'
 
 
-def _figure(title: str, note: str, chart: str, key: str) -> str:
+def _figure(title: str, note: str, content: str, runs: Sequence[Run] = ()) -> str:
+    """runs: those that the content compares, where there are several."""
     caption = f"<p class=faint>{escape(note)}</p>" if note else ""
-    return f"<figure><h2>{escape(title)}</h2>{caption}{key}{chart}</figure>"
+    names = "".join(f"<span>{name}</span>" for name in _named(runs)) if len(runs) > 1 else ""
+    key = f"<p class=key>{names}</p>" if names else ""
+    return f"<figure><h2>{escape(title)}</h2>{caption}{key}{content}</figure>"
 
 
-def _key(runs: Sequence[Run]) -> str:
-    if len(runs) == 1:
-        return ""
-    names = (f"<span>{swatch(i)}{escape(run.name)}</span>" for i, run in enumerate(runs))
-    return f"<p class=key>{''.join(names)}</p>"
+def _named(runs: Sequence[Run]) -> list[str]:
+    return [f"{swatch(number)}{escape(run.name)}" for number, run in enumerate(runs)]
+
+
+def _table(runs: Sequence[Run], rows: Iterable[tuple[str, Sequence[str | None]]]) -> str:
+    """A column for each run; rows: names and values."""
+    head = "".join(f"<th>{name}</th>" for name in _named(runs))
+    body = "".join(
+        f"<tr><th>{escape(name)}</th>"
+        + "".join(f"<td>{escape(value or '')}</td>" for value in values)
+        + "</tr>"
+        for name, values in rows
+    )
+    return f"<table><tr><th></th>{head}</tr>{body}</table>"
 
 
 def _breakdown(prediction: dict[str, Any]) -> str:
@@ -240,11 +241,9 @@ def _breakdown(prediction: dict[str, Any]) -> str:
     )
     total = f"<tr><td>at the peak</td><td class=number>{_size(prediction['peak_bytes'])}</td>"
     budget = f"<td class=faint>of {_size(prediction['budget_bytes'])}</td></tr>"
-    note = f"{prediction['sequence_length']:,} tokens on {escape(str(prediction['device']))}"
-    return (
-        f"<figure><h2>Predicted memory by kind</h2><p class=faint>{note}</p>"
-        f"<table class=parts>{rows}{total}{budget}</table></figure>"
-    )
+    note = f"{prediction['sequence_length']:,} tokens on {prediction['device']}"
+    table = f"<table class=parts>{rows}{total}{budget}</table>"
+    return _figure("Predicted memory by kind", note, table)
 
 
 def _differences(runs: Sequence[Run]) -> str:
@@ -255,25 +254,16 @@ def _differences(runs: Sequence[Run]) -> str:
         values = [settings.get(key) for settings in flat]
         ours = key.partition(".")[0] not in OF_OTHER_COMMANDS
         if ours and any(value != values[0] for value in values):
-            rows.append(_row(key, [str(value) for value in values]))
+            rows.append((key, [str(value) for value in values]))
     if not rows:
         return ""
-    head = "".join(f"<th>{swatch(i)}{escape(run.name)}</th>" for i, run in enumerate(runs))
-    return (
-        f"<h2>Settings that differ</h2><div class=scroll><table><tr><th></th>{head}</tr>"
-        f"{''.join(rows)}</table></div>"
-    )
+    return f"<h2>Settings that differ</h2><div class=scroll>{_table(runs, rows)}</div>"
 
 
 def _share(share: float | None) -> str:
     if share is None:
         return "<td></td>"
     return f'<td><span class=share style="--share:{share:.2f}">{share:.0%}</span></td>'
-
-
-def _row(name: str, values: Iterable[str | None]) -> str:
-    cells = "".join(f"<td>{escape(value or '')}</td>" for value in values)
-    return f"<tr><th>{escape(name)}</th>{cells}</tr>"
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -286,12 +276,8 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
 
 def _tokens_at(run: Run, steps: Sequence[int]) -> list[float]:
     """The tokens trained on after each of ``steps``."""
-    known = dict(zip(*run.curve("tokens"), strict=True))
+    known = dict(zip(*curve(run.training, "tokens"), strict=True))
     return [known.get(step, 0.0) for step in steps]
-
-
-def _passkey_accuracy(run: Run) -> str | None:
-    return f"{run.passkeys[-1]['passkey_accuracy']:.0%}" if run.passkeys else None
 
 
 def _or_none(value: float | None, form: str) -> str | None:
