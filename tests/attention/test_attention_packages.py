@@ -13,7 +13,7 @@ import torch
 from formula import DOCUMENTS, SCORES, assert_same, in_chunks, make_documents, make_inputs, whole
 
 from mst_train.attention import select_attention
-from mst_train.attention.cuda import packages
+from mst_train.attention.cuda import flash
 from mst_train.attention.select import (
     FlashAttn3Kernel,
     FlashAttn4Kernel,
@@ -37,14 +37,14 @@ def install(monkeypatch, name, **functions):
     module = ModuleType(name)
     vars(module).update(functions)
     monkeypatch.setitem(sys.modules, name, module)
-    packages.import_problem.cache_clear()
+    flash.import_problem.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def forget_imports():
-    packages.import_problem.cache_clear()
+    flash.import_problem.cache_clear()
     yield
-    packages.import_problem.cache_clear()
+    flash.import_problem.cache_clear()
 
 
 @pytest.fixture
@@ -328,7 +328,7 @@ def test_a_package_built_for_something_else(
     def fail(module):
         raise AttributeError("ThrMma")
 
-    packages.import_problem.cache_clear()
+    flash.import_problem.cache_clear()
     monkeypatch.setattr("importlib.import_module", fail)
     assert_refused(name, r"cannot be imported \(AttributeError: ThrMma\)")
 

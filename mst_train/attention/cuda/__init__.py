@@ -1,15 +1,18 @@
 """Attention on CUDA devices: one module per implementation.
 
+flash          what all but cuDNN's share: packed documents, windows, how packages refuse
 torch_flash    the FlashAttention-2 that torch brings
 cudnn          cuDNN's, through torch
 flash_attn_2   the package flash-attn
 flash_attn_3   FlashAttention-3, for Hopper
 flash_attn_4   FlashAttention-4, for Hopper and Blackwell
-packages       what the packages' modules share
 
-The packages' kernels are called below their autograd functions, where the forward gives the
-log-sum-exp and the backward takes one. All are checked for shapes, and for what they hand to the
-functions below them, without a device; docs/measured.md says what has run on one.
+All are called below autograd, where the forward gives the log-sum-exp and the backward takes one,
+which torch's ``varlen_attn`` and the packages' own functions do not. Torch can be given
+FlashAttention-3 and 4 in the place of its own (torch_flash uses them then); the modules here are
+for capped scores, which torch's operator lacks, and so that all can be measured side by side. All
+are checked for shapes, and for what they hand to the functions below them, without a device;
+docs/measured.md says what has run on one.
 """
 
 from mst_train.attention.cuda.cudnn import CudnnKernel

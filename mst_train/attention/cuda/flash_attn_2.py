@@ -3,15 +3,16 @@
 Legend: B batch, S sequence, N = B*S, H query heads, K key-value heads, E head size.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from mst_train.attention.cuda.packages import import_problem, window
-from mst_train.attention.layouts import flat, flat_heads, rows_first
-from mst_train.mst.attention import KEYS_AT_ONCE, PLAIN, Documents, Scores
+from mst_train.attention.cuda.flash import (
+    FlashKernel,
+    Packed,
+    import_problem,
+    new_gradients,
+)
+from mst_train.mst.attention import Scores
 
 
 def problem(device: torch.device, scores: Scores) -> str | None:
@@ -21,40 +22,26 @@ def problem(device: torch.device, scores: Scores) -> str | None:
     )
 
 
-@dataclass(eq=False)
-class FlashAttnKernel:
+class FlashAttnKernel(FlashKernel):
     """The flash-attn package's FlashAttention-2 (2.7 and later): windows and capped scores.
 
     Through the operators below its autograd functions, which give the log-sum-exp. Head sizes are
     multiples of 8.
     """
 
-    keys_at_once: ClassVar[int] = KEYS_AT_ONCE
-    scores: Scores = PLAIN
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        documents: Documents | None = None,
-        causal: bool = True,
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, packed: Packed, causal: bool
     ) -> tuple[Tensor, Tensor]:
-        from flash_attn.flash_attn_interface import (
-            _flash_attn_forward,
-            _flash_attn_varlen_forward,
-        )
+        from flash_attn import flash_attn_interface as package
 
         options = self._options(q, causal) | {"return_softmax": False}
-        if documents is None:
-            out, lse, *_ = _flash_attn_forward(q, k, v, **options)
-            return out, lse
-        cu_seqlens, longest = documents.cu_seqlens_on(q.device), documents.longest
-        lengths = (cu_seqlens, cu_seqlens, longest, longest)
-        out_NHE, lse_HN, *_ = _flash_attn_varlen_forward(*flat(q, k, v), *lengths, **options)
-        return out_NHE.view(q.shape), rows_first(lse_HN, q)
+        if packed.cu_seqlens is None:
+            out, lse, *_ = package._flash_attn_forward(q, k, v, **options)
+        else:
+            out, lse, *_ = package._flash_attn_varlen_forward(q, k, v, *_twice(packed), **options)
+        return out, lse
 
-    def backward(
+    def _backward(
         self,
         dout: Tensor,
         q: Tensor,
@@ -62,33 +49,23 @@ class FlashAttnKernel:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        documents: Documents | None = None,
-        causal: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        from flash_attn.flash_attn_interface import (
-            _flash_attn_backward,
-            _flash_attn_varlen_backward,
-        )
+        packed: Packed,
+        causal: bool,
+    ) -> tuple[Tensor, ...]:
+        from flash_attn import flash_attn_interface as package
 
         deterministic = torch.are_deterministic_algorithms_enabled()
         options = self._options(q, causal) | {"deterministic": deterministic}
-        dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-        if documents is None:
-            tensors = (dout, q, k, v, out, lse.contiguous(), dq, dk, dv)
-            _flash_attn_backward(*tensors, **options)
-            return dq, dk, dv
-        cu_seqlens, longest = documents.cu_seqlens_on(q.device), documents.longest
-        _flash_attn_varlen_backward(
-            *flat(dout, q, k, v, out),
-            flat_heads(lse),
-            *flat(dq, dk, dv),  # contiguous, so these are views
-            *(cu_seqlens, cu_seqlens, longest, longest),
-            **options,
-        )
-        return dq, dk, dv
+        gradients = new_gradients(q, k, v)
+        tensors = (dout, q, k, v, out, lse, *gradients)
+        if packed.cu_seqlens is None:
+            package._flash_attn_backward(*tensors, **options)
+        else:
+            package._flash_attn_varlen_backward(*tensors, *_twice(packed), **options)
+        return tuple(gradients)
 
     def _options(self, q: Tensor, causal: bool) -> dict[str, object]:
-        left, right = window(self.scores, -1)
+        left, right = self.window(-1)
         return {
             "dropout_p": 0.0,
             "softmax_scale": self.scores.scale or q.shape[-1] ** -0.5,
@@ -98,3 +75,8 @@ class FlashAttnKernel:
             "softcap": self.scores.softcap or 0.0,
             "alibi_slopes": None,
         }
+
+
+def _twice(packed: Packed) -> tuple[object, ...]:
+    """For queries and for keys."""
+    return packed.cu_seqlens, packed.cu_seqlens, packed.longest, packed.longest

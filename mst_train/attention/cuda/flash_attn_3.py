@@ -9,15 +9,19 @@ register no operators are refused.
 Legend: B batch, S sequence, N = B*S, H query heads, K key-value heads, E head size.
 """
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mst_train.attention.cuda.packages import import_problem, refused_head_size, window
-from mst_train.attention.layouts import flat, flat_heads, rows_first
-from mst_train.mst.attention import KEYS_AT_ONCE, PLAIN, Documents, Scores
+from mst_train.attention.cuda.flash import (
+    FlashKernel,
+    Packed,
+    import_problem,
+    new_gradients,
+    refused_head_size,
+)
+from mst_train.mst.attention import Scores
 
 REMEDY = (
     "pip install flash-attn-3 --index-url https://download.pytorch.org/whl/cu128 (or the CUDA that "
@@ -50,42 +54,30 @@ def problem(device: torch.device, scores: Scores) -> str | None:
     return None
 
 
-@dataclass(eq=False)
-class FlashAttn3Kernel:
+class FlashAttn3Kernel(FlashKernel):
     """FlashAttention-3: windows and capped scores; heads of up to 256, in multiples of 8.
 
     Memory of the backward besides the gradients: the queries' in fp32, and the keys' and values'
     where heads share them.
     """
 
-    keys_at_once: ClassVar[int] = KEYS_AT_ONCE
-    scores: Scores = PLAIN
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        documents: Documents | None = None,
-        causal: bool = True,
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, packed: Packed, causal: bool
     ) -> tuple[Tensor, Tensor]:
         size = q.shape[-1]
         if size % 8 or size > 256:
             raise refused_head_size("flash_attn_3", size, "up to 256, in multiples of 8")
-        tensors = (q, k, v) if documents is None else flat(q, k, v)
         out, lse, *_ = torch.ops.flash_attn_3.fwd(
-            *map(_dense, tensors),
+            *map(_dense, (q, k, v)),
             **NOT_GIVEN,
-            **self._options(q, documents, causal),
+            **self._options(q, packed, causal),
             attention_chunk=0,
             is_rotary_interleaved=False,
             num_splits=1,
         )
-        if documents is None:
-            return out, lse
-        return out.view(q.shape), rows_first(lse, q)
+        return out, lse
 
-    def backward(
+    def _backward(
         self,
         dout: Tensor,
         q: Tensor,
@@ -93,34 +85,28 @@ class FlashAttn3Kernel:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        documents: Documents | None = None,
-        causal: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-        tensors, gradients = [dout, q, k, v, out], [dq, dk, dv]
-        if documents is not None:
-            # The gradients are contiguous, so these are views of them.
-            tensors, gradients, lse = flat(*tensors), flat(*gradients), flat_heads(lse)
+        packed: Packed,
+        causal: bool,
+    ) -> tuple[Tensor, ...]:
+        gradients = new_gradients(q, k, v)
         torch.ops.flash_attn_3.bwd(
-            *map(_dense, tensors),
-            lse.contiguous(),
+            *map(_dense, (dout, q, k, v, out)),
+            lse,
             *gradients,
             seqused_q=None,
             seqused_k=None,
-            **self._options(q, documents, causal),
+            **self._options(q, packed, causal),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
-        return dq, dk, dv
+        return tuple(gradients)
 
-    def _options(self, q: Tensor, documents: Documents | None, causal: bool) -> dict[str, Any]:
-        cu_seqlens = None if documents is None else documents.cu_seqlens_on(q.device)
-        longest = None if documents is None else documents.longest
-        left, right = window(self.scores, -1)
+    def _options(self, q: Tensor, packed: Packed, causal: bool) -> dict[str, Any]:
+        left, right = self.window(-1)
         return {
-            "cu_seqlens_q": cu_seqlens,
-            "cu_seqlens_k": cu_seqlens,
-            "max_seqlen_q": longest,
-            "max_seqlen_k": longest,
+            "cu_seqlens_q": packed.cu_seqlens,
+            "cu_seqlens_k": packed.cu_seqlens,
+            "max_seqlen_q": packed.longest,
+            "max_seqlen_k": packed.longest,
             "softmax_scale": self.scores.scale or q.shape[-1] ** -0.5,
             "is_causal": causal,
             "window_size_left": left,

@@ -10,16 +10,19 @@ Legend: B batch, S sequence, N = B*S, H query heads, K key-value heads, E head s
 """
 
 import importlib.metadata
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from mst_train.attention.cuda.packages import import_problem, refused_head_size, window
-from mst_train.attention.layouts import flat, flat_heads, rows_first
-from mst_train.mst.attention import KEYS_AT_ONCE, PLAIN, Documents, Scores
+from mst_train.attention.cuda.flash import (
+    FlashKernel,
+    Packed,
+    import_problem,
+    refused_head_size,
+)
+from mst_train.mst.attention import Scores
 
 OLDEST = "4.0.0b36"
 REMEDY = f"pip install 'flash-attn-4>={OLDEST}'"
@@ -49,8 +52,7 @@ def problem(device: torch.device, scores: Scores) -> str | None:
     return None
 
 
-@dataclass(eq=False)
-class FlashAttn4Kernel:
+class FlashAttn4Kernel(FlashKernel):
     """FlashAttention-4: windows and capped scores; heads in multiples of 8.
 
     Heads are of up to 256 on Hopper, up to 128 or 256 on compute capability 10 and 11, and up to
@@ -58,29 +60,17 @@ class FlashAttn4Kernel:
     values' where heads share them.
     """
 
-    keys_at_once: ClassVar[int] = KEYS_AT_ONCE
-    scores: Scores = PLAIN
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        documents: Documents | None = None,
-        causal: bool = True,
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, packed: Packed, causal: bool
     ) -> tuple[Tensor, Tensor]:
         from flash_attn.cute.interface import _flash_attn_fwd
 
         _check_head_size(q)
-        tensors = (q, k, v) if documents is None else flat(q, k, v)
-        out, lse, *_ = _flash_attn_fwd(
-            *tensors, **self._options(q, documents, causal), return_lse=True
-        )
-        if documents is None:
-            return out, lse
-        return out.view(q.shape), rows_first(lse, q)
+        options = self._options(q, packed, causal)
+        out, lse, *_ = _flash_attn_fwd(q, k, v, **options, return_lse=True)
+        return out, lse
 
-    def backward(
+    def _backward(
         self,
         dout: Tensor,
         q: Tensor,
@@ -88,37 +78,28 @@ class FlashAttn4Kernel:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        documents: Documents | None = None,
-        causal: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        packed: Packed,
+        causal: bool,
+    ) -> tuple[Tensor, ...]:
         from flash_attn.cute.interface import _flash_attn_bwd
 
-        tensors = [q, k, v, out, dout]
-        if documents is not None:
-            tensors, lse = flat(*tensors), flat_heads(lse)
-        gradients = _flash_attn_bwd(
-            *tensors,
-            lse.contiguous(),
-            **self._options(q, documents, causal),
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        )
-        dq, dk, dv = (g.view(t.shape) for g, t in zip(gradients, (q, k, v), strict=True))
-        return dq, dk, dv
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        options = self._options(q, packed, causal) | {"deterministic": deterministic}
+        gradients: tuple[Tensor, ...] = _flash_attn_bwd(q, k, v, out, dout, lse, **options)
+        return gradients
 
-    def _options(self, q: Tensor, documents: Documents | None, causal: bool) -> dict[str, Any]:
-        cu_seqlens = None if documents is None else documents.cu_seqlens_on(q.device)
-        longest = None if documents is None else documents.longest
-        left, right = window(self.scores, None)
+    def _options(self, q: Tensor, packed: Packed, causal: bool) -> dict[str, Any]:
+        left, right = self.window(None)
         return {
-            "cu_seqlens_q": cu_seqlens,
-            "cu_seqlens_k": cu_seqlens,
-            "max_seqlen_q": longest,
-            "max_seqlen_k": longest,
+            "cu_seqlens_q": packed.cu_seqlens,
+            "cu_seqlens_k": packed.cu_seqlens,
+            "max_seqlen_q": packed.longest,
+            "max_seqlen_k": packed.longest,
             "softmax_scale": self.scores.scale or q.shape[-1] ** -0.5,
             "causal": causal,
-            "softcap": self.scores.softcap or 0.0,
             "window_size_left": left,
             "window_size_right": right,
+            "softcap": self.scores.softcap or 0.0,
         }
 
 

@@ -3,55 +3,27 @@
 Legend: B batch, S sequence, N = B*S, H query heads, K key-value heads, E head size.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from mst_train.attention.cuda.packages import window
-from mst_train.attention.layouts import flat, flat_heads, rows_first
-from mst_train.mst.attention import KEYS_AT_ONCE, PLAIN, Documents, Scores
+from mst_train.attention.cuda.flash import FlashKernel, Packed
 
 aten = torch.ops.aten
 
 
-@dataclass(eq=False)
-class TorchFlashKernel:
-    """The FlashAttention-2 kernels that torch brings; FlashAttention-3 where torch was given it
-    (``torch.nn.attention.activate_flash_attention_impl``). Windows, but no capped scores."""
+class TorchFlashKernel(FlashKernel):
+    """The FlashAttention-2 kernels that torch brings; FlashAttention-3 or 4 where torch was given
+    it (``torch.nn.attention.activate_flash_attention_impl``). Windows, but no capped scores."""
 
-    keys_at_once: ClassVar[int] = KEYS_AT_ONCE
-    scores: Scores = PLAIN
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        documents: Documents | None = None,
-        causal: bool = True,
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, packed: Packed, causal: bool
     ) -> tuple[Tensor, Tensor]:
-        left, right = window(self.scores, None)
-        options = {
-            "scale": self.scores.scale,
-            "window_size_left": left,
-            "window_size_right": right,
-        }
-        if documents is None:
-            lengths = (None, None, q.shape[1], k.shape[1])
-            out, lse, *_ = aten._flash_attention_forward(
-                q, k, v, *lengths, 0.0, causal, False, **options
-            )
-            return out, lse
-        cu_seqlens, longest = documents.cu_seqlens_on(q.device), documents.longest
-        lengths_N = (cu_seqlens, cu_seqlens, longest, longest)
-        out_NHE, lse_HN, *_ = aten._flash_attention_forward(
-            *flat(q, k, v), *lengths_N, 0.0, True, False, **options
+        out, lse, *_ = aten._flash_attention_forward(
+            q, k, v, *_lengths(q, k, packed), 0.0, causal, False, **self._options()
         )
-        return out_NHE.view(q.shape), rows_first(lse_HN, q)
+        return out, lse
 
-    def backward(
+    def _backward(
         self,
         dout: Tensor,
         q: Tensor,
@@ -59,45 +31,24 @@ class TorchFlashKernel:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        documents: Documents | None = None,
-        causal: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        packed: Packed,
+        causal: bool,
+    ) -> tuple[Tensor, ...]:
         # Without dropout the kernel does not read its random state.
         unused = torch.empty(2, dtype=torch.uint64, device=q.device)
-        left, right = window(self.scores, None)
-        options = {
-            "scale": self.scores.scale,
-            "window_size_left": left,
-            "window_size_right": right,
-        }
-        if documents is None:
-            lengths = (None, None, q.shape[1], k.shape[1])
-            dq, dk, dv = aten._flash_attention_backward(
-                dout,
-                q,
-                k,
-                v,
-                out,
-                lse.contiguous(),
-                *lengths,
-                0.0,
-                causal,
-                unused,
-                unused,
-                **options,
-            )
-            return dq, dk, dv
-        cu_seqlens, longest = documents.cu_seqlens_on(q.device), documents.longest
-        lengths_N = (cu_seqlens, cu_seqlens, longest, longest)
-        gradients = aten._flash_attention_backward(
-            *flat(dout, q, k, v, out),
-            flat_heads(lse),
-            *lengths_N,
-            0.0,
-            True,
-            unused,
-            unused,
-            **options,
+        gradients: tuple[Tensor, ...] = aten._flash_attention_backward(
+            *(dout, q, k, v, out, lse, *_lengths(q, k, packed), 0.0, causal, unused, unused),
+            **self._options(),
         )
-        dq, dk, dv = (g.view(t.shape) for g, t in zip(gradients, (q, k, v), strict=True))
-        return dq, dk, dv
+        return gradients
+
+    def _options(self) -> dict[str, object]:
+        left, right = self.window(None)
+        return {"scale": self.scores.scale, "window_size_left": left, "window_size_right": right}
+
+
+def _lengths(q: Tensor, k: Tensor, packed: Packed) -> tuple[object, ...]:
+    """Boundaries of queries and keys, and the most of either."""
+    if packed.cu_seqlens is None:
+        return None, None, q.shape[1], k.shape[1]
+    return packed.cu_seqlens, packed.cu_seqlens, packed.longest, packed.longest
