@@ -18,6 +18,17 @@ MOST_LAYERS = 10_000
 """Larger numbers are damage: they would overflow, or take for ever, before the weights are looked
 at."""
 
+_OF_LENGTH = {"factor": "factor", "original_max_position_embeddings": "original_length"}
+_OF_YARN = ("beta_fast", "beta_slow", "attention_factor")
+SCALINGS = {
+    "linear": {"factor": "factor"},
+    "llama3": _OF_LENGTH
+    | {"low_freq_factor": "low_frequency_factor", "high_freq_factor": "high_frequency_factor"},
+    "yarn": _OF_LENGTH | {key: key for key in _OF_YARN},
+}
+"""What config.json states of each kind of scaled rotary embeddings, and the settings' names of it.
+yarn's own may be null."""
+
 # --- from config.json ----------------------------------------------------------------------------
 
 
@@ -166,41 +177,29 @@ def _read_rope(reader: _Reader) -> dict[str, Any]:
     rope.values.setdefault(
         "original_max_position_embeddings", reader.values.get("max_position_embeddings")
     )
-    kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
-    scaling = RopeScalingConfig()
-    if kind == "linear":
-        scaling = RopeScalingConfig("linear", rope.number("factor"))
-    elif kind == "llama3":
-        scaling = RopeScalingConfig(
-            "llama3",
-            rope.number("factor"),
-            rope.whole("original_max_position_embeddings"),
-            low_frequency_factor=rope.number("low_freq_factor"),
-            high_frequency_factor=rope.number("high_freq_factor"),
-        )
-    elif kind == "yarn":
-        scaling = RopeScalingConfig(
-            "yarn",
-            rope.number("factor"),
-            rope.whole("original_max_position_embeddings"),
-            beta_fast=rope.number("beta_fast", None) or 32.0,
-            beta_slow=rope.number("beta_slow", None) or 1.0,
-            attention_factor=rope.number("attention_factor", None),
-        )
+    kind = str(rope.values.get("rope_type") or rope.values.get("type") or "default")
+    scaling: dict[str, Any] = {}
+    for key, setting in SCALINGS.get(kind, {}).items():
+        if setting == "original_length":
+            scaling[setting] = rope.whole(key)
+        elif key not in _OF_YARN or rope.values.get(key) is not None:
+            scaling[setting] = rope.number(key)
+    if kind == "yarn":
         for key in ("mscale", "mscale_all_dim"):
             if rope.values.get(key) is not None:
                 rope.refuse(key, "it must be left out")
         if rope.values.get("truncate") not in (None, True):
             rope.refuse("truncate", "it must be true or left out")
-    elif kind != "default":
+    elif kind not in ("default", *SCALINGS):
         rope.problems.append(
-            f"rope_type={kind} is not supported: it must be one of default, linear, llama3, yarn"
+            f"rope_type={kind} is not supported: it must be one of default, {', '.join(SCALINGS)}"
         )
     if rope.values.get("partial_rotary_factor") not in (None, 1):
         rope.refuse("partial_rotary_factor", "it must be 1 or left out")
-    settings = {"rope_theta": rope.number("rope_theta"), "rope_scaling": scaling}
+    theta = rope.number("rope_theta")
     reader.problems += [f"rope_scaling: {problem}" for problem in rope.problems]
-    return settings
+    stretched = RopeScalingConfig(kind, **scaling) if scaling else RopeScalingConfig()
+    return {"rope_theta": theta, "rope_scaling": stretched}
 
 
 # --- to config.json ------------------------------------------------------------------------------
@@ -316,16 +315,7 @@ def _write_rope(config: ModelConfig) -> dict[str, Any]:
         return {"rope_theta": config.rope_theta, "rope_scaling": None}
     if scaling.type == "ntk":
         return {"rope_theta": ntk_theta(config), "rope_scaling": None}
-    values: dict[str, Any] = {"rope_type": scaling.type, "factor": scaling.factor}
-    if scaling.type == "llama3":
-        values |= {
-            "low_freq_factor": scaling.low_frequency_factor,
-            "high_freq_factor": scaling.high_frequency_factor,
-        }
-    elif scaling.type == "yarn":
-        values |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
-        if scaling.attention_factor is not None:
-            values["attention_factor"] = scaling.attention_factor
-    if scaling.original_length is not None:
-        values["original_max_position_embeddings"] = scaling.original_length
-    return {"rope_theta": config.rope_theta, "rope_scaling": values}
+    values = {key: getattr(scaling, setting) for key, setting in SCALINGS[scaling.type].items()}
+    stated = {key: value for key, value in values.items() if value is not None}
+    rope = {"rope_type": scaling.type, **stated}
+    return {"rope_theta": config.rope_theta, "rope_scaling": rope}

@@ -111,10 +111,10 @@ def load_pretrained(
         UserError: with everything that is wrong: an unsupported model, tensors that are missing,
             unknown, or of other shapes, files that cannot be read. Nothing is allocated then.
     """
-    folder = _folder(name)
+    folder = pretrained_folder(name)
     device = torch.device(device)
     model = build_model(
-        config or _config_of(folder),
+        config or pretrained_config(folder),
         policy=policy,
         attention=attention or select_attention("auto", device, dtype),
         device="meta",
@@ -139,7 +139,7 @@ def find_weights(config: ModelConfig, name: str | Path) -> dict[Path, list[str]]
 
     Raises UserError as ``load_pretrained`` does.
     """
-    return _checked_files(_folder(name), build_model(config, device="meta"))
+    return _checked_files(pretrained_folder(name), build_model(config, device="meta"))
 
 
 @torch.no_grad()
@@ -160,14 +160,10 @@ def copy_weights(
                     places[name].copy_(file.get_tensor(name))
 
 
-def pretrained_folder(name: str | Path) -> Path:
-    """A checkpoint's folder, downloaded where it is the Hub's. Raises UserError without one."""
-    return _folder(name)
-
-
 def pretrained_config(name: str | Path) -> ModelConfig:
     """The settings of a checkpoint's model. Raises UserError where it is not supported."""
-    return _config_of(_folder(name))
+    path = pretrained_folder(name) / "config.json"
+    return read_config(_read_json(path), str(path))
 
 
 @torch.no_grad()
@@ -209,7 +205,8 @@ def save_pretrained(
         total = sum(parameter.nbytes for parameter in names.values())
         places: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
-            file = SINGLE if len(shards) == 1 else _shard_name(number, len(shards))
+            part = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            file = SINGLE if len(shards) == 1 else part
             tensors = {hub: names[hub].detach().cpu().contiguous() for hub in shard}
             save_file(tensors, temporary / file, metadata={"format": "pt"})
             places |= dict.fromkeys(shard, file)
@@ -239,8 +236,8 @@ def parameters_by_name(model: Transformer) -> Iterator[tuple[str, nn.Parameter]]
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _folder(name: str | Path) -> Path:
-    """The checkpoint's folder on this machine, downloaded where it is the Hub's."""
+def pretrained_folder(name: str | Path) -> Path:
+    """A checkpoint's folder, downloaded where it is the Hub's. Raises UserError without one."""
     folder = expanded(name)
     if folder.is_dir():
         return folder
@@ -261,10 +258,6 @@ def _folder(name: str | Path) -> Path:
         raise UserError(
             f"there is no folder {name}, and the Hugging Face Hub does not give it: {reason}"
         ) from error
-
-
-def _config_of(folder: Path) -> ModelConfig:
-    return read_config(_read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -378,10 +371,6 @@ def _shards(names: Mapping[str, Tensor], shard_bytes: int) -> Iterator[list[str]
         shard.append(name)
         filled += tensor.nbytes
     yield shard
-
-
-def _shard_name(number: int, count: int) -> str:
-    return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
