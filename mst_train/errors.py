@@ -62,3 +62,11 @@ class Stopped(Ending):
     def __init__(self, message: str, signal_number: int) -> None:
         self.status = 128 + signal_number
         super().__init__(message)
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether an error is Python's or torch's for want of memory, on the host or a device."""
+    said = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    )

@@ -10,7 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mst_train.cli.signals import interruptible_once
-from mst_train.errors import LostContact, Stopped, TrainingError, UserError
+from mst_train.errors import (
+    LostContact,
+    Stopped,
+    TrainingError,
+    UserError,
+    memory_ran_out,
+)
 from mst_train.rendezvous.dist_env import end_with_launcher, process_name, rank
 
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
@@ -77,6 +83,12 @@ def run_command(
             raise
         _tell("error", f"{package} is not installed: pip install 'mst-train[train]'")
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not memory_ran_out(error):
+            raise
+        reason = str(error).strip().partition("\n")[0] or "the host's"
+        _tell("error", f"memory ran out: make the model or data.sequence_length smaller ({reason})")
+        return 1
     except BrokenPipeError:
         _is_output_lost()
         return 1

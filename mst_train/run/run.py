@@ -32,7 +32,7 @@ from mst_train.distributed import (
     told_once,
 )
 from mst_train.engine.step import BadStep, evaluate
-from mst_train.errors import DataError, Stopped, TrainingError, UserError
+from mst_train.errors import DataError, Stopped, TrainingError, UserError, memory_ran_out
 from mst_train.evaluate.passkey import passkey_record
 from mst_train.files import write_json
 from mst_train.memory.tracker import process_peak_bytes
@@ -295,11 +295,11 @@ def running(made: SetUp) -> Iterator[Run]:
             yield run
         except DataError as error:
             raise run.data_ended(error) from error
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(_out_of_memory(made)) from error
         except HostBudgetError as error:
             raise TrainingError(str(error)) from error
-        except RuntimeError as error:
+        except (MemoryError, RuntimeError) as error:
+            if memory_ran_out(error):
+                raise TrainingError(_out_of_memory(made)) from error
             if lost_contact(error):
                 run.writer.abandon()
             raise

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from mst_train.__main__ import main
 from mst_train.bench import __main__ as bench
@@ -160,6 +161,16 @@ def test_a_closed_stream_and_one_that_knows_no_unicode(monkeypatch):
 
     assert run_command(command, [], "") == 0
     assert shown.getvalue() == b"\\u65e5\\u672c\n"
+
+
+def test_memory_that_ran_out_is_a_message(capsys):
+    def huge(_):
+        torch.empty(2**50)
+
+    assert run_command(huge, [], "") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: memory ran out: make the model or data.sequence_length small")
+    assert len(printed.splitlines()) == 1
 
 
 def test_a_path_without_permission_is_the_users_to_change(capsys):
