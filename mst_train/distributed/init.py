@@ -131,7 +131,7 @@ def _device() -> torch.device:
     return device
 
 
-def lost_contact(error: RuntimeError) -> bool:
+def lost_contact(error: Exception) -> bool:
     """Whether an exchange has failed, which torch tells by the class of the error on GPUs alone.
 
     gloo's messages name its source file, but for one.
