@@ -67,7 +67,8 @@ def compose_as(
             experiment "tiny".
         rules: what is wrong with the group.
 
-    Raises UserError with every problem found.
+    Raises UserError with every problem found: in keys and types, or where these are right, in what
+    the values say together.
     """
     folder = config_folder()
     settings = Settings(schema)
