@@ -31,6 +31,15 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def reading(what: object, advice: str) -> Iterator[None]:
+    """Have errors of the file system say what cannot be read and what to do (UserError)."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be read ({error.strerror or error}): {advice}") from error
+
+
 def unwritable(message: str, error: Exception) -> UserError | TrainingError:
     """What becomes of an error in writing: a full disk may have room for the same command later
     (TrainingError), whatever else is wrong is the user's to change (UserError)."""

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mst_train.errors import UserError
+from mst_train.files import reading
 
 BLOCK_BYTES = 1 << 18
 """Part of the format."""
@@ -116,24 +117,19 @@ class CheckedArray:
         """The numbers of a range (of step 1); they cannot be changed."""
         start, stop, _ = key.indices(len(self))
         first, last = start * self.dtype.itemsize, stop * self.dtype.itemsize
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                known = self._look_at(file)
-                unchecked = known.unchecked[first // BLOCK_BYTES : -(-last // BLOCK_BYTES)]
-                for block in first // BLOCK_BYTES + np.flatnonzero(unchecked):
-                    self._check(file, known, int(block))
-                return np.frombuffer(self._read(file, first, last), self.dtype)
-        except OSError as error:
-            raise self._unreadable(self.path, error) from error
+        with reading(self.path, self._advice), self.path.open("rb", buffering=0) as file:
+            known = self._look_at(file)
+            unchecked = known.unchecked[first // BLOCK_BYTES : -(-last // BLOCK_BYTES)]
+            for block in first // BLOCK_BYTES + np.flatnonzero(unchecked):
+                self._check(file, known, int(block))
+            return np.frombuffer(self._read(file, first, last), self.dtype)
 
     def check_size(self) -> None:
         """Raises ``UserError`` where the files are not there or not of the size they had."""
         written = self._written.bytes
         for path, size in ((self.path, written), (self._crc_path, crc_bytes(written))):
-            try:
+            with reading(path, self._advice):
                 found = path.stat().st_size
-            except OSError as error:
-                raise self._unreadable(path, error) from error
             if found != size:
                 raise UserError(
                     f"{path} has {found} bytes where {size} were written: {self._advice}"
@@ -147,31 +143,28 @@ class CheckedArray:
             (self._crc_path, self._written.crc_sha256),
         ):
             with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    raise UserError(
-                        f"{path} is damaged (its SHA-256 is not the manifest's): {self._advice}"
-                    )
+                self._require_same(path, hashlib.file_digest(file, "sha256").hexdigest(), sha256)
 
     @property
     def _crc_path(self) -> Path:
         return self.path.with_name(self.path.name + CRC)
 
-    def _unreadable(self, path: Path, error: OSError) -> UserError:
-        return UserError(f"{path} cannot be read ({error.strerror or error}): {self._advice}")
+    def _require_same(self, path: Path, found: str, written: str) -> None:
+        if found != written:
+            raise UserError(
+                f"{path} is damaged (its SHA-256 is not the manifest's): {self._advice}"
+            )
 
     def _look_at(self, file: FileIO) -> _Known:
         """What is known of the blocks of the file as it is now."""
-        found = os.fstat(file.fileno())
-        state = (found.st_ino, found.st_size, found.st_mtime_ns)
+        now = os.fstat(file.fileno())
+        state = (now.st_ino, now.st_size, now.st_mtime_ns)
         known = self._known
         if known is None or known.state != state:
             self.check_size()
             raw = self._crc_path.read_bytes()
-            if hashlib.sha256(raw).hexdigest() != self._written.crc_sha256:
-                raise UserError(
-                    f"{self._crc_path} is damaged (its SHA-256 is not the manifest's): "
-                    f"{self._advice}"
-                )
+            found = hashlib.sha256(raw).hexdigest()
+            self._require_same(self._crc_path, found, self._written.crc_sha256)
             crcs = np.frombuffer(raw, "<u4")
             known = self._known = _Known(state, crcs, np.ones(len(crcs), bool))
         return known

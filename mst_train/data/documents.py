@@ -29,13 +29,14 @@ from mst_train.data.readers import (
     JsonLines,
     Parquet,
     read_text,
-    unreadable,
 )
 from mst_train.errors import UserError
-from mst_train.files import expanded
+from mst_train.files import expanded, reading
 
 STDLIB = "stdlib"
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "__pycache__"}
+
+UNREADABLE = "make it readable or take it out of data.source"
 
 SMALLEST_PIECE = 1 << 20
 PIECES = 64
@@ -149,26 +150,22 @@ class Files:
     """As ``read_text`` takes it."""
 
     def read(self, piece: Piece, report: Report) -> Iterator[Document]:
-        path = self.root
-        try:
-            if state_of(self.root, piece.files) != piece.state:
-                raise UserError(
-                    f"{self.root / piece.files[0]}{' and others' * (len(piece.files) > 1)} changed "
-                    f"while data.source was read: start again when nothing writes to it any more"
-                )
-            reader = self.reader_of(piece.files[0])
-            if reader is not None:
-                path = self.root / piece.files[0]
-                yield from reader.read(path, piece.start, piece.stop, report)
-            elif self.repository_depth is not None:
-                for _, files in groupby(piece.files, self._repository_of):
-                    yield from self._repository(list(files), report)
-            else:
-                for name in piece.files:
-                    path = self.root / name
-                    yield from read_text(path, report, self.errors)
-        except OSError as error:
-            raise unreadable(Path(error.filename or path), error) from error
+        first = self.root / piece.files[0]
+        if state_of(self.root, piece.files) != piece.state:
+            raise UserError(
+                f"{first}{' and others' * (len(piece.files) > 1)} changed while data.source was "
+                f"read: start again when nothing writes to it any more"
+            )
+        reader = self.reader_of(piece.files[0])
+        if reader is not None:
+            with reading(first, UNREADABLE):
+                yield from reader.read(first, piece.start, piece.stop, report)
+        elif self.repository_depth is not None:
+            for _, files in groupby(piece.files, self._repository_of):
+                yield from self._repository(list(files), report)
+        else:
+            for name in piece.files:
+                yield from self._text(name, report)
 
     def reader_of(self, name: str) -> FileReader | None:
         """What reads a file that is divided; None for one that is text as a whole."""
@@ -190,6 +187,10 @@ class Files:
     def usable(self, name: str) -> bool:
         return name.lower().endswith((*self.text_suffixes, *JSON_LINES, PARQUET, MEGATRON))
 
+    def _text(self, name: str, report: Report) -> Iterator[Document]:
+        with reading(self.root / name, UNREADABLE):
+            yield from read_text(self.root / name, report, self.errors)
+
     def _repository_of(self, name: str) -> list[str]:
         return name.split("/")[: self.repository_depth]
 
@@ -199,7 +200,7 @@ class Files:
         size = characters = 0
         for name in names:
             header = f"=== {name.encode(errors='replace').decode()} ===\n"
-            for part in read_text(self.root / name, report, self.errors):
+            for part in self._text(name, report):
                 text = part.content
                 assert isinstance(text, str)
                 if not text or text.isspace():
@@ -215,9 +216,14 @@ class Files:
 
 
 def state_of(root: Path, names: tuple[str, ...]) -> str:
-    """Stands for the sizes and times of modification of files; ``OSError``."""
-    found = [(root / name).stat() for name in names]
+    """Stands for the sizes and times of modification of files."""
+    found = [_status(root / name) for name in names]
     return digest([(status.st_size, status.st_mtime_ns) for status in found])
+
+
+def _status(path: Path) -> os.stat_result:
+    with reading(path, UNREADABLE):
+        return path.stat()
 
 
 def _stdlib() -> Source:
@@ -257,10 +263,7 @@ def _source(name: str, files: Files, names: list[str], *settings: object) -> Sou
     names = sorted(names)
     states = []
     for file in names:
-        try:
-            status = (files.root / file).stat()
-        except OSError as error:
-            raise unreadable(files.root / file, error) from error
+        status = _status(files.root / file)
         if not stat.S_ISREG(status.st_mode):
             raise UserError(
                 f"{files.root / file} is a pipe, a device or a socket, which cannot be read twice: "
@@ -286,10 +289,8 @@ def _measured(files: Files, names: list[str], on_disk: list[int]) -> list[int]:
 
     def measure(name: str, size: int) -> int:
         reader = files.reader_of(name)
-        try:
+        with reading(files.root / name, UNREADABLE):
             return size if reader is None else reader.measure(files.root / name)
-        except OSError as error:
-            raise unreadable(files.root / name, error) from error
 
     # Compressed files are read to be measured; their decompression leaves other threads free.
     with ThreadPoolExecutor(cores()) as pool:
@@ -365,7 +366,8 @@ def _walk(root: Path) -> Iterator[str]:
     """Every file in a folder and the folders below it, relative to it."""
 
     def refuse_folder(error: OSError) -> None:
-        raise unreadable(Path(error.filename), error) from error
+        with reading(error.filename, UNREADABLE):
+            raise error
 
     for folder, _, names in os.walk(root, onerror=refuse_folder):
         for name in names:

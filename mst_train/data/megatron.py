@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mst_train.data.pieces import Document, Report
 from mst_train.errors import UserError
+from mst_train.files import reading
 
 SUFFIX = ".idx"
 _MAGIC = b"MMIDIDX\0\0"
@@ -93,13 +94,8 @@ def _tokens(path: Path, index: _Index) -> NDArray[Any]:
     binary = path.with_suffix(".bin")
     width = index.dtype.itemsize
     needed = int((index.places + width * index.lengths.astype(np.int64)).max(initial=0))
-    try:
+    with reading(binary, f"{path} is the index of that file, put it beside"):
         size = binary.stat().st_size
-    except OSError as error:
-        raise UserError(
-            f"{binary} cannot be read ({error.strerror or error}): {path} is the index of that "
-            f"file, put it beside"
-        ) from error
     if size < needed or (index.places % width).any():
         raise _refused(path, f"{binary} has {size} bytes, which it does not fit")
     return np.memmap(binary, index.dtype, "r") if needed else np.empty(0, index.dtype)

@@ -44,13 +44,6 @@ class FileReader(Protocol):
         ...
 
 
-def unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{path} cannot be read ({error.strerror or error}): make it readable or take it out of "
-        f"data.source"
-    )
-
-
 def read_text(path: Path, report: Report, errors: str = "strict") -> Iterator[Document]:
     """The text of a file, in parts of about TEXT_PART_BYTES where it is longer.
 

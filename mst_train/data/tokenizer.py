@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from mst_train.data.pieces import after_newline, between_words, cores
 from mst_train.errors import UserError
-from mst_train.files import replace_file
+from mst_train.files import reading, replace_file
 
 SAMPLE_CHARACTERS = 8_000_000
 """The most text a tokenizer is trained on."""
@@ -33,6 +33,7 @@ ENCODE_BATCH_CHARACTERS = 4_000_000
 ENCODE_PART_CHARACTERS = 262_144
 """Longer texts are encoded part by part: sentencepiece needs 40 bytes per character of the part,
 and its time per character grows with the part's length."""
+ADVICE = "give a sentencepiece .model file or a tokenizer.json, or null to have one trained"
 SMALLEST_VOCABULARY = 300
 """What the configuration accepts as data.tokenizer_vocab_size."""
 
@@ -127,14 +128,9 @@ class Tokenizer(Vocabulary):
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
         """The tokenizer in a .model file; ``UserError`` where there is none."""
-        try:
-            model = path.read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"data.tokenizer={path} cannot be read ({error.strerror or error}): give a "
-                f"sentencepiece .model file or a tokenizer.json, or null to have one trained"
-            ) from error
-        return cls(model, f"data.tokenizer={path}")
+        name = f"data.tokenizer={path}"
+        with reading(name, ADVICE):
+            return cls(path.read_bytes(), name)
 
     def save(self, path: Path) -> Self:
         """Write the .model file, so that it is there whole or not at all; ``OSError``."""

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mst_train.data.pieces import cores
-from mst_train.data.tokenizer import Lead, Vocabulary, batches
+from mst_train.data.tokenizer import ADVICE, Lead, Vocabulary, batches
 from mst_train.errors import UserError
+from mst_train.files import reading
 
 NEIGHBOURS = ("tokenizer_config.json", "generation_config.json", "config.json")
 """Which files beside a tokenizer.json say what ends a document; the first that does counts."""
@@ -72,10 +73,8 @@ class JsonTokenizer(Vocabulary):
         Raises UserError where it cannot be read, or nothing says which token ends a document.
         """
         name = f"data.tokenizer={path}"
-        try:
+        with reading(name, ADVICE):
             model = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{name} cannot be read: {error.strerror or error}") from error
         for neighbour in NEIGHBOURS:
             eod = _end_of_document(path.with_name(neighbour))
             if eod is not None:
