@@ -13,7 +13,7 @@ import functools
 import json
 import logging
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 from mst_train.data.checked import CRC
@@ -37,12 +37,20 @@ from mst_train.data.manifest import (
 )
 from mst_train.data.pieces import Piece
 from mst_train.data.rate import Rate
-from mst_train.data.shards import Record, Task, dtype_of, is_whole, read_record, tasks_of
+from mst_train.data.shards import (
+    Record,
+    Task,
+    dtype_of,
+    is_whole,
+    make_shard,
+    read_record,
+    tasks_of,
+)
 from mst_train.data.tokenizer import Vocabulary
 from mst_train.data.tokenizer_file import FILE_NAMES, open_tokenizer
-from mst_train.data.workers import Job, make_shards
+from mst_train.data.workers import make_shards
 from mst_train.errors import UserError
-from mst_train.files import replace_file
+from mst_train.files import reading, replace_file
 
 PIECES = "pieces.json"
 OURS = {WORK, SHARDS, TOKENIZER, MANIFEST, PROBLEMS, "packing", "packing.json", "lengths.png"}
@@ -88,11 +96,13 @@ def take(folder: Path, source: Source, plan: Plan) -> Manifest | None:
                 f"{folder} was prepared from {manifest.source} as it was then, and it has changed: "
                 f"name another folder, or delete this one"
             )
-        if not _tokenizer_is_whole(folder, manifest):
+        try:
+            tokenizer_of(folder, manifest)
+            if all(is_whole(folder, shard) for shard in manifest.shards):
+                shutil.rmtree(folder / WORK, ignore_errors=True)
+                return manifest
+        except UserError:
             (folder / TOKENIZER).unlink(missing_ok=True)
-        elif all(is_whole(folder, shard) for shard in manifest.shards):
-            shutil.rmtree(folder / WORK, ignore_errors=True)
-            return manifest
         log.warning("%s lacks files that it had: making them again", folder)
     for part in (SHARDS, WORK):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -127,23 +137,21 @@ def build(source: Source, tokenizer: Vocabulary, folder: Path, plan: Plan) -> Ma
         return read_manifest(folder)
 
 
-def _reopened(model: bytes | None, vocab_size: int, eod: int) -> Vocabulary:
-    """A tokenizer in a worker, from what can be sent there."""
-    tokenizer = open_tokenizer(model, vocab_size, eod, "data.tokenizer")
-    tokenizer.threads = 1
-    return tokenizer
-
-
-def _tokenizer_is_whole(folder: Path, manifest: Manifest) -> bool:
-    if manifest.tokenizer is None:
-        return True
-    try:
+def tokenizer_of(folder: Path, manifest: Manifest) -> Vocabulary:
+    """The tokenizer in a prepared folder; ``UserError`` where it is not the one it had."""
+    model, path = None, folder
+    if manifest.tokenizer is not None:
         path = inside(folder, manifest.tokenizer)
-        known = (manifest.vocab_size, manifest.eod)
-        tokenizer = open_tokenizer(path.read_bytes(), *known, str(path))
-    except (UserError, OSError):
-        return False
-    return tokenizer.fingerprint == manifest.tokenizer_fingerprint
+        with reading(path, "restore it from a copy, or prepare the data again"):
+            model = path.read_bytes()
+    tokenizer = open_tokenizer(model, manifest.vocab_size, manifest.eod, str(path))
+    known = (tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod)
+    if known != (manifest.tokenizer_fingerprint, manifest.vocab_size, manifest.eod):
+        raise UserError(
+            f"{folder} holds another tokenizer than the one it was prepared with: restore "
+            f"{manifest.tokenizer} from a copy, or prepare the data again"
+        )
+    return tokenizer
 
 
 def _build(source: Source, tokenizer: Vocabulary, folder: Path, plan: Plan) -> Manifest | None:
@@ -154,19 +162,12 @@ def _build(source: Source, tokenizer: Vocabulary, folder: Path, plan: Plan) -> M
     missing = [task for task in own if not _usable(read_record(folder, task), plan)]
     if missing:
         (folder / MANIFEST).unlink(missing_ok=True)
-        sent = functools.partial(_reopened, tokenizer.model, tokenizer.vocab_size, tokenizer.eod)
-        job = Job(
-            folder,
-            source.reader,
-            sent if plan.workers > 1 else lambda: tokenizer,
-            plan.skip_malformed,
-        )
+        make = functools.partial(make_shard, folder, source.reader, tokenizer, plan.skip_malformed)
         size = sum(task.piece.size for task in own)
         left = sum(task.piece.size for task in missing)
         todo = (task for task in missing if not _usable(read_record(folder, task), plan))
         with Rate(source.name, size, size - left) as rate:
-            for _ in make_shards(job, todo, min(plan.workers, len(missing)), rate.add):
-                pass
+            make_shards(make, todo, min(plan.workers, len(missing)), rate.add)
     return _join(source, tokenizer, folder, plan, tasks)
 
 
@@ -181,8 +182,7 @@ def _pieces(source: Source, folder: Path, shard_bytes: int) -> list[Piece]:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     pieces = source.divide(shard_bytes)
-    content = [[piece.files, piece.start, piece.stop, piece.size, piece.state] for piece in pieces]
-    write_json(path, {"key": key, "pieces": content}, folder / WORK)
+    write_json(path, {"key": key, "pieces": [astuple(piece) for piece in pieces]}, folder / WORK)
     return pieces
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mst_train.config import DataConfig
-from mst_train.data.build import Plan, build, take
+from mst_train.data.build import Plan, build, take, tokenizer_of
 from mst_train.data.checked import CheckedArray
 from mst_train.data.documents import STDLIB, Source, digest, find_documents
 from mst_train.data.manifest import (
@@ -25,7 +25,6 @@ from mst_train.data.manifest import (
     MANIFEST,
     OFFSETS,
     TOKENS,
-    Manifest,
     inside,
     is_prepared,
     read_manifest,
@@ -37,7 +36,7 @@ from mst_train.data.tokenizer import (
     kept_tokenizer,
     train_tokenizer,
 )
-from mst_train.data.tokenizer_file import load_tokenizer, open_tokenizer
+from mst_train.data.tokenizer_file import load_tokenizer
 from mst_train.errors import UserError
 from mst_train.files import expanded, unwritable
 
@@ -218,7 +217,7 @@ def open_corpus(folder: Path) -> Corpus:
         folder=folder,
         tokens=token_files,
         documents=Documents(offsets, token_files.starts),
-        tokenizer=_tokenizer_of(folder, manifest),
+        tokenizer=tokenizer_of(folder, manifest),
         fingerprint=manifest.fingerprint,
     )
 
@@ -230,7 +229,7 @@ def verify(folder: Path) -> Iterator[str]:
         UserError: the manifest itself cannot be used.
     """
     manifest = read_manifest(folder)
-    _tokenizer_of(folder, manifest)
+    tokenizer_of(folder, manifest)
     advice = "restore it from a copy, or delete it and prepare the data again, which makes it anew"
     for shard in tqdm(manifest.shards, desc="verifying", unit=" shards", disable=None):
         for suffix in (TOKENS, OFFSETS):
@@ -314,28 +313,6 @@ def _build(source: Source, tokenizer: Vocabulary, folder: Path) -> bool:
         time.monotonic() - start,
     )
     return True
-
-
-def _tokenizer_of(folder: Path, manifest: Manifest) -> Vocabulary:
-    ids = (manifest.vocab_size, manifest.eod)
-    if manifest.tokenizer is None:
-        tokenizer = open_tokenizer(None, *ids, str(folder))
-    else:
-        path = inside(folder, manifest.tokenizer)
-        try:
-            tokenizer = open_tokenizer(path.read_bytes(), *ids, str(path))
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be read ({error.strerror or error}): restore it from a copy, or "
-                f"prepare the data again"
-            ) from error
-    known = (tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod)
-    if known != (manifest.tokenizer_fingerprint, manifest.vocab_size, manifest.eod):
-        raise UserError(
-            f"{folder} holds another tokenizer than the one it was prepared with: restore "
-            f"{manifest.tokenizer} from a copy, or prepare the data again"
-        )
-    return tokenizer
 
 
 def _cumulated(lengths: list[int]) -> NDArray[np.int64]:

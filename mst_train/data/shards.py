@@ -62,11 +62,12 @@ class Task:
 
 
 def tasks_of(source: Source, tokenizer: Vocabulary, pieces: list[Piece]) -> list[Task]:
-    def key(piece: Piece) -> str:
+    tasks = []
+    for number, piece in enumerate(pieces):
         place = (piece.files, piece.start, piece.stop, piece.state)
-        return digest(FORMAT, source.settings, tokenizer.fingerprint, *place)
-
-    return [Task(number, piece, key(piece)) for number, piece in enumerate(pieces)]
+        key = digest(FORMAT, source.settings, tokenizer.fingerprint, *place)
+        tasks.append(Task(number, piece, key))
+    return tasks
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,13 @@ def is_whole(folder: Path, entry: ShardEntry) -> bool:
 
 
 def make_shard(
-    task: Task,
+    folder: Path,
     reader: Reader,
     tokenizer: Vocabulary,
-    folder: Path,
     skip_malformed: bool,
+    task: Task,
     progress: Progress,
-) -> Record:
+) -> None:
     """Tokenise a piece into the files of its shard; a piece without text leaves no files.
 
     In memory are a batch of text, the longest document (of a long .txt file, a part), and 8 bytes
@@ -167,7 +168,6 @@ def make_shard(
     )
     record = Record(entry, tuple(problems))
     write_json(task.record(folder), asdict(record), folder / WORK)
-    return record
 
 
 def dtype_of(vocab_size: int) -> str:

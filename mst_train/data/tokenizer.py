@@ -14,7 +14,7 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import sentencepiece
@@ -124,6 +124,10 @@ class Tokenizer(Vocabulary):
         self._divisible = not pieces.startswith(_SPACE_SYMBOL)
         self._lead = Lead(self._processor.encode, self._processor.piece_to_id("a"))
         self._space_symbol_ids = self._in_bytes(_SPACE_SYMBOL)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As it is sent to another process."""
+        return Tokenizer, (self.model, "data.tokenizer"), {"threads": self.threads}
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":

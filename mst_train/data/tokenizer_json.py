@@ -66,6 +66,10 @@ class JsonTokenizer(Vocabulary):
             lambda text: self._library.encode(text, add_special_tokens=False).ids, ids.get("a")
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As it is sent to another process."""
+        return JsonTokenizer, (self.model, "data.tokenizer", self.eod), {"threads": self.threads}
+
     @classmethod
     def load(cls, path: Path) -> "JsonTokenizer":
         """The tokenizer in a tokenizer.json, with what the files beside it say.

@@ -9,63 +9,45 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
-from mst_train.data.pieces import Reader
-from mst_train.data.shards import Progress, Record, Task, make_shard
-from mst_train.data.tokenizer import Vocabulary
+from mst_train.data.shards import Progress, Task
 from mst_train.errors import TrainingError, UserError
 
-
-@dataclass(frozen=True)
-class Job:
-    """What making a shard takes besides its task."""
-
-    folder: Path
-    reader: Reader
-    tokenizer: Callable[[], Vocabulary]
-    skip_malformed: bool
+Make = Callable[[Task, Progress], object]
+"""Makes one shard; is sent to the workers."""
 
 
-def make_shards(
-    job: Job, tasks: Iterable[Task], workers: int, progress: Progress
-) -> Iterator[tuple[Task, Record]]:
-    """Make the shards, in this process or in ``workers`` others; each as soon as it is there.
+def make_shards(make: Make, tasks: Iterator[Task], workers: int, progress: Progress) -> None:
+    """Make the shards, in this process or in ``workers`` others.
 
     Raises:
         UserError: a piece of the source cannot be used.
         TrainingError: a worker was killed.
     """
     if workers > 1:
-        yield from _by_others(job, iter(tasks), workers, progress)
+        _by_others(make, tasks, workers, progress)
         return
-    tokenizer = job.tokenizer()
     for task in tasks:
-        yield (
-            task,
-            make_shard(task, job.reader, tokenizer, job.folder, job.skip_malformed, progress),
-        )
+        make(task, progress)
 
 
-def _by_others(
-    job: Job, tasks: Iterator[Task], workers: int, progress: Progress
-) -> Iterator[tuple[Task, Record]]:
+def _by_others(make: Make, tasks: Iterator[Task], workers: int, progress: Progress) -> None:
     # Forked from a fresh process that has imported everything: forking this one would copy the
     # locks that its other threads hold.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     processes: dict[Connection, Any] = {}
-    at: dict[Connection, Task] = {}
+    busy: set[Connection] = set()
 
     def give_next(connection: Connection) -> None:
-        at.pop(connection, None)
         task = next(tasks, None)
-        if task is not None:
-            at[connection] = task
+        if task is None:
+            busy.discard(connection)
+        else:
+            busy.add(connection)
         try:
             connection.send(task)
         except OSError as error:
@@ -74,13 +56,13 @@ def _by_others(
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(job, theirs), daemon=True)
+            process = context.Process(target=_work, args=(make, theirs), daemon=True)
             process.start()
             theirs.close()
             processes[ours] = process
             give_next(ours)
-        while at:
-            for connection in wait(list(at)):
+        while busy:
+            for connection in wait(busy):
                 assert isinstance(connection, Connection)
                 try:
                     kind, content = connection.recv()
@@ -88,10 +70,8 @@ def _by_others(
                     raise _killed(processes[connection]) from error
                 if kind == "progress":
                     progress(*content)
-                elif kind == "shard":
-                    task = at[connection]
+                elif kind == "done":
                     give_next(connection)
-                    yield task, content
                 elif kind == "problems":
                     raise UserError(content)
                 elif kind == "os":
@@ -106,20 +86,13 @@ def _by_others(
             process.join()
 
 
-def _work(job: Job, connection: Connection) -> None:
+def _work(make: Make, connection: Connection) -> None:
     """A worker: make the shards of the tasks that come, until none comes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command to handle
     try:
-        tokenizer = job.tokenizer()
         while (task := connection.recv()) is not None:
-
-            def progress(size: int, tokens: int) -> None:
-                connection.send(("progress", (size, tokens)))
-
-            record = make_shard(
-                task, job.reader, tokenizer, job.folder, job.skip_malformed, progress
-            )
-            connection.send(("shard", record))
+            make(task, lambda *counts: connection.send(("progress", counts)))
+            connection.send(("done", None))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(1)  # the command is gone
     except UserError as error:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mst_train.config import DataConfig
-from mst_train.data import Tokenizer, find_documents, load_corpus, shards, train_tokenizer, workers
+from mst_train.data import Tokenizer, build, find_documents, load_corpus, shards, train_tokenizer
 from mst_train.data import corpus as module
 from mst_train.data.corpus import Corpus
 from mst_train.data.pieces import Document
@@ -255,17 +255,17 @@ def test_interrupted_build_is_continued(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mst_train.data.documents.SMALLEST_PIECE", 700)
-    make_shard = workers.make_shard
+    make_shard = shards.make_shard
     calls = []
 
-    def stop(*arguments: Any) -> shards.Record:
+    def stop(*arguments: Any) -> None:
         calls.append(arguments)
         if len(calls) == 3:
             raise problem
-        return make_shard(*arguments)
+        make_shard(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(workers, "make_shard", stop)
+        patched.setattr(build, "make_shard", stop)
         with pytest.raises(type(problem)):
             load_corpus(configure())
     assert 0 < len(encoded) < 40
@@ -276,16 +276,16 @@ def test_interrupted_build_is_continued(
 def test_another_process_finishes_first(
     configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_shard = workers.make_shard
+    make_shard = shards.make_shard
     others = []
 
-    def make_late(*arguments: Any) -> shards.Record:
+    def make_late(*arguments: Any) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(workers, "make_shard", make_shard)
+            patched.setattr(build, "make_shard", make_shard)
             others.append(load_corpus(configure()))
-        return make_shard(*arguments)
+        make_shard(*arguments)
 
-    monkeypatch.setattr(workers, "make_shard", make_late)
+    monkeypatch.setattr(build, "make_shard", make_late)
     corpus = load_corpus(configure())
     assert len(others) == 1 and corpus.fingerprint == others[0].fingerprint
     assert np.array_equal(corpus.tokens[:], others[0].tokens[:])

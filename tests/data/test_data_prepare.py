@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -19,7 +20,14 @@ import pyarrow.parquet
 import pytest
 
 from mst_train.config import DataConfig
-from mst_train.data import Loader, find_documents, load_corpus, load_data, train_tokenizer
+from mst_train.data import (
+    Loader,
+    find_documents,
+    load_corpus,
+    load_data,
+    shards,
+    train_tokenizer,
+)
 from mst_train.prepare.__main__ import main
 
 Prepare = Callable[..., int]
@@ -359,10 +367,12 @@ def test_a_corrected_line_costs_its_file_alone(
     assert prepare() == 2
     (source / "sub" / "11.txt").write_bytes(good)
     made = []
-    make_shard = "mst_train.data.workers.make_shard"
-    from mst_train.data.shards import make_shard as original
 
-    monkeypatch.setattr(make_shard, lambda task, *rest: made.append(task) or original(task, *rest))
+    def make(*arguments: Any) -> None:
+        made.append(arguments[-2])
+        shards.make_shard(*arguments)
+
+    monkeypatch.setattr("mst_train.data.build.make_shard", make)
     assert prepare() == 0
     assert len(made) == 1 and "sub/11.txt" in made[0].piece.files
 
