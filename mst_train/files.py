@@ -63,7 +63,7 @@ def is_at(file: IO[str], path: Path) -> bool:
 
 
 def replace_file(path: Path, content: bytes, work: Path | None = None) -> None:
-    """Write a file so that it is there whole or not at all, and is on disk on return.
+    """Write a file so that it is there whole or not at all, and is on disk on return (OSError).
 
     work: a folder of the same file system to write it in, by several processes at once; None: its
         own, by one.
@@ -77,9 +77,9 @@ def replace_file(path: Path, content: bytes, work: Path | None = None) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     to_disk(path.parent)
 
 

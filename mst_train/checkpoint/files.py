@@ -111,7 +111,7 @@ def _delete_old(folder: Path, step: int, keep: int) -> None:
 
     Later ones are of work that was lost with them, and do not count.
     """
-    whole = [path for path in _folders(folder) if _incomplete(path) is None]
+    whole = [path for path in _folders(folder) if _problem(path) is None]
     kept = [path for path in whole if _step(path) <= step][-keep:]
     for path in _folders(folder):
         if kept and _step(path) < _step(kept[0]):
@@ -144,10 +144,10 @@ def _step(checkpoint: Path) -> int:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in ``folder``, oldest first; warns of those that are not."""
-    found = {path: _incomplete(path) for path in _folders(folder)}
+    found = {path: _problem(path) for path in _folders(folder)}
     while not all(path.exists() for path in found):
         # A run has just deleted one, and has newer ones.
-        found = {path: _incomplete(path) for path in _folders(folder)}
+        found = {path: _problem(path) for path in _folders(folder)}
     for path, problem in found.items():
         if problem is not None:
             log.warning("ignoring the checkpoint %s: %s", path, problem)
@@ -179,7 +179,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises UserError where there is none.
     """
     if (path / MARKER).exists():
-        problem = _incomplete(path)
+        problem = _problem(path)
         if problem:
             raise UserError(f"the checkpoint {path} is not whole: {problem}; choose another one")
         return path
@@ -199,10 +199,10 @@ def first_undamaged(checkpoints: list[Path]) -> Path | None:
     Reads every file of a checkpoint once. Raises UserError where all of them are damaged.
     """
     for checkpoint in checkpoints:
-        damage = _damage(checkpoint)
-        if damage is None:
+        problem = _problem(checkpoint, read=True)
+        if problem is None:
             return checkpoint
-        log.warning("the checkpoint %s is damaged: %s", checkpoint, damage)
+        log.warning("the checkpoint %s is damaged: %s", checkpoint, problem)
     if checkpoints:
         raise _all_damaged(checkpoints[0].parent)
     return None
@@ -276,12 +276,10 @@ def _listed(checkpoint: Path) -> dict[str, dict[str, int]]:
         marker = json.loads((checkpoint / MARKER).read_text())
     except (OSError, ValueError, RecursionError):
         raise _NotWhole(f"its {MARKER} file cannot be read") from None
-    if not isinstance(marker, dict):
-        raise _NotWhole(f"its {MARKER} file does not list the checkpoint's files")
-    version = marker.setdefault("format", FORMAT)
+    marker = {"format": FORMAT} | (marker if isinstance(marker, dict) else {})
+    version, files = marker["format"], marker.get("files")
     if not (type(version) is int and version == FORMAT):
         raise _NotWhole(f"it is of format {version!r:.40}, and this version reads {FORMAT}")
-    files = marker.get("files")
     if (
         marker.keys() != {"format", "step", "files"}
         or type(marker["step"]) is not int
@@ -305,29 +303,19 @@ def _is_entry(written: Any) -> bool:
     )
 
 
-def _incomplete(checkpoint: Path) -> str | None:
-    """What is missing of a checkpoint; None where it is whole."""
+def _problem(checkpoint: Path, *, read: bool = False) -> str | None:
+    """What is missing of a checkpoint; None where it is whole.
+
+    read: compare its files with their checksums too.
+    """
     try:
-        files = _listed(checkpoint)
-        for name, written in files.items():
+        for name, written in _listed(checkpoint).items():
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
             size = (checkpoint / name).stat().st_size
             if size != written["bytes"]:
                 return f"{name} has {size} bytes where {written['bytes']} were written"
-    except _NotWhole as problem:
-        return str(problem)
-    except OSError as error:
-        return f"{name} cannot be read ({error.strerror})"
-    return None
-
-
-def _damage(checkpoint: Path) -> str | None:
-    """What has changed in a checkpoint since it was written; None where nothing has."""
-    try:
-        files = _listed(checkpoint)
-        for name, written in files.items():
-            if _checksum(checkpoint / name) != written["crc32"]:
+            if read and _checksum(checkpoint / name) != written["crc32"]:
                 return f"{name} has changed"
     except _NotWhole as problem:
         return str(problem)

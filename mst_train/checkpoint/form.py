@@ -10,7 +10,8 @@ by something else.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,8 @@ def load_progress(checkpoint: Path) -> dict[str, Any]:
     Raises UserError where it is none, or cannot be read.
     """
     found = load_part(checkpoint, "trainer")
-    problem = _progress_problem(found)
-    if problem:
-        raise UserError(f"{checkpoint}/trainer.pt is not what a run has saved: {problem}")
+    with _refusing(f"{checkpoint}/trainer.pt is not what a run has saved"):
+        _require_progress(found)
     return found
 
 
@@ -44,14 +44,10 @@ def load_weights(checkpoint: Path, model: nn.Module) -> dict[str, Tensor]:
     weights = load_part(checkpoint, "model")
     # A tied parameter has several names.
     wanted = dict(model.named_parameters(remove_duplicate=False))
-    problem = _names_problem(weights, wanted)
-    for name, parameter in wanted.items():
-        if problem:
-            break
-        problem = _tensor_problem(weights[name], full_shape(parameter), parameter.dtype)
-        problem = problem and f"{name} {problem}"
-    if problem:
-        raise UserError(f"{checkpoint}/model.pt is not of this model: {problem}")
+    with _refusing(f"{checkpoint}/model.pt is not of this model"):
+        _require_names(weights, wanted)
+        for name, parameter in wanted.items():
+            _require_tensor(name, weights[name], full_shape(parameter), parameter.dtype)
     return weights
 
 
@@ -59,17 +55,25 @@ def load_states(checkpoint: Path, model: nn.Module) -> State:
     """The part ``optimizer``; UserError where it is not the states of such a model's parameters."""
     states = load_part(checkpoint, "optimizer")
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    problem = _names_problem(states, wanted)
-    for name, parameter in wanted.items():
-        if problem:
-            break
-        problem = _states_problem(states[name], full_shape(parameter))
-        problem = problem and f"{name} {problem}"
-    if not problem and len({"master" in state for state in states.values()}) > 1:
-        problem = "some parameters have fp32 masters, and others have none"
-    if problem:
-        raise UserError(f"{checkpoint}/optimizer.pt is not of this model: {problem}")
+    with _refusing(f"{checkpoint}/optimizer.pt is not of this model"):
+        _require_names(states, wanted)
+        for name, parameter in wanted.items():
+            _require_states(name, states[name], full_shape(parameter))
+        if len({"master" in state for state in states.values()}) > 1:
+            raise _Wrong("some parameters have fp32 masters, and others have none")
     return states
+
+
+class _Wrong(Exception):
+    """What is wrong with a part."""
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except _Wrong as problem:
+        raise UserError(f"{what}: {problem}") from problem.__cause__
 
 
 def _is_count(value: Any) -> bool:
@@ -104,11 +108,11 @@ PROGRESS: dict[str, Callable[[Any], bool]] = {
 OPTIONAL = ("summary.loss", "summary.skipped_steps", "bad_steps")
 
 
-def _progress_problem(found: dict[str, Any]) -> str | None:
+def _require_progress(found: dict[str, Any]) -> None:
     try:
         json.dumps(found)
     except (TypeError, ValueError, RecursionError) as error:
-        return f"it holds more than numbers and texts ({error})"
+        raise _Wrong(f"it holds more than numbers and texts ({error})") from error
     for key, is_right in PROGRESS.items():
         group, _, name = key.rpartition(".")
         if group in OPTIONAL and group not in found:
@@ -117,36 +121,33 @@ def _progress_problem(found: dict[str, Any]) -> str | None:
         if name not in values and key in OPTIONAL:
             continue
         if not is_right(values.get(name)):
-            return f"{key}={values.get(name)!s:.40} cannot be"
-    return None
+            raise _Wrong(f"{key}={values.get(name)!s:.40} cannot be")
 
 
-def _names_problem(found: dict[str, Any], wanted: dict[str, nn.Parameter]) -> str | None:
+def _require_names(found: dict[str, Any], wanted: dict[str, nn.Parameter]) -> None:
     different = sorted(map(str, found.keys() ^ wanted.keys()))
-    return f"{different[0]:.80} is in one of them alone" if different else None
+    if different:
+        raise _Wrong(f"{different[0]:.80} is in one of them alone")
 
 
-def _states_problem(states: Any, shape: torch.Size) -> str | None:
+def _require_states(name: str, states: Any, shape: torch.Size) -> None:
     if not isinstance(states, dict):
-        return "has no states"
+        raise _Wrong(f"{name} has no states")
     if states.keys() - {"master"} not in (set(), STATES):
-        return f"has the states {', '.join(sorted(map(str, states)))}"
+        raise _Wrong(f"{name} has the states {', '.join(sorted(map(str, states)))}")
     for key, state in states.items():
         dtype = torch.float32 if key == "master" else None
-        problem = _tensor_problem(state, torch.Size() if key == "step" else shape, dtype)
-        if problem:
-            return f"has a state {key} that {problem}"
+        place = f"{name} has a state {key} that"
+        _require_tensor(place, state, torch.Size() if key == "step" else shape, dtype)
     if "step" in states and not 0 <= states["step"].item() < math.inf:
-        return f"has been updated {states['step'].item()} times"
-    return None
+        raise _Wrong(f"{name} has been updated {states['step'].item()} times")
 
 
-def _tensor_problem(value: Any, shape: torch.Size, dtype: torch.dtype | None) -> str | None:
-    """What a tensor is not that it has to be; ``dtype`` None: any floating point."""
+def _require_tensor(name: str, value: Any, shape: torch.Size, dtype: torch.dtype | None) -> None:
+    """``dtype`` None: any floating point."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
-        return "is no tensor"
+        raise _Wrong(f"{name} is no tensor")
     if value.shape != shape:
-        return f"has the shape {list(value.shape)}, not {list(shape)}"
+        raise _Wrong(f"{name} has the shape {list(value.shape)}, not {list(shape)}")
     if not (value.is_floating_point() if dtype is None else value.dtype == dtype):
-        return f"is of type {value.dtype}"
-    return None
+        raise _Wrong(f"{name} is of type {value.dtype}")

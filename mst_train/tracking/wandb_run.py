@@ -18,6 +18,7 @@ from typing import Any
 
 from mst_train.checkpoint.files import complete_checkpoints
 from mst_train.config import Config
+from mst_train.files import replace_text
 from mst_train.units import GIB
 
 START_SECONDS = 30.0
@@ -152,7 +153,12 @@ def start_wandb(folder: Path, config: Config) -> WandbRun | None:
     for attempt in dict.fromkeys((mode, "offline")):
         try:
             if importlib.util.find_spec("wandb") is None:
-                _not_installed(mode, records)
+                log.log(
+                    logging.WARNING if mode == "online" else logging.INFO,
+                    "wandb is not installed: metrics go to %s alone (pip install wandb to have "
+                    "W&B, or set logging.wandb.mode=disabled)",
+                    records,
+                )
                 return None
             run = WandbRun(folder, config, attempt)
         except Exception as error:  # whatever W&B, its process, the network and the disk raise
@@ -177,15 +183,6 @@ def start_wandb(folder: Path, config: Config) -> WandbRun | None:
     return None
 
 
-def _not_installed(mode: str, records: Path) -> None:
-    log.log(
-        logging.WARNING if mode == "online" else logging.INFO,
-        "wandb is not installed: metrics go to %s alone (pip install wandb to have W&B, or set "
-        "logging.wandb.mode=disabled)",
-        records,
-    )
-
-
 def _end_process() -> None:
     """End W&B's own process, where there is one: it would refuse the same run a second time."""
     with contextlib.suppress(Exception):  # as what it is called for
@@ -202,12 +199,5 @@ def _identity(path: Path) -> str:
     if kept is not None:
         log.warning("%s is damaged: from here on W&B has this as another run", path)
     identity = uuid.uuid4().hex[:8]
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(identity)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    replace_text(path, identity)
     return identity

@@ -318,16 +318,15 @@ def test_a_damaged_name_is_replaced(kept, path, config, caplog):
 def test_a_name_that_cannot_be_written_leaves_nothing(path, config, monkeypatch, caplog):
     """As on a full disk: after room was made, the next start finds no empty file."""
     pytest.importorskip("wandb")
-    write_text = Path.write_text
+    replace = Path.replace
 
-    def full(self, text, *rest, **settings):
+    def full(self, target):
         if "wandb_run_id" not in self.name:
-            return write_text(self, text, *rest, **settings)
-        write_text(self, "")
+            return replace(self, target)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(Path, "replace", full)
         goes_on_without(path, config)
     identity = path.parent / "wandb_run_id"
     assert f"No space left on device: '{identity}'" in caplog.text
