@@ -48,13 +48,21 @@ def unwritable(message: str, error: Exception) -> UserError | TrainingError:
     return TrainingError(message)
 
 
+@contextlib.contextmanager
+def writing_to(setting: str, advice: str) -> Iterator[None]:
+    """Have errors of the file system be about a folder that a setting names, and say what to do
+    (as ``unwritable`` sorts them)."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{setting} cannot be written ({error.strerror or error}): {advice}"
+        raise unwritable(message, error) from error
+
+
 def make_folder(folder: Path, key: str) -> None:
     """Have the folder that a setting names, before the work whose result goes there."""
-    try:
+    with writing_to(f"{key}={folder}", "name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        message = f"{key}={folder} cannot be written ({error.strerror}): name another folder"
-        raise unwritable(message, error) from error
 
 
 def is_at(file: IO[str], path: Path) -> bool:

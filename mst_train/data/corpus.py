@@ -3,11 +3,11 @@
 The layout of both is described in ``data/README.md``.
 """
 
-import contextlib
 import logging
 import os
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from mst_train.data.tokenizer import (
 )
 from mst_train.data.tokenizer_file import load_tokenizer
 from mst_train.errors import UserError
-from mst_train.files import expanded, unwritable
+from mst_train.files import expanded, writing_to
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def load_corpus(data: DataConfig) -> Corpus:
     folder = cache / "corpora" / digest(FORMAT, source.fingerprint, tokenizer.fingerprint)
     corpus = _whole(folder)
     while corpus is None:
-        with writing_to(cache):
+        with writing_cache(cache):
             built = _build(source, tokenizer, folder)
         corpus = _whole(folder)
         if built and corpus is None:
@@ -246,17 +246,10 @@ def cache_folder(data: DataConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mst_train")
 
 
-@contextlib.contextmanager
-def writing_to(cache: Path) -> Iterator[None]:
+def writing_cache(cache: Path) -> AbstractContextManager[None]:
     """Have errors of the file system say that it is the cache they are about."""
-    try:
-        yield
-    except OSError as error:
-        message = (
-            f"data.cache_dir={cache} cannot be written ({error.strerror or error}): make room or "
-            f"give permission there, or set data.cache_dir to another folder"
-        )
-        raise unwritable(message, error) from error
+    advice = "make room or give permission there, or set data.cache_dir to another folder"
+    return writing_to(f"data.cache_dir={cache}", advice)
 
 
 def _trained_tokenizer(source: Source, vocab_size: int, cache: Path) -> Tokenizer:
@@ -267,7 +260,7 @@ def _trained_tokenizer(source: Source, vocab_size: int, cache: Path) -> Tokenize
         return kept
     start = time.monotonic()
     tokenizer = train_tokenizer(source.sampled(), vocab_size)
-    with writing_to(cache):
+    with writing_cache(cache):
         keep_tokenizer(tokenizer, folder, key)
     log.info(
         "trained a tokenizer of %d tokens on %s in %.1f s",

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from mst_train.config import DataConfig
 from mst_train.data import best_fit
 from mst_train.data.best_fit import BestFitSequences
-from mst_train.data.corpus import Corpus, cache_folder, load_corpus, writing_to
+from mst_train.data.corpus import Corpus, cache_folder, load_corpus, writing_cache
 from mst_train.data.documents import digest
 from mst_train.data.mixture import MixedSequences
 from mst_train.data.packing import PackedSequences, Sequences
@@ -79,7 +79,7 @@ def load_source(data: DataConfig, min_document_tokens: int = 0) -> Data:
             )
     streams = streams_of(training, validation)
     places = [corpus.folder / PACKING, cache_folder(data) / PACKING]
-    with writing_to(places[-1].parent):
+    with writing_cache(places[-1].parent):
         sequences = pack(corpus, streams, data, places, min_document_tokens)
     if data.packing != "stream":
         fingerprint = digest(fingerprint, data.packing)

@@ -21,7 +21,7 @@ import yaml
 from mst_train.checkpoint.files import find_checkpoint, own_checkpoints
 from mst_train.config import AUTO, Config, leaves
 from mst_train.errors import InUse, UserError
-from mst_train.files import expanded, is_at, unwritable, writing
+from mst_train.files import expanded, is_at, writing, writing_to
 
 FIXED = (
     "precision",
@@ -77,12 +77,9 @@ class RunFolder:
 
         Raises InUse where it is another's; UserError or TrainingError where it cannot be written.
         """
-        try:
+        with writing_to(f"run.dir={self.path}", "give permission there, or name another folder"):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a")  # what another has written stays
-        except OSError as error:
-            message = f"run.dir={self.path} cannot be written: {error.strerror}"
-            raise unwritable(message, error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -333,7 +333,7 @@ def test_without_matplotlib(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("mst_train.data.statistics.draw_lengths", missing)
+    monkeypatch.setattr("mst_train.prepare.folder.draw_lengths", missing)
     (tmp_path / "a.txt").write_text("some words " * 2000)
     tokenizer = prepared / "tokenizer.model"
     out = tmp_path / "out"

@@ -170,7 +170,7 @@ def test_trained_tokenizer_is_kept(
     trained = load_corpus(load(tmp_path / "out")).tokenizer
     assert trained.vocab_size == 300
     (tmp_path / "out" / "shards" / "000002.tokens").unlink()
-    monkeypatch.setattr("mst_train.data.tokenizer.train_tokenizer", None)
+    monkeypatch.setattr("mst_train.prepare.folder.train_tokenizer", None)
     assert main(arguments) == 0
     assert load_corpus(load(tmp_path / "out")).tokenizer.fingerprint == trained.fingerprint
 

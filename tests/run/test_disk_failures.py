@@ -258,7 +258,7 @@ def test_a_folder_that_cannot_be_written(small_config, change, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     with (
         permissions_count(),
-        pytest.raises(UserError, match=r"closed/run cannot be written: Permission denied"),
+        pytest.raises(UserError, match=r"closed/run cannot be written \(Permission denied\)"),
     ):
         train(config)
     assert list((tmp_path / "closed").iterdir()) == []
