@@ -6,6 +6,8 @@ SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generato
 a few lines and stays as it is.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,7 +20,7 @@ def pseudo_random(*key: int) -> int:
     """An integer of 64 bits, fixed by ``key`` (any integers)."""
     state = 0
     for part in key:
-        state = _mix_one(state ^ (part & _MASK))
+        state = _mix(state ^ (part & _MASK))
     return state
 
 
@@ -35,7 +37,7 @@ def shuffled(place: int, count: int, *key: int) -> int:
     while True:
         left, right = place >> half, place & mask
         for turn in range(_TURNS):
-            left, right = right, left ^ (_mix_one(start ^ (turn << 48 | right)) & mask)
+            left, right = right, left ^ (_mix(start ^ (turn << 48 | right)) & mask)
         place = left << half | right
         if place < count:
             return place
@@ -43,26 +45,14 @@ def shuffled(place: int, count: int, *key: int) -> int:
 
 def pseudo_random_order(count: int, *key: int) -> NDArray[np.int64]:
     """A permutation of 0 .. count-1, [count] int64, fixed by ``key`` (any integers)."""
-    start = np.zeros(1, np.uint64)
-    for part in key:
-        start = _mix(start ^ np.uint64(part & _MASK))
+    places = np.arange(1, count + 1, dtype=np.uint64)
     # The mix is a bijection and the increment is odd, so no two indices share a sort key.
-    return np.argsort(
-        _mix(start + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_INCREMENT))
-    )
+    return np.argsort(_mix(places * _INCREMENT + pseudo_random(*key)))
 
 
-def _mix_one(z: int) -> int:
-    """``_mix`` of one number."""
+def _mix(z: Any) -> Any:
+    """SplitMix64's output function, modulo 2^64, of an integer or of each element of a uint64."""
     z = z + _INCREMENT & _MASK
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     z = (z ^ z >> 27) * 0x94D049BB133111EB & _MASK
     return z ^ z >> 31
-
-
-def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's output function, element by element, modulo 2^64."""
-    z = z + np.uint64(_INCREMENT)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
