@@ -13,6 +13,8 @@ import io
 import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Self
 
@@ -91,7 +93,45 @@ class Vocabulary:
         raise UserError("these tokens were prepared without a tokenizer, so they have no text")
 
 
-class Tokenizer(Vocabulary):
+class TextTokenizer(Vocabulary):
+    """What sentencepiece's and Hugging Face's tokenizers have in common.
+
+    A subclass sets ``model``, the ids ``_before`` each document, and its ``_lead``.
+    """
+
+    _before: list[int]
+    _lead: "Lead"
+
+    def encode_arrays(
+        self, texts: list[str], continuing: Collection[int] = ()
+    ) -> Iterator[NDArray[np.int32]]:
+        """As ``Vocabulary``; ``threads`` threads encode several texts at a time."""
+        texts = self._lead.put_before(texts, continuing)
+        parts = ((index, part) for index, text in enumerate(texts) for part in self._parts(text))
+        for index, found in groupby(self._numbered(parts, continuing), itemgetter(0)):
+            before = np.array([] if index in continuing else self._before, np.int32)
+            yield np.concatenate([before, *(ids for _, ids in found)])
+
+    def _numbered(
+        self, parts: Iterable[tuple[int, str]], continuing: Collection[int]
+    ) -> Iterator[tuple[int, NDArray[np.int32]]]:
+        for batch in batches(parts):
+            encoded = self._encoded([part for _, part in batch])
+            for (index, part), ids in zip(batch, encoded, strict=True):
+                if index in continuing:
+                    ids = self._lead.taken_from(ids, part)
+                yield index, np.array(ids, np.int32)
+
+    def _parts(self, text: str) -> Iterator[str]:
+        """A text in parts that are encoded by themselves."""
+        yield text
+
+    def _encoded(self, parts: list[str]) -> Iterator[list[int]]:
+        """The token ids of each, and nothing before them."""
+        raise NotImplementedError
+
+
+class Tokenizer(TextTokenizer):
     """A sentencepiece model."""
 
     def __init__(self, model: bytes, name: str) -> None:
@@ -143,29 +183,6 @@ class Tokenizer(Vocabulary):
         replace_file(path, self.model, path.parent)
         return self
 
-    def encode_arrays(
-        self, texts: list[str], continuing: Collection[int] = ()
-    ) -> Iterator[NDArray[np.int32]]:
-        """As ``encode``, one text after the other, by ``threads`` threads for several at a time."""
-        texts = self._lead.put_before(texts, continuing)
-        parts = ((index, part) for index, text in enumerate(texts) for part in self._parts(text))
-
-        def before(index: int) -> NDArray[np.int32]:
-            return np.array([] if index in continuing else self._before, np.int32)
-
-        current, tokens = 0, [before(0)]
-        for batch in batches(parts):
-            encoded = self._processor.encode([p for _, p in batch], num_threads=self.threads)
-            for (index, part), ids in zip(batch, encoded, strict=True):
-                if index != current:
-                    yield np.concatenate(tokens)
-                    current, tokens = index, [before(index)]
-                if index in continuing:
-                    ids = self._lead.taken_from(ids, part)
-                tokens.append(np.array(self._substitute(part, ids), np.int32))
-        if texts:
-            yield np.concatenate(tokens)
-
     def decode(self, tokens: list[int]) -> str:
         """The text of token ids; end-of-document ids have none."""
         text: str = self._processor.decode(tokens)
@@ -181,11 +198,12 @@ class Tokenizer(Vocabulary):
             else:
                 yield part
 
-    def _substitute(self, part: str, tokens: list[int]) -> list[int]:
-        """``tokens``, unless ``part`` is a run of U+2581 cut out by ``_parts``."""
-        if self._divisible and self._space_symbol_ids and part.startswith(_SPACE_SYMBOL):
-            return self._space_symbol_ids * len(part)
-        return tokens
+    def _encoded(self, parts: list[str]) -> Iterator[list[int]]:
+        encoded = self._processor.encode(parts, num_threads=self.threads)
+        for part, ids in zip(parts, encoded, strict=True):
+            if self._divisible and self._space_symbol_ids and part.startswith(_SPACE_SYMBOL):
+                ids = self._space_symbol_ids * len(part)  # a run of them cut out by ``_parts``
+            yield ids
 
     def _in_bytes(self, text: str) -> list[int]:
         """``text`` spelt in byte tokens; empty where the model has none."""

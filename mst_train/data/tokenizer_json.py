@@ -7,15 +7,12 @@ that lie beside it.
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mst_train.data.pieces import cores
-from mst_train.data.tokenizer import ADVICE, Lead, Vocabulary, batches
+from mst_train.data.tokenizer import ADVICE, Lead, TextTokenizer
 from mst_train.errors import UserError
 from mst_train.files import reading
 
@@ -23,7 +20,7 @@ NEIGHBOURS = ("tokenizer_config.json", "generation_config.json", "config.json")
 """Which files beside a tokenizer.json say what ends a document; the first that does counts."""
 
 
-class JsonTokenizer(Vocabulary):
+class JsonTokenizer(TextTokenizer):
     """A Hugging Face tokenizer.
 
     What its file puts before a text comes before each document. Special tokens that are spelt out
@@ -88,29 +85,17 @@ class JsonTokenizer(Vocabulary):
             f"eos_token beside it"
         )
 
-    def encode_arrays(
-        self, texts: list[str], continuing: Collection[int] = ()
-    ) -> Iterator[NDArray[np.int32]]:
-        """The token ids of each text, without an end-of-document id."""
-        for batch in batches(enumerate(self._lead.put_before(texts, continuing))):
-            encoded = self._encoded([text for _, text in batch])
-            for (index, text), ids in zip(batch, encoded, strict=True):
-                if index in continuing:
-                    yield np.array(self._lead.taken_from(ids, text), np.int32)
-                else:
-                    yield np.array([*self._before, *ids], np.int32)
-
     def decode(self, tokens: list[int]) -> str:
         """The text of token ids; special ones have none."""
         text: str = self._library.decode(tokens, skip_special_tokens=True)
         return text
 
-    def _encoded(self, texts: list[str]) -> Iterator[list[int]]:
+    def _encoded(self, parts: list[str]) -> Iterator[list[int]]:
         found: Iterable[Any]
         if self.threads > 1:
-            found = self._library.encode_batch_fast(texts, add_special_tokens=False)
+            found = self._library.encode_batch_fast(parts, add_special_tokens=False)
         else:
-            found = (self._library.encode(text, add_special_tokens=False) for text in texts)
+            found = (self._library.encode(text, add_special_tokens=False) for text in parts)
         for encoding in found:
             yield encoding.ids
 
