@@ -28,7 +28,7 @@ from mst_train.data.documents import Source, find_documents
 from mst_train.data.load import PACKING, Data, load_data, pack, streams_of
 from mst_train.data.loader import Batch, Loader, fixed_batches
 from mst_train.data.packing import IGNORED, PackedSequences, Sequences
-from mst_train.data.splitting import split_corpus, split_documents, split_stream
+from mst_train.data.splitting import split_corpus, split_documents
 from mst_train.data.tokenizer import Tokenizer, Vocabulary, train_tokenizer
 from mst_train.data.tokenizer_file import load_tokenizer
 
@@ -52,7 +52,6 @@ __all__ = [
     "pack",
     "split_corpus",
     "split_documents",
-    "split_stream",
     "streams_of",
     "train_tokenizer",
 ]

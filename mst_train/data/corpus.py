@@ -43,6 +43,16 @@ from mst_train.files import expanded, writing_to
 log = logging.getLogger(__name__)
 
 
+def across(starts: NDArray[np.int64], first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """Places ``first`` .. ``last`` - 1 by the segments they are in, where segment k has the places
+    starts[k] .. starts[k + 1] - 1: (segment, the range's start and end within it)."""
+    segment = int(np.searchsorted(starts, first, side="right")) - 1
+    while first < last:
+        base, end = int(starts[segment]), min(last, int(starts[segment + 1]))
+        yield segment, first - base, end - base
+        first, segment = end, segment + 1
+
+
 class TokenFiles:
     """The tokens of all shards, one after the other; what is read is compared with checksums.
 
@@ -60,14 +70,8 @@ class TokenFiles:
 
     def __getitem__(self, key: slice) -> NDArray[Any]:
         """The tokens of a range (of step 1); they cannot be changed where it is in one shard."""
-        start, stop, _ = key.indices(len(self))
-        parts = []
-        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
-        while start < stop:
-            first = int(self.starts[shard])
-            end = min(stop, int(self.starts[shard + 1]))
-            parts.append(self._shards[shard][start - first : end - first])
-            start, shard = end, shard + 1
+        first, last, _ = key.indices(len(self))
+        parts = [self._shards[shard][a:b] for shard, a, b in across(self.starts, first, last)]
         if len(parts) == 1:
             return parts[0]
         return np.concatenate(parts) if parts else np.empty(0, self.dtype)
@@ -86,13 +90,8 @@ class Documents:
     def borders(self, first: int, last: int) -> NDArray[np.int64]:
         """[last - first + 1]: where documents ``first`` .. ``last`` - 1 start and the last ends."""
         parts = [np.array([self.start(first)])]
-        shard = int(np.searchsorted(self._starts, first, side="right")) - 1
-        while first < last:
-            base = int(self._starts[shard])
-            end = min(last, int(self._starts[shard + 1]))
-            borders = self._shards[shard][first - base + 1 : end - base + 1]
-            parts.append(borders + self._token_starts[shard])
-            first, shard = end, shard + 1
+        for shard, a, b in across(self._starts, first, last):
+            parts.append(self._shards[shard][a + 1 : b + 1] + self._token_starts[shard])
         return np.concatenate(parts)
 
     def start(self, document: int) -> int:

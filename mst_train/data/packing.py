@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mst_train.data.corpus import TokenFiles
+from mst_train.data.corpus import TokenFiles, across
 from mst_train.data.order import shuffled
 from mst_train.errors import UserError
 
@@ -123,16 +123,11 @@ class PackedSequences(Sequences):
 
     def _read(self, start: int, end: int) -> Ints:
         """The stream's tokens [start, end)."""
-        out = np.empty(end - start, np.int64)
-        position = start
-        span = int(np.searchsorted(self._borders, start, side="right")) - 1
-        while position < end:
-            stop = min(end, int(self._borders[span + 1]))
-            first = int(self._spans[span, 0]) + position - int(self._borders[span])
-            out[position - start : stop - start] = self._tokens[first : first + stop - position]
-            position = stop
-            span += 1
-        return out
+        parts = []
+        for span, a, b in across(self._borders, start, end):
+            first = int(self._spans[span, 0])
+            parts.append(self._tokens[first + a : first + b])
+        return np.concatenate(parts).astype(np.int64)
 
 
 def positions_from(starts: Ints, positions: Ints) -> Ints:

@@ -31,21 +31,37 @@ def split_corpus(
 ) -> tuple[Ints, Ints | None]:
     """The spans of the training stream and of the validation stream (none where fraction is 0).
 
-    As ``split_stream``. Of more than MANY_DOCUMENTS, RANGES runs of neighbouring documents are held
-    out, spread evenly over the corpus at places that are fixed but not regular.
+    Every token of the corpus is in one span of one stream. Each stream is long enough for one
+    sequence of ``sequence_length`` + 1 tokens. Of more than MANY_DOCUMENTS, RANGES runs of
+    neighbouring documents are held out, spread evenly over the corpus at places that are fixed but
+    not regular.
 
     Raises:
         UserError: the corpus is too short for that.
     """
     count = len(documents)
-    if count <= MANY_DOCUMENTS:
-        return split_stream(documents.borders(0, count), fraction, sequence_length)
     total, minimum = documents.start(count), sequence_length + 1
     if total < (2 * minimum if fraction else minimum):
         raise _too_short(total, fraction, sequence_length)
     if not fraction:
         return np.array([[0, total]]), None
     target = max(int(fraction * total), minimum)
+    if count > MANY_DOCUMENTS:
+        training, validation = _split_ranges(documents, total, target)
+    else:
+        offsets = documents.borders(0, count)
+        spans = np.stack([offsets[:-1], offsets[1:]], axis=1)
+        numbers = split_documents(np.diff(offsets), fraction, minimum)
+        training, validation = (spans[chosen] for chosen in numbers)
+    held_out = int((validation[:, 1] - validation[:, 0]).sum())
+    if held_out < minimum or total - held_out < minimum:
+        border = total - min(target, total - minimum)
+        return np.array([[0, border]]), np.array([[border, total]])
+    return merged(training), merged(validation)
+
+
+def _split_ranges(documents: Documents, total: int, target: int) -> tuple[Ints, Ints]:
+    """Hold out about ``target`` of ``total`` tokens; looks up 2 * RANGES documents."""
     width, length = total // RANGES, -(-target // RANGES)
     borders = [0]
     for index in range(RANGES):
@@ -56,10 +72,7 @@ def split_corpus(
     spans = np.array([*borders, total]).reshape(-1, 2)  # of training, with the gaps between them
     validation = np.stack([spans[:-1, 1], spans[1:, 0]], axis=1)
     training, validation = (part[part[:, 0] < part[:, 1]] for part in (spans, validation))
-    held_out = int((validation[:, 1] - validation[:, 0]).sum())
-    if held_out < minimum or total - held_out < minimum:
-        return _end_held_out(total, target, minimum)
-    return merged(training), merged(validation)
+    return training, validation
 
 
 def split_documents(lengths: Ints, fraction: float, minimum_tokens: int) -> tuple[Ints, Ints]:
@@ -92,36 +105,6 @@ def split_documents(lengths: Ints, fraction: float, minimum_tokens: int) -> tupl
     is_validation = np.zeros(len(lengths), bool)
     is_validation[order[:count]] = True
     return np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
-
-
-def split_stream(offsets: Ints, fraction: float, sequence_length: int) -> tuple[Ints, Ints | None]:
-    """The spans of the training stream and of the validation stream (none where fraction is 0).
-
-    Every token of the corpus is in one span of one stream. Each stream is long enough for one
-    sequence of ``sequence_length`` + 1 tokens.
-
-    Args:
-        offsets: [documents + 1] int64, where documents start and the last one ends.
-
-    Raises:
-        UserError: the corpus is too short for that.
-    """
-    total = int(offsets[-1])
-    minimum = sequence_length + 1
-    if total < (2 * minimum if fraction else minimum):
-        raise _too_short(total, fraction, sequence_length)
-    spans = np.stack([offsets[:-1], offsets[1:]], axis=1)
-    if not fraction:
-        return merged(spans), None
-    training, validation = split_documents(np.diff(offsets), fraction, minimum)
-    if len(validation):
-        return merged(spans[training]), merged(spans[validation])
-    return _end_held_out(total, max(int(fraction * total), minimum), minimum)
-
-
-def _end_held_out(total: int, target: int, minimum: int) -> tuple[Ints, Ints]:
-    border = total - min(target, total - minimum)
-    return np.array([[0, border]]), np.array([[border, total]])
 
 
 def documents_in(documents: Documents, spans: Ints) -> Iterator[tuple[Ints, bool]]:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from mst_train.attention import select_attention
 from mst_train.config import ModelConfig
-from mst_train.data import IGNORED, PackedSequences, split_stream
+from mst_train.data import IGNORED, PackedSequences, split_corpus
+from mst_train.data.corpus import Documents as Borders
 from mst_train.data.loader import collate
 from mst_train.errors import UserError
 from mst_train.model import Policy, build_model
@@ -55,7 +56,8 @@ def test_every_token_is_a_label_once(
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = np.arange(offsets[-1], dtype=np.uint32)  # each token is its own position
     try:
-        streams = split_stream(offsets, fraction, sequence_length)
+        documents = Borders([offsets], offsets[[0, -1]])
+        streams = split_corpus(documents, fraction, sequence_length)
     except UserError:
         return
     seen: list[int] = []

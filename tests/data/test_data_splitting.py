@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mst_train.data import split_documents, split_stream
+from mst_train.data import split_documents
 from mst_train.data.order import pseudo_random_order, shuffled
 from mst_train.data.splitting import merged, split_corpus
 from mst_train.errors import UserError
@@ -14,6 +14,30 @@ FRACTIONS = st.floats(0.001, 0.9)
 
 def offsets_of(lengths: list[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)])
+
+
+class Borders:
+    """``Documents`` of these offsets."""
+
+    def __init__(self, offsets: np.ndarray) -> None:
+        self.offsets, self.looked_up = offsets, 0
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def start(self, document: int) -> int:
+        return int(self.offsets[document])
+
+    def at(self, token: int) -> int:
+        self.looked_up += 1
+        return int(np.searchsorted(self.offsets, token, side="right")) - 1
+
+    def borders(self, first: int, last: int) -> np.ndarray:
+        return self.offsets[first : last + 1]
+
+
+def split(offsets: np.ndarray, fraction: float, length: int) -> tuple[np.ndarray, np.ndarray]:
+    return split_corpus(Borders(offsets), fraction, length)
 
 
 def covered(spans: np.ndarray) -> list[int]:
@@ -51,9 +75,9 @@ def test_split_stream_gives_every_token_to_one_stream(
     total, minimum = sum(lengths), sequence_length + 1
     if total < (2 * minimum if fraction else minimum):
         with pytest.raises(UserError):
-            split_stream(offsets_of(lengths), fraction, sequence_length)
+            split(offsets_of(lengths), fraction, sequence_length)
         return
-    training, validation = split_stream(offsets_of(lengths), fraction, sequence_length)
+    training, validation = split(offsets_of(lengths), fraction, sequence_length)
     held_out = [] if validation is None else covered(validation)
     assert (validation is None) == (fraction == 0)
     assert sorted(covered(training) + held_out) == list(range(total))
@@ -62,23 +86,23 @@ def test_split_stream_gives_every_token_to_one_stream(
 
 
 def test_one_huge_document_holds_out_its_end() -> None:
-    training, validation = split_stream(np.array([0, 10_000]), 0.05, 100)
+    training, validation = split(np.array([0, 10_000]), 0.05, 100)
     assert training.tolist() == [[0, 9500]]
     assert validation is not None and validation.tolist() == [[9500, 10_000]]
 
 
 def test_at_least_a_sequence_is_held_out() -> None:
-    _, validation = split_stream(np.array([0, 10_000]), 0.001, 100)
+    _, validation = split(np.array([0, 10_000]), 0.001, 100)
     assert validation is not None and validation.tolist() == [[9899, 10_000]]
-    _, validation = split_stream(np.arange(0, 10_001, 10), 0.001, 100)
+    _, validation = split(np.arange(0, 10_001, 10), 0.001, 100)
     assert validation is not None and len(covered(validation)) == 110
     # Documents longer than the fraction, but not than a sequence, are held out whole.
-    _, validation = split_stream(np.arange(0, 10_001, 50), 0.001, 100)
+    _, validation = split(np.arange(0, 10_001, 50), 0.001, 100)
     assert validation is not None and len(covered(validation)) == 150
 
 
 def test_training_keeps_at_least_a_sequence() -> None:
-    training, validation = split_stream(np.array([0, 210]), 0.9, 100)
+    training, validation = split(np.array([0, 210]), 0.9, 100)
     assert validation is not None
     assert (len(covered(training)), len(covered(validation))) == (101, 109)
 
@@ -114,12 +138,12 @@ def test_short_corpus_is_refused(
     total: int, fraction: float, sequence_length: int, expected: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        split_stream(np.array([0, total]), fraction, sequence_length)
+        split(np.array([0, total]), fraction, sequence_length)
     assert str(caught.value) == expected
     largest = int(expected.split("data.sequence_length to ")[1].split()[0])
-    split_stream(np.array([0, total]), fraction, largest)
+    split(np.array([0, total]), fraction, largest)
     with pytest.raises(UserError):
-        split_stream(np.array([0, total]), fraction, largest + 1)
+        split(np.array([0, total]), fraction, largest + 1)
 
 
 @given(st.integers(0, 300), st.integers(), st.integers())
@@ -159,26 +183,6 @@ def test_shuffling_is_fixed_and_even() -> None:
 
 
 # ---------------------------------------------------------------- many documents
-
-
-class Borders:
-    """``Documents`` of these offsets."""
-
-    def __init__(self, offsets: np.ndarray) -> None:
-        self.offsets, self.looked_up = offsets, 0
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def start(self, document: int) -> int:
-        return int(self.offsets[document])
-
-    def at(self, token: int) -> int:
-        self.looked_up += 1
-        return int(np.searchsorted(self.offsets, token, side="right")) - 1
-
-    def borders(self, first: int, last: int) -> np.ndarray:
-        return self.offsets[first : last + 1]
 
 
 @given(st.lists(st.integers(1, 60), min_size=20, max_size=120), FRACTIONS, st.integers(1, 60))
