@@ -23,35 +23,22 @@
 when it makes its first batch.
 """
 
-from mst_train.data.corpus import Corpus, load_corpus
-from mst_train.data.documents import Source, find_documents
-from mst_train.data.load import PACKING, Data, load_data, pack, streams_of
+from mst_train.data.corpus import load_corpus
+from mst_train.data.load import Data, load_data
 from mst_train.data.loader import Batch, Loader, fixed_batches
-from mst_train.data.packing import IGNORED, PackedSequences, Sequences
-from mst_train.data.splitting import split_corpus, split_documents
-from mst_train.data.tokenizer import Tokenizer, Vocabulary, train_tokenizer
+from mst_train.data.packing import IGNORED, Sequences
+from mst_train.data.tokenizer import Vocabulary
 from mst_train.data.tokenizer_file import load_tokenizer
 
 __all__ = [
     "IGNORED",
-    "PACKING",
     "Batch",
-    "Corpus",
     "Data",
     "Loader",
-    "PackedSequences",
     "Sequences",
-    "Source",
-    "Tokenizer",
     "Vocabulary",
-    "find_documents",
     "fixed_batches",
     "load_corpus",
     "load_data",
     "load_tokenizer",
-    "pack",
-    "split_corpus",
-    "split_documents",
-    "streams_of",
-    "train_tokenizer",
 ]

@@ -34,6 +34,8 @@ from mst_train.errors import UserError
 from mst_train.files import expanded, reading
 
 STDLIB = "stdlib"
+DIVIDED = (*JSON_LINES, PARQUET, MEGATRON)
+"""How the names of files end that hold many documents."""
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "__pycache__"}
 
 UNREADABLE = "make it readable or take it out of data.source"
@@ -180,12 +182,11 @@ class Files:
 
     def belong(self, name: str, other: str) -> bool:
         """Whether two files are parts of one document."""
-        if self.repository_depth is None:
-            return False
-        return self._repository_of(name) == self._repository_of(other)
+        repository = self._repository_of
+        return self.repository_depth is not None and repository(name) == repository(other)
 
     def usable(self, name: str) -> bool:
-        return name.lower().endswith((*self.text_suffixes, *JSON_LINES, PARQUET, MEGATRON))
+        return name.lower().endswith((*self.text_suffixes, *DIVIDED))
 
     def _text(self, name: str, report: Report) -> Iterator[Document]:
         with reading(self.root / name, UNREADABLE):
@@ -329,11 +330,10 @@ def _divide(files: Files, names: list[str], sizes: list[int], limit: int) -> lis
 
 def _looks_like_a_path(data: DataConfig) -> bool:
     source = data.source
-    suffixes = (*data.text_suffixes, *JSON_LINES, PARQUET, MEGATRON)
     return (
         source.startswith(("/", ".", "~"))
         or any(character in source for character in "*?[")
-        or source.lower().endswith(suffixes)
+        or source.lower().endswith((*data.text_suffixes, *DIVIDED))
         or Path(source).exists()
         or Path(source + MEGATRON).exists()
     )

@@ -8,6 +8,8 @@ cannot be read at all is a ``UserError``.
 import codecs
 import io
 import json
+import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,34 +51,24 @@ def read_text(path: Path, report: Report, errors: str = "strict") -> Iterator[Do
 
     ``errors``: what becomes of bytes that are not UTF-8, as in ``bytes.decode``.
     """
-    if path.stat().st_size <= TEXT_PART_BYTES:
-        raw = path.read_bytes()
-        try:
-            yield Document(
-                raw.decode("utf-8-sig" if errors == "strict" else "utf-8", errors), len(raw)
-            )
-        except UnicodeDecodeError as error:
-            report(not_utf8(path, error))
-        return
+    encoding = "utf-8-sig" if errors == "strict" else "utf-8"
+    parts: Iterable[Document]
     try:
-        # What was passed on cannot be taken back, so the whole file is decoded once before.
-        for _ in _text_parts(path, errors) if errors == "strict" else ():
-            pass
+        if path.stat().st_size <= TEXT_PART_BYTES:
+            raw = path.read_bytes()
+            parts = [Document(raw.decode(encoding, errors), len(raw))]
+        else:
+            # What was passed on cannot be taken back, so the whole file is decoded once before.
+            deque(_text_parts(path, encoding, errors), maxlen=0)
+            parts = _text_parts(path, encoding, errors)
     except UnicodeDecodeError as error:
         report(not_utf8(path, error))
-        return
-    before = None
-    for part in _text_parts(path, errors):
-        if before is not None:
-            yield before._replace(more=True)
-        before = part
-    if before is not None:
-        yield before
+    else:
+        yield from parts
 
 
-def _text_parts(path: Path, errors: str) -> Iterator[Document]:
+def _text_parts(path: Path, encoding: str, errors: str) -> Iterator[Document]:
     """Parts that end between words, where there are some."""
-    encoding = "utf-8-sig" if errors == "strict" else "utf-8"
     decoder = codecs.getincrementaldecoder(encoding)(errors)
     rest = ""
     with path.open("rb") as file:
@@ -84,7 +76,7 @@ def _text_parts(path: Path, errors: str) -> Iterator[Document]:
             text = rest + decoder.decode(raw)
             end = between_words(text, 0, len(text))
             text, rest = text[:end], text[end:]
-            yield Document(text, len(raw))
+            yield Document(text, len(raw), more=True)
     yield Document(rest + decoder.decode(b"", final=True), 0)
 
 
@@ -101,7 +93,7 @@ class JsonLines:
         if path.suffix.lower() not in COMPRESSIONS:
             return path.stat().st_size
         with self._open(path) as file:
-            return sum(len(part) for part in iter(lambda: file.read(READ_BYTES), b""))
+            return sum(map(len, _blocks(file)))
 
     def divide(self, path: Path, size: int, target: int) -> Iterator[tuple[int, int, int]]:
         if path.suffix.lower() in COMPRESSIONS:
@@ -110,51 +102,51 @@ class JsonLines:
             yield start, stop, stop - start
 
     def read(self, path: Path, start: int, stop: int, report: Report) -> Iterator[Document]:
-        number = 0
-        skipped_lines: int | None = None
-
-        def where() -> str:
-            nonlocal skipped_lines
-            if skipped_lines is None:
-                skipped_lines = self._lines_before(path, start)
-            return f"{path}:{skipped_lines + number}"
-
-        for raw in self._lines(path, start, stop):
-            number += 1
+        lines_before = None
+        for number, raw in enumerate(self._lines(path, start, stop), 1):
             try:
-                line = raw.decode("utf-8-sig" if start == 0 and number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                report(not_utf8(where(), error))
+                text = self._text(raw, "utf-8-sig" if start == 0 and number == 1 else "utf-8")
+            except UserError as problem:
+                if lines_before is None:
+                    lines_before = self._lines_before(path, start)
+                report(UserError(f"{path}:{lines_before + number}{problem}"))
                 continue
-            if not line or line.isspace():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                report(UserError(f"{where()} is not JSON ({error}): correct the line or remove it"))
-                continue
-            if not isinstance(row, dict):
-                report(
-                    UserError(
-                        f"{where()} is a JSON {type(row).__name__}, not an object with a field "
-                        f"data.text_field={self.text_field}: correct the line or remove it"
-                    )
-                )
-            elif self.text_field not in row:
-                report(missing_field(where(), self.text_field, list(row)))
-            else:
-                problem = no_text(row[self.text_field], self.text_field)
-                if problem is not None:
-                    report(UserError(f"{where()}: {problem}"))
-                elif row[self.text_field] is not None:
-                    yield Document(row[self.text_field], len(raw))
+            if text is not None:
+                yield Document(text, len(raw))
+
+    def _text(self, raw: bytes, encoding: str) -> str | None:
+        """The text of a line; None where it is blank, or its text null.
+
+        Raises UserError with what to say after the line's place.
+        """
+        try:
+            line = raw.decode(encoding)
+        except UnicodeDecodeError as error:
+            raise not_utf8("", error) from error
+        if not line or line.isspace():
+            return None
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f" is not JSON ({error}): correct the line or remove it") from error
+        if not isinstance(row, dict):
+            raise UserError(
+                f" is a JSON {type(row).__name__}, not an object with a field "
+                f"data.text_field={self.text_field}: correct the line or remove it"
+            )
+        if self.text_field not in row:
+            raise missing_field("", self.text_field, list(row))
+        return text_of(row[self.text_field], self.text_field)
 
     def _lines(self, path: Path, start: int, stop: int) -> Iterator[bytes]:
         """The lines whose first byte is in the range."""
         with self._open(path) as file:
             position = start
             if start:
-                self._skip(file, start - 1)
+                if file.seekable():
+                    file.seek(start - 1)
+                else:
+                    deque(_blocks(file, start - 1), maxlen=0)
                 position += len(file.readline()) - 1
             while position < stop and (line := file.readline()):
                 position += len(line)
@@ -164,18 +156,10 @@ class JsonLines:
         """How many lines begin before ``start``."""
         lines, last = 0, b"\n"
         with self._open(path) as file:
-            while start > 0 and (part := file.read(min(READ_BYTES, start))):
-                lines += part.count(b"\n")
-                start -= len(part)
-                last = part[-1:]
+            for block in _blocks(file, start):
+                lines += block.count(b"\n")
+                last = block[-1:]
         return lines + (last != b"\n")
-
-    def _skip(self, file: IO[bytes], count: int) -> None:
-        if file.seekable():
-            file.seek(count)
-            return
-        while count > 0 and (part := file.read(min(READ_BYTES, count))):
-            count -= len(part)
 
     def _open(self, path: Path) -> IO[bytes]:
         compression = COMPRESSIONS.get(path.suffix.lower())
@@ -185,6 +169,13 @@ class JsonLines:
 
         stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), compression)
         return cast(IO[bytes], io.BufferedReader(stream, READ_BYTES))
+
+
+def _blocks(file: IO[bytes], count: int = sys.maxsize) -> Iterator[bytes]:
+    """The next ``count`` bytes of a file, or all, READ_BYTES at a time."""
+    while block := file.read(min(READ_BYTES, count)):
+        count -= len(block)
+        yield block
 
 
 @dataclass(frozen=True)
@@ -275,30 +266,31 @@ def documents_of(
 ) -> Iterator[Document]:
     """The documents in a column's values, which follow ``rows_before`` rows of ``place``."""
     for row, text in enumerate(texts, rows_before + 1):
-        problem = no_text(text, text_field)
-        if problem is not None:
-            report(UserError(f"{place}, row {row}: {problem}"))
-        elif text is not None:
-            yield Document(text, len(text))
+        try:
+            found = text_of(text, text_field)
+        except UserError as problem:
+            report(UserError(f"{place}, row {row}{problem}"))
+            continue
+        if found is not None:
+            yield Document(found, len(found))
 
 
-def no_text(value: object, text_field: str) -> str | None:
-    """Why a row's text field holds neither text nor null; None where it does."""
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        return (
-            f"data.text_field={text_field} holds a {type(value).__name__}, not text: name a field "
-            f"of text or correct the row"
+def text_of(value: object, text_field: str) -> str | None:
+    """A row's text, or null. Raises UserError with what to say after the row's place."""
+    if value is not None and not isinstance(value, str):
+        raise UserError(
+            f": data.text_field={text_field} holds a {type(value).__name__}, not text: name a "
+            f"field of text or correct the row"
         )
     try:
-        value.encode()
+        if value is not None:
+            value.encode()
     except UnicodeEncodeError as error:
-        return (
-            f"data.text_field={text_field} holds half a surrogate pair, which is not text "
+        raise UserError(
+            f": data.text_field={text_field} holds half a surrogate pair, which is not text "
             f"({error}): correct the row or remove it"
-        )
-    return None
+        ) from error
+    return value
 
 
 def not_utf8(where: object, error: UnicodeDecodeError) -> UserError:

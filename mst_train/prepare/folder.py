@@ -6,14 +6,22 @@ import tempfile
 import time
 from pathlib import Path
 
-from mst_train.data import PACKING, load_tokenizer, pack, split_corpus, streams_of, train_tokenizer
+from mst_train.data import load_tokenizer
 from mst_train.data.build import Plan, build, take
 from mst_train.data.corpus import open_corpus, prepared_folder, verify
 from mst_train.data.documents import Source, find_documents
+from mst_train.data.load import PACKING, pack, streams_of
 from mst_train.data.manifest import MANIFEST, TOKENIZER, WORK, write_json
 from mst_train.data.pieces import cores, ignore, refuse
+from mst_train.data.splitting import split_corpus
 from mst_train.data.statistics import draw_lengths, packing_statistics
-from mst_train.data.tokenizer import Tokenizer, Vocabulary, keep_tokenizer, kept_tokenizer
+from mst_train.data.tokenizer import (
+    Tokenizer,
+    Vocabulary,
+    keep_tokenizer,
+    kept_tokenizer,
+    train_tokenizer,
+)
 from mst_train.errors import UserError
 from mst_train.files import UNFINISHED, expanded, writing_to
 from mst_train.prepare.config import PrepareConfig

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mst_train.config import DataConfig
-from mst_train.data import IGNORED, Data, Loader, best_fit, load_corpus, load_data, split_corpus
+from mst_train.data import IGNORED, Data, Loader, best_fit, load_corpus, load_data
 from mst_train.data.best_fit import BestFitSequences, packed
 from mst_train.data.checked import CheckedArray, CheckedWriter
 from mst_train.data.corpus import Documents
 from mst_train.data.loader import collate
 from mst_train.data.packing import PackedSequences
-from mst_train.data.splitting import long_documents
+from mst_train.data.splitting import long_documents, split_corpus
 from mst_train.data.statistics import packing_statistics
 from mst_train.errors import UserError
 from mst_train.prepare.__main__ import main

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from mst_train.config import DataConfig
-from mst_train.data import Tokenizer, build, find_documents, load_corpus, shards, train_tokenizer
+from mst_train.data import build, load_corpus, shards
 from mst_train.data import corpus as module
 from mst_train.data.corpus import Corpus
+from mst_train.data.documents import find_documents
 from mst_train.data.pieces import Document
+from mst_train.data.tokenizer import Tokenizer, train_tokenizer
 from mst_train.errors import TrainingError, UserError
 
 Configure = Callable[..., DataConfig]

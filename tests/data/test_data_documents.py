@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from mst_train.config import DataConfig
-from mst_train.data import find_documents, load_tokenizer
+from mst_train.data import load_tokenizer
+from mst_train.data.documents import find_documents
 from mst_train.errors import UserError
 
 

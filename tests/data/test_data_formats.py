@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from mst_train.config import DataConfig
 from mst_train.data import documents as documents_module
-from mst_train.data import find_documents, load_corpus, readers
-from mst_train.data.documents import Source
+from mst_train.data import load_corpus, readers
+from mst_train.data.documents import Source, find_documents
 from mst_train.data.pieces import Document, ranges, refuse
 from mst_train.data.readers import JsonLines, Parquet
 from mst_train.errors import UserError

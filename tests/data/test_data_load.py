@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from mst_train.config import DataConfig
-from mst_train.data import Loader, PackedSequences, load_corpus, load_data
+from mst_train.data import Loader, load_corpus, load_data
+from mst_train.data.packing import PackedSequences
 from mst_train.errors import UserError
 
 Configure = Callable[..., DataConfig]

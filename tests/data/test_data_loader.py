@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mst_train.data import Batch, Loader, PackedSequences, fixed_batches
+from mst_train.data import Batch, Loader, fixed_batches
 from mst_train.data.loader import READ_AHEAD
-from mst_train.data.packing import Sequence
+from mst_train.data.packing import PackedSequences, Sequence
 from mst_train.errors import UserError
 
 

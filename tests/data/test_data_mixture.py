@@ -97,7 +97,8 @@ def two(configure: Configure, prose: Callable[[int, int], str], tmp_path: Path) 
     for number in range(20):
         words = 400 if number % 5 == 0 else 30
         (tmp_path / "other" / f"{number:02}.txt").write_text(prose(100 + number, words))
-    from mst_train.data import find_documents, train_tokenizer
+    from mst_train.data.documents import find_documents
+    from mst_train.data.tokenizer import train_tokenizer
 
     train_tokenizer(find_documents(configure()).documents(), 300).save(tmp_path / "t.model")
     mixture = [MixtureConfig(configure().source, 3.0), MixtureConfig(str(tmp_path / "other"), 1.0)]

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from mst_train.attention import select_attention
 from mst_train.config import ModelConfig
-from mst_train.data import IGNORED, PackedSequences, split_corpus
+from mst_train.data import IGNORED
 from mst_train.data.corpus import Documents as Borders
 from mst_train.data.loader import collate
+from mst_train.data.packing import PackedSequences
+from mst_train.data.splitting import split_corpus
 from mst_train.errors import UserError
 from mst_train.model import Policy, build_model
 from mst_train.mst import Documents

@@ -20,14 +20,9 @@ import pyarrow.parquet
 import pytest
 
 from mst_train.config import DataConfig
-from mst_train.data import (
-    Loader,
-    find_documents,
-    load_corpus,
-    load_data,
-    shards,
-    train_tokenizer,
-)
+from mst_train.data import Loader, load_corpus, load_data, shards
+from mst_train.data.documents import find_documents
+from mst_train.data.tokenizer import train_tokenizer
 from mst_train.prepare.__main__ import main
 
 Prepare = Callable[..., int]

@@ -3,9 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mst_train.data import split_documents
 from mst_train.data.order import pseudo_random_order, shuffled
-from mst_train.data.splitting import merged, split_corpus
+from mst_train.data.splitting import merged, split_corpus, split_documents
 from mst_train.errors import UserError
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60)

@@ -7,8 +7,8 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mst_train.data import Tokenizer, train_tokenizer
 from mst_train.data import tokenizer as module
+from mst_train.data.tokenizer import Tokenizer, train_tokenizer
 from mst_train.errors import UserError
 
 CODE = "def f(x):\n    if x:\n        return [\n            x,\n        ]\n\n\n"

@@ -10,7 +10,8 @@ import sentencepiece
 import torch
 
 from mst_train.config import EvaluationConfig
-from mst_train.data import Tokenizer, Vocabulary, load_data
+from mst_train.data import Vocabulary, load_data
+from mst_train.data.tokenizer import Tokenizer
 from mst_train.errors import UserError
 from mst_train.evaluate.__main__ import main
 from mst_train.evaluate.passkey import make_probe, make_probes, passkey_record
