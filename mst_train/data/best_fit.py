@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mst_train.data.checked import CheckedArray, CheckedWriter
+from mst_train.data.checked import CheckedArray, CheckedWriter, Written
 from mst_train.data.corpus import Corpus, Documents, TokenFiles
-from mst_train.data.manifest import inside, written
+from mst_train.data.manifest import inside, parsed
 from mst_train.data.packing import IGNORED, Sequence, Sequences, positions_from
 from mst_train.data.splitting import documents_in
 from mst_train.errors import UserError
@@ -227,7 +227,7 @@ def _open_index(
     advice = f"delete {folder}, it is made again"
     try:
         files = json.loads((folder / INDEX).read_text())["files"]
-        sizes = {name: written(content) for name, content in files.items()}
+        sizes = {name: parsed(Written, content) for name, content in files.items()}
 
         def array(name: str, limit: int) -> CheckedArray:
             array = CheckedArray(inside(place, f"{key}/{name}"), sizes[name], "<i8", limit, advice)

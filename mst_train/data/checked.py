@@ -12,7 +12,7 @@ import zlib
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +25,16 @@ BLOCK_BYTES = 1 << 18
 CRC = ".crc"
 
 
+Hex = Annotated[str, "hexadecimal digits"]
+
+
 @dataclass(frozen=True)
 class Written:
     """What a manifest says of a file and of the checksums beside it."""
 
     bytes: int
-    sha256: str
-    crc_sha256: str
+    sha256: Hex
+    crc_sha256: Hex
 
 
 def crc_bytes(size: int) -> int:

@@ -32,7 +32,6 @@ from mst_train.data.manifest import (
 from mst_train.data.tokenizer import (
     Tokenizer,
     Vocabulary,
-    keep_tokenizer,
     kept_tokenizer,
     train_tokenizer,
 )
@@ -253,21 +252,19 @@ def writing_cache(cache: Path) -> AbstractContextManager[None]:
 
 def _trained_tokenizer(source: Source, vocab_size: int, cache: Path) -> Tokenizer:
     """The tokenizer of this source and size: the cached one, or else one trained now."""
-    folder, key = cache / "tokenizers", digest(FORMAT, source.fingerprint, vocab_size)
-    kept = kept_tokenizer(folder, key)
-    if kept is not None:
-        return kept
-    start = time.monotonic()
-    tokenizer = train_tokenizer(source.sampled(), vocab_size)
+
+    def train() -> Tokenizer:
+        start = time.monotonic()
+        tokenizer = train_tokenizer(source.sampled(), vocab_size)
+        seconds = time.monotonic() - start
+        log.info(
+            "trained a tokenizer of %d tokens on %s in %.1f s", vocab_size, source.name, seconds
+        )
+        return tokenizer
+
+    key = digest(FORMAT, source.fingerprint, vocab_size)
     with writing_cache(cache):
-        keep_tokenizer(tokenizer, folder, key)
-    log.info(
-        "trained a tokenizer of %d tokens on %s in %.1f s",
-        tokenizer.vocab_size,
-        source.name,
-        time.monotonic() - start,
-    )
-    return tokenizer
+        return kept_tokenizer(cache / "tokenizers", key, train)
 
 
 def _whole(folder: Path) -> Corpus | None:

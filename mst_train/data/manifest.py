@@ -6,11 +6,12 @@ files inside its folder or the manifest is refused.
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from mst_train.data.checked import Written
+from mst_train.data.checked import Hex, Written
 from mst_train.data.documents import digest
 from mst_train.errors import UserError
 from mst_train.files import replace_file
@@ -32,7 +33,7 @@ class ShardEntry:
     """One shard: the files ``<name>.tokens`` and ``<name>.offsets`` in the manifest's folder."""
 
     name: str
-    piece: str
+    piece: Hex
     """Stands for the part of the source that this was made of, and for how."""
     documents: int
     tokens: int
@@ -47,10 +48,10 @@ class Manifest:
     settings: dict[str, str | int]
     """What the tokens depend on, in the user's words."""
     source: str
-    source_fingerprint: str
+    source_fingerprint: Hex
     tokenizer: str | None
     """The tokenizer's file; None where the source had tokens only and no tokenizer was given."""
-    tokenizer_fingerprint: str
+    tokenizer_fingerprint: Hex
     vocab_size: int
     eod: int
     dtype: str
@@ -76,6 +77,9 @@ class Manifest:
         """Stands for the tokens, their documents and their tokenizer, wherever they were made."""
         files = [[shard.files[s].sha256 for s in (TOKENS, OFFSETS)] for shard in self.shards]
         return digest(FORMAT, self.tokenizer_fingerprint, files)
+
+
+Entry = TypeVar("Entry", Manifest, ShardEntry, Written)
 
 
 def is_prepared(folder: Path) -> bool:
@@ -133,18 +137,7 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path} has format {content['format']!r}, and this version reads {FORMAT}: "
                 f"name another folder, or delete this one, and prepare the data again"
             )
-        manifest = Manifest(
-            settings=dict(content["settings"]),
-            source=_text(content["source"]),
-            source_fingerprint=_hex(content["source_fingerprint"]),
-            tokenizer=None if content["tokenizer"] is None else _text(content["tokenizer"]),
-            tokenizer_fingerprint=_hex(content["tokenizer_fingerprint"]),
-            vocab_size=_count(content["vocab_size"]),
-            eod=_count(content["eod"]),
-            dtype=_text(content["dtype"]),
-            malformed=_count(content["malformed"]),
-            shards=tuple(shard_entry(entry) for entry in content["shards"]),
-        )
+        manifest = parsed(Manifest, content)
         if manifest.eod >= manifest.vocab_size:
             raise ValueError(f"eod={manifest.eod} is not an id below {manifest.vocab_size}")
         if manifest.vocab_size > DTYPES[manifest.dtype] or not manifest.shards:
@@ -164,22 +157,9 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def shard_entry(content: dict[str, Any]) -> ShardEntry:
-    """What JSON made of a shard's entry; ``KeyError``, ``TypeError``, ``ValueError`` otherwise."""
-    return ShardEntry(
-        name=_text(content["name"]),
-        piece=_hex(content["piece"]),
-        documents=_count(content["documents"]),
-        tokens=_count(content["tokens"]),
-        text_bytes=_count(content["text_bytes"]),
-        malformed=_count(content["malformed"]),
-        files={suffix: written(content["files"][suffix]) for suffix in (TOKENS, OFFSETS)},
-    )
-
-
-def written(content: dict[str, Any]) -> Written:
-    """What JSON made of a ``Written``; ``KeyError``, ``TypeError``, ``ValueError`` otherwise."""
-    return Written(_count(content["bytes"]), _hex(content["sha256"]), _hex(content["crc_sha256"]))
+def parsed(kind: type[Entry], content: dict[str, Any]) -> Entry:
+    """What JSON made of an entry; ``KeyError``, ``TypeError``, ``ValueError`` where it is none."""
+    return kind(**{field.name: READ[field.type](content[field.name]) for field in fields(kind)})
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -224,3 +204,15 @@ def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 62:
         raise ValueError(f"{value!r} is not a count")
     return value
+
+
+READ: dict[Any, Callable[[Any], Any]] = {
+    str: _text,
+    int: _count,
+    Hex: _hex,
+    str | None: lambda value: None if value is None else _text(value),
+    dict[str, str | int]: dict,
+    dict[str, Written]: lambda files: {s: parsed(Written, files[s]) for s in (TOKENS, OFFSETS)},
+    tuple[ShardEntry, ...]: lambda shards: tuple(parsed(ShardEntry, shard) for shard in shards),
+}
+"""How a field is read, by its type."""

@@ -27,7 +27,7 @@ from mst_train.data.manifest import (
     TOKENS,
     WORK,
     ShardEntry,
-    shard_entry,
+    parsed,
     write_json,
 )
 from mst_train.data.pieces import Document, Piece, Reader
@@ -81,7 +81,7 @@ def read_record(folder: Path, task: Task) -> Record | None:
     """The record of a finished shard of this very task; None where there is none."""
     try:
         content = json.loads(task.record(folder).read_text())
-        record = Record(shard_entry(content["entry"]), tuple(map(str, content["problems"])))
+        record = Record(parsed(ShardEntry, content["entry"]), tuple(map(str, content["problems"])))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return record if record.entry.piece == task.key and is_whole(folder, record.entry) else None

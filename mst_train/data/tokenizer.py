@@ -284,14 +284,11 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(model.getvalue(), "the tokenizer that was trained")
 
 
-def keep_tokenizer(tokenizer: Tokenizer, folder: Path, key: str) -> None:
-    """Keep a trained tokenizer for later, in a file whose name has its checksum (``OSError``)."""
-    assert tokenizer.model is not None
-    tokenizer.save(folder / _kept_name(key, tokenizer.model))
+def kept_tokenizer(folder: Path, key: str, train: Callable[[], Tokenizer]) -> Tokenizer:
+    """The tokenizer in ``folder``, in a file whose name has its checksum.
 
-
-def kept_tokenizer(folder: Path, key: str) -> Tokenizer | None:
-    """What ``keep_tokenizer`` has put there; None where it has not, or the file is damaged."""
+    Where there is none, or it is damaged, what ``train`` gives, kept for later (``OSError``).
+    """
     for path in sorted(folder.glob(f"{key}-*.model")):
         try:
             model = path.read_bytes()
@@ -300,7 +297,9 @@ def kept_tokenizer(folder: Path, key: str) -> Tokenizer | None:
         except OSError:
             pass
         log.warning("%s is damaged: training it again", path)
-    return None
+    tokenizer = train()
+    assert tokenizer.model is not None
+    return tokenizer.save(folder / _kept_name(key, tokenizer.model))
 
 
 def _kept_name(key: str, model: bytes) -> str:

@@ -18,7 +18,6 @@ from mst_train.data.statistics import draw_lengths, packing_statistics
 from mst_train.data.tokenizer import (
     Tokenizer,
     Vocabulary,
-    keep_tokenizer,
     kept_tokenizer,
     train_tokenizer,
 )
@@ -159,16 +158,15 @@ def _vocabulary(config: PrepareConfig, source: Source, folder: Path) -> Vocabula
         tokenizer: Vocabulary = load_tokenizer(data.tokenizer)
     elif prepare.vocab_size is not None and prepare.end_of_document is not None:
         return Vocabulary(prepare.vocab_size, prepare.end_of_document)
-    elif (kept := kept_tokenizer(folder / WORK, TRAINED)) is not None:
-        tokenizer = kept
     else:
-        if (folder / MANIFEST).exists() and (folder / TOKENIZER).exists():
-            trained = Tokenizer.load(folder / TOKENIZER)  # compared with the manifest before
-        else:
+
+        def train() -> Tokenizer:
+            if (folder / MANIFEST).exists() and (folder / TOKENIZER).exists():
+                return Tokenizer.load(folder / TOKENIZER)  # compared with the manifest before
             log.info("training a tokenizer of %d ids on %s", data.tokenizer_vocab_size, source.name)
             documents = source.sampled(ignore if prepare.malformed == "skip" else refuse)
-            trained = train_tokenizer(documents, data.tokenizer_vocab_size)
-        keep_tokenizer(trained, folder / WORK, TRAINED)
-        tokenizer = trained
+            return train_tokenizer(documents, data.tokenizer_vocab_size)
+
+        tokenizer = kept_tokenizer(folder / WORK, TRAINED, train)
     tokenizer.threads = 1  # the processes are prepare.workers
     return tokenizer

@@ -107,10 +107,12 @@ def test_file_is_the_model_and_nothing_else_is_left(tmp_path: Path) -> None:
 def test_no_damage_to_a_kept_tokenizer_goes_unseen(
     tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    module.keep_tokenizer(tokenizer, tmp_path, "key")
-    module.keep_tokenizer(train_tokenizer(DOCUMENTS, 340), tmp_path, "other")
-    found = module.kept_tokenizer(tmp_path, "key")
-    assert found is not None
+    def missed() -> Tokenizer:
+        raise LookupError
+
+    module.kept_tokenizer(tmp_path, "key", lambda: tokenizer)
+    module.kept_tokenizer(tmp_path, "other", lambda: train_tokenizer(DOCUMENTS, 340))
+    found = module.kept_tokenizer(tmp_path, "key", missed)
     assert found.fingerprint == tokenizer.fingerprint
     (path,) = tmp_path.glob("key-*")
     whole = path.read_bytes()
@@ -120,12 +122,14 @@ def test_no_damage_to_a_kept_tokenizer_goes_unseen(
         place = generator.randrange(8 * len(whole))
         damaged[place // 8] ^= 1 << place % 8
         path.write_bytes(damaged)
-        assert module.kept_tokenizer(tmp_path, "key") is None
+        with pytest.raises(LookupError):
+            module.kept_tokenizer(tmp_path, "key", missed)
     assert caplog.text.count(f"{path} is damaged: training it again") == 200
     path.write_bytes(whole[:-1])
-    assert module.kept_tokenizer(tmp_path, "key") is None
+    with pytest.raises(LookupError):
+        module.kept_tokenizer(tmp_path, "key", missed)
     path.write_bytes(whole)
-    assert module.kept_tokenizer(tmp_path, "key") is not None
+    assert module.kept_tokenizer(tmp_path, "key", missed).vocab_size == tokenizer.vocab_size
 
 
 def test_training_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
