@@ -1,12 +1,10 @@
 """python -m mst_train.evaluate run.dir=DIR [key=value ...]: evaluate a run's newest checkpoint."""
 
 import sys
-from pathlib import Path
-from typing import Any
 
 from mst_train.cli.command import run_command
 from mst_train.errors import UserError
-from mst_train.files import expanded
+from mst_train.files import expanded, write_json
 
 HELP = """\
 python -m mst_train.evaluate run.dir=DIR [key=value ...]
@@ -22,12 +20,6 @@ checkpoint. Writes DIR/evaluation.json. Settings are the run's own, but for thos
 WEIGHTS = ("model", "precision")
 """What a checkpoint decides."""
 
-USED = (
-    *("run.", "data.", "evaluation.", "memory.", "kernel."),
-    *("train.seed", "train.micro_batch_size", "train.eval_sequences"),
-)
-"""What this command reads of a run's settings, besides."""
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
@@ -42,18 +34,6 @@ def _run(arguments: list[str]) -> int:
 
     names_run = ("run.", "experiment=")
     run = expanded(compose([a for a in arguments if a.lstrip("+").startswith(names_run)]).run.dir)
-    result = _evaluate(run, arguments)
-
-    from mst_train.evaluate.show import render
-    from mst_train.files import write_json
-
-    file = run / "evaluation.json"
-    write_json(file, result)
-    print(f"{render(result)}\n\nWritten: {file}")
-    return 0
-
-
-def _evaluate(run: Path, arguments: list[str]) -> dict[str, Any]:
     if not run.is_dir():
         raise UserError(f"run.dir={run} is no folder: give the folder of a run")
     changed = [a for a in arguments if a.lstrip("+").partition("=")[0].partition(".")[0] in WEIGHTS]
@@ -61,19 +41,13 @@ def _evaluate(run: Path, arguments: list[str]) -> dict[str, Any]:
         raise UserError(
             f"cannot use {' '.join(changed)}: the model and its type are the checkpoint's"
         )
-    import torch
+    from mst_train.evaluate.checkpoint import evaluate_run
+    from mst_train.evaluate.show import render
 
-    from mst_train.checkpoint.form import load_progress
-    from mst_train.cli.compose import recompose, warn_of_unused
-    from mst_train.environment import describe
-    from mst_train.evaluate.checkpoint import evaluate_checkpoint, newest_checkpoint
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about = describe(device, "mst_train.evaluate")
-    with newest_checkpoint(run) as checkpoint:
-        config = recompose(load_progress(checkpoint)["config"], arguments)
-        warn_of_unused(arguments, USED)
-        return {**evaluate_checkpoint(config, checkpoint), "environment": about}
+    result = evaluate_run(run, arguments)
+    write_json(run / "evaluation.json", result)
+    print(f"{render(result)}\n\nWritten: {run / 'evaluation.json'}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -103,8 +103,7 @@ def set_up(start: Start) -> SetUp:
     prediction, config, largest = _predict(start.config, patient)
     data = _load_data(config, patient)
     with together(patient):
-        _require_vocabulary(config, data)
-        _require_same_data(start, data)
+        _check_data(start, config, data)
         passkeys = make_probes(config, data.tokenizer) if config.evaluation.passkey_every else []
         attention = select_kernels(config.kernel, topology.device, weight_type(config.precision))
     model = _build_model(config, attention, topology)
@@ -195,15 +194,12 @@ def _build_model(config: Config, attention: Attention, topology: Topology) -> Tr
     return model
 
 
-def _require_vocabulary(config: Config, data: Data) -> None:
+def _check_data(start: Start, config: Config, data: Data) -> None:
     if data.tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
             f"vocabulary of {data.tokenizer.vocab_size}: raise it to that at least"
         )
-
-
-def _require_same_data(start: Start, data: Data) -> None:
     if start.checkpoint is not None and start.progress["corpus"] != data.corpus_fingerprint:
         raise UserError(
             f"data.source holds other documents than when {start.checkpoint} was made, or another "
