@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mst_train.config import RopeScalingConfig
+from mst_train.config import RopeScalingConfig, lookup
 from mst_train.data.corpus import prepared_folder
 from mst_train.data.tokenizer_file import FILE_NAMES, tokenizer_file
 from mst_train.errors import UserError
@@ -42,7 +42,7 @@ def with_pretrained(tree: dict[str, Any], name: str, given: Collection[str]) -> 
     if f"{SCALING}.type" in given:
         own = settings["rope_scaling"]
         settings["rope_scaling"] = asdict(RopeScalingConfig())
-        if _lookup(tree, f"{SCALING}.type") in ("yarn", "llama3"):
+        if lookup(tree, f"{SCALING}.type") in ("yarn", "llama3"):
             length = own["original_length"] or settings["max_positions"]
             settings["rope_scaling"]["original_length"] = length
     model = _merged(settings, tree["model"], "model", given)
@@ -78,9 +78,3 @@ def _data(data: dict[str, Any], folder: Path, given: Collection[str]) -> dict[st
         f"give data.tokenizer=FILE that its weights know, a data.source that is prepared "
         f"with its tokens, or data.tokenizer=null to train a new tokenizer"
     )
-
-
-def _lookup(tree: Any, key: str) -> Any:
-    for name in key.split("."):
-        tree = tree.get(name) if isinstance(tree, dict) else None
-    return tree

@@ -29,6 +29,7 @@ from mst_train.config.schema import (
     TrainConfig,
     WandbConfig,
     leaves,
+    lookup,
 )
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "TrainConfig",
     "WandbConfig",
     "leaves",
+    "lookup",
     "model_problems",
     "validate",
 ]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mst_train.config import DataConfig
 from mst_train.data.build import Plan, build, take, tokenizer_of
 from mst_train.data.checked import CheckedArray
-from mst_train.data.documents import STDLIB, Source, digest, find_documents
+from mst_train.data.documents import SAMPLED_BYTES, STDLIB, Source, digest, find_documents
 from mst_train.data.manifest import (
     FORMAT,
     MANIFEST,
@@ -255,7 +255,7 @@ def _trained_tokenizer(source: Source, vocab_size: int, cache: Path) -> Tokenize
 
     def train() -> Tokenizer:
         start = time.monotonic()
-        tokenizer = train_tokenizer(source.sampled(), vocab_size)
+        tokenizer = train_tokenizer(source.documents(limit=SAMPLED_BYTES), vocab_size)
         seconds = time.monotonic() - start
         log.info(
             "trained a tokenizer of %d tokens on %s in %.1f s", vocab_size, source.name, seconds

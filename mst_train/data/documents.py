@@ -8,6 +8,7 @@ import functools
 import glob
 import hashlib
 import json
+import math
 import os
 import stat
 import sysconfig
@@ -64,24 +65,19 @@ class Source:
     divide: Callable[[int], list[Piece]]
     """Pieces of about so many bytes at most, where the source can be divided so."""
 
-    def documents(self) -> Iterator[str]:
+    def documents(self, report: Report = refuse, limit: float = math.inf) -> Iterator[str]:
         """Every document that is not blank, in the source's order.
+
+        limit: where the source has more bytes, documents from all over it, of about so many.
 
         Raises:
             UserError: a file, line or row cannot be used, or there is no text at all.
         """
-        yield from self._texts(None, refuse)
-
-    def sampled(self, report: Report = refuse) -> Iterator[str]:
-        """Documents from all over the source, of about SAMPLED_BYTES in all where it has more."""
-        yield from self._texts(SAMPLED_BYTES, report)
-
-    def _texts(self, limit: int | None, report: Report) -> Iterator[str]:
         empty = True
         pieces = self.divide(1 << 28)
         size_is_known = all(piece.size or piece.files for piece in pieces)
-        if limit is not None and size_is_known and sum(piece.size for piece in pieces) <= limit:
-            limit = None
+        if size_is_known and sum(piece.size for piece in pieces) <= limit:
+            limit = math.inf
         for piece in pieces:
             size = 0
             for document in self.reader.read(piece, report):
@@ -95,7 +91,7 @@ class Source:
                     empty = False
                     yield document.content
                 size += document.size
-                if limit is not None and size > limit // len(pieces):
+                if size > limit / len(pieces):
                     break
         if empty:
             raise no_text_at_all(self.name)

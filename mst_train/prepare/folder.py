@@ -9,7 +9,7 @@ from pathlib import Path
 from mst_train.data import load_tokenizer
 from mst_train.data.build import Plan, build, take
 from mst_train.data.corpus import open_corpus, prepared_folder, verify
-from mst_train.data.documents import Source, find_documents
+from mst_train.data.documents import SAMPLED_BYTES, Source, find_documents
 from mst_train.data.load import PACKING, pack, streams_of
 from mst_train.data.manifest import MANIFEST, TOKENIZER, WORK, write_json
 from mst_train.data.pieces import cores, ignore, refuse
@@ -164,8 +164,9 @@ def _vocabulary(config: PrepareConfig, source: Source, folder: Path) -> Vocabula
             if (folder / MANIFEST).exists() and (folder / TOKENIZER).exists():
                 return Tokenizer.load(folder / TOKENIZER)  # compared with the manifest before
             log.info("training a tokenizer of %d ids on %s", data.tokenizer_vocab_size, source.name)
-            documents = source.sampled(ignore if prepare.malformed == "skip" else refuse)
-            return train_tokenizer(documents, data.tokenizer_vocab_size)
+            report = ignore if prepare.malformed == "skip" else refuse
+            sample = source.documents(report, SAMPLED_BYTES)
+            return train_tokenizer(sample, data.tokenizer_vocab_size)
 
         tokenizer = kept_tokenizer(folder / WORK, TRAINED, train)
     tokenizer.threads = 1  # the processes are prepare.workers

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import yaml
 
 from mst_train.checkpoint.files import find_checkpoint, own_checkpoints
-from mst_train.config import AUTO, Config, leaves
+from mst_train.config import AUTO, Config, leaves, lookup
 from mst_train.errors import InUse, UserError
 from mst_train.files import expanded, is_at, writing, writing_to
 
@@ -148,7 +148,7 @@ def check_continuation(before: dict[str, Any], config: Config, checkpoint: Path)
     """
     refused = []
     for key, new in leaves(asdict(config)):
-        old = _lookup(before, key)
+        old = lookup(before, key)
         if old == new or key.startswith("run."):
             continue
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
@@ -160,9 +160,3 @@ def check_continuation(before: dict[str, Any], config: Config, checkpoint: Path)
             log.warning("%s is %s now and was %s at %s", key, new, old, checkpoint)
     if refused:
         raise UserError(refused)
-
-
-def _lookup(tree: Any, key: str) -> Any:
-    for name in key.split("."):
-        tree = tree.get(name) if isinstance(tree, dict) else None
-    return tree
