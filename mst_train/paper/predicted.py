@@ -9,11 +9,10 @@ from typing import Any
 from mst_train.memory.simulate import Build
 from mst_train.paper.reported import MODELS, SEVERAL_GPUS, K, Reported
 from mst_train.plan.baseline import transformers_baseline
-from mst_train.plan.choose import longest
+from mst_train.plan.choose import longest, over_lengths
 from mst_train.plan.config import configured_target, read
 from mst_train.plan.predict import predict
 from mst_train.plan.search import STEP
-from mst_train.plan.sweep import over_lengths
 
 Advance = Callable[[str], None]
 

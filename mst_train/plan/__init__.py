@@ -3,9 +3,8 @@
 config     the settings of this command, and the devices that they name
 predict    memory and time of a step of a configuration on a device
 speed      how fast a device does what a step does
-choose     memory.policy=auto: the fastest settings that fit
+choose     memory.policy=auto: the fastest settings that fit, at a length or at the longest
 search     the longest sequence that fits
-sweep      predictions over lengths
 before     what the training command asks of it before it starts
 baseline   the same for transformers' own models
 show       predictions for people; plot draws them

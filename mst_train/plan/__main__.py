@@ -56,12 +56,10 @@ def _plan(config: "PlanConfig") -> tuple[dict[str, Any], str]:
 
     from mst_train.memory.simulate import with_length
     from mst_train.plan.before import announce
-    from mst_train.plan.choose import choose, longest
+    from mst_train.plan.choose import choose, longest, over_lengths
     from mst_train.plan.config import configured_target
     from mst_train.plan.predict import predict
-    from mst_train.plan.show import render
-    from mst_train.plan.sweep import over_lengths
-    from mst_train.units import GIB
+    from mst_train.plan.show import gib, render
 
     target = configured_target(config)
     if config.plan.sweep:
@@ -88,15 +86,12 @@ def _plan(config: "PlanConfig") -> tuple[dict[str, Any], str]:
         report = {"sweep": [p.report() for p in predictions]}
         notes += ["", *_write_sweep(config, predictions)]
     if config.plan.search:
-        length = best.config.data.sequence_length if best else 0
-        report["max_sequence_length"] = length
-        peak = best.simulation.peak_bytes / GIB if best else 0.0
-        notes += [
-            "",
-            f"The longest sequence that fits: {length:,} tokens ({peak:.2f} GiB)"
-            if best
-            else "No sequence of 1,024 tokens or more fits",
-        ]
+        report["max_sequence_length"] = best.config.data.sequence_length if best else 0
+        note = "No sequence of 1,024 tokens or more fits"
+        if best:
+            length, peak = report["max_sequence_length"], gib(best.simulation.peak_bytes)
+            note = f"The longest sequence that fits: {length:,} tokens ({peak})"
+        notes += ["", note]
     return report, render(predictions, notes)
 
 
@@ -105,8 +100,7 @@ def _write_sweep(config: "PlanConfig", predictions: list[Any]) -> list[str]:
 
     folder = expanded(config.plan.dir)
     table, image, data = (folder / f"sweep.{end}" for end in ("md", "png", "json"))
-    header = ("tokens", "peak", "", "host", "step", "tokens/s", "settings")
-    table.write_text(show.markdown(header, show.rows(predictions)))
+    table.write_text(show.markdown(show.COLUMNS, show.rows(predictions)))
     data.write_text(json.dumps([p.report() for p in predictions], indent=1) + "\n")
     plot.draw_memory(predictions, image, config.run.name)
     return [f"Written: {table}, {data}, {image}"]

@@ -9,7 +9,7 @@ accumulation forbids it; the optimizer on the host; and small chunks.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,15 +34,12 @@ class Choice:
     def reason(self) -> str:
         """One line: what was chosen and why."""
         chosen = self.chosen
-        others = [p for p in self.compared if p is not chosen]
-        slower = [p for p in others if p.fits]
-        too_large = [p for p in others if not p.fits]
         parts = [f"memory.policy=auto chose {describe(chosen)}: {_figures(chosen)}"]
-        if slower:
-            parts.append("slower: " + ", ".join(f"{describe(p)} ({_figures(p)})" for p in slower))
-        if too_large:
-            names = ", ".join(f"{describe(p)} ({_figures(p)})" for p in too_large)
-            parts.append(f"too large: {names}")
+        for why, fits in (("slower", True), ("too large", False)):
+            others = [p for p in self.compared if p is not chosen and p.fits == fits]
+            if others:
+                names = ", ".join(f"{describe(p)} ({_figures(p)})" for p in others)
+                parts.append(f"{why}: {names}")
         return "; ".join(parts)
 
 
@@ -122,7 +119,8 @@ def settings(config: Config, gpus: int = 1) -> Iterator[list[Config]]:
         yield _policies(replace(config, optimizer=on_host))
     if config.memory.block_chunk_tokens == AUTO:
         small = replace(in_backward.memory, block_chunk_tokens=SMALL_BLOCK_CHUNK)
-        yield [c for c in _policies(replace(in_backward, memory=small)) if _is_mst(c)]
+        candidates = _policies(replace(in_backward, memory=small))
+        yield [c for c in candidates if c.memory.policy == "mst"]
 
 
 def _policies(config: Config) -> list[Config]:
@@ -139,10 +137,6 @@ def _policies(config: Config) -> list[Config]:
         for offload in offloads
         for keep in keeps
     ]
-
-
-def _is_mst(config: Config) -> bool:
-    return config.memory.policy == "mst"
 
 
 def _figures(prediction: Prediction) -> str:
@@ -209,3 +203,22 @@ def _longest(
 
     length = longest_fitting(excess, step=step)
     return None if length is None else known[length]
+
+
+def at_length(config: Config, target: Target, length: int) -> Prediction:
+    """The prediction at a length; with memory.policy=auto that of the settings it chooses."""
+    config = with_length(config, length)
+    if config.memory.policy == AUTO:
+        return choose(config, target).chosen
+    return predict(config, target)
+
+
+def over_lengths(
+    config: Config, lengths: Iterable[int], target: Target, advance: Callable[[str], None]
+) -> list[Prediction]:
+    """Predictions at each of these lengths, in their order."""
+    found = []
+    for length in sorted(set(lengths)):
+        advance(f"{length:,} tokens")
+        found.append(at_length(config, target, length))
+    return found

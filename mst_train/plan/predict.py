@@ -121,9 +121,8 @@ def make_target(
     if host is None and here:
         host = device_bytes(torch.device("cpu")) // local_world_size()
     gpus = gpus or config.parallel.sequence_parallel
-    dtype = weight_type(config.precision)
-    target = Target(device, gpus, budget, host, dtype)
-    _require_weights(config, target, dtype)
+    target = Target(device, gpus, budget, host, weight_type(config.precision))
+    _require_weights(config, target)
     return target
 
 
@@ -134,9 +133,9 @@ def predict(config: Config, target: Target, build: Build | None = None) -> Predi
     return Prediction(config, target, simulation)
 
 
-def _require_weights(config: Config, target: Target, dtype: torch.dtype) -> None:
+def _require_weights(config: Config, target: Target) -> None:
     shared = target.gpus if config.parallel.zero_stage == 3 else 1
-    weights = parameter_count(config.model) * dtype.itemsize // shared
+    weights = parameter_count(config.model) * target.dtype.itemsize // shared
     if weights > target.budget_bytes:
         whose = f"{target.device.name} has"
         if target.budget_bytes < target.device.memory_bytes:

@@ -23,17 +23,17 @@ LABELS = {
     "other": "other",
     "overhead": "context, workspace, allocator",
 }
+COLUMNS = ("tokens", "peak", "", "host", "step", "tokens/s", "settings")
 _BAR = 28
 
 
 def render(predictions: Sequence[Prediction], notes: Sequence[str], width: int = 100) -> str:
     """Text for a terminal: one prediction in full, or a table of several."""
-    console = Console(file=io.StringIO(), width=width, force_terminal=False, color_system=None)
+    text = io.StringIO()
+    console = Console(file=text, width=width, force_terminal=False, color_system=None)
     body = _one(predictions[0]) if len(predictions) == 1 else _several(predictions)
     console.print(Group(body, *(Text(note, overflow="fold") for note in notes)))
-    output = console.file
-    assert isinstance(output, io.StringIO)
-    return "\n".join(line.rstrip() for line in output.getvalue().splitlines())
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def _one(prediction: Prediction) -> Group:
@@ -78,7 +78,7 @@ def _time(prediction: Prediction) -> str:
 
 def _several(predictions: Sequence[Prediction]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="")
-    for name in ("tokens", "peak", "", "host", "step", "tokens/s", "settings"):
+    for name in COLUMNS:
         table.add_column(name, justify="left" if name in ("", "settings") else "right")
     for row in rows(predictions):
         table.add_row(*row)
@@ -86,7 +86,7 @@ def _several(predictions: Sequence[Prediction]) -> Table:
 
 
 def rows(predictions: Sequence[Prediction]) -> list[list[str]]:
-    """A row for each: tokens, peak, whether it fits, host, step, tokens per second, settings."""
+    """The ``COLUMNS`` of each."""
     return [
         [
             f"{p.config.data.sequence_length:,}",
