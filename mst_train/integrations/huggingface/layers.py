@@ -268,7 +268,7 @@ def _switches(layer: nn.Module) -> list[object]:
     for module in layer.modules():
         own = vars(module)
         if isinstance(module, nn.modules.dropout._DropoutNd):
-            found.append(module.training and module.p > 0)
+            found.append(_drops(module))
         elif "_active_adapter" in own:
             scaling = own.get("scaling")
             found += [own["_active_adapter"], own.get("_disable_adapters")]
@@ -276,30 +276,26 @@ def _switches(layer: nn.Module) -> list[object]:
     return found
 
 
+def _drops(module: nn.Module) -> bool:
+    """Whether a module is dropout that is at work."""
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
+
+
 def once_only(layer: nn.Module) -> str | None:
     """Why a layer as it is now cannot run again in the backward, if it cannot."""
-    drawing = [
-        name
-        for name, module in layer.named_modules()
-        if "module_dropout" in vars(module) and module.training
-    ]
-    if drawing:
-        return (
-            f"{drawing[0]} draws random numbers whenever it is trained (LoHa, LoKr), and would "
-            f"draw others when the layer runs again: apply_mini_sequence(recompute=False), with "
-            f"the model's own gradient checkpointing"
-        )
-    random = [
-        name
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
-    ]
-    if random:
-        return (
-            f"{random[0]} is dropout inside a decoder layer, which would be drawn anew when the "
-            f"layer runs again: set it to 0 (lora_dropout=0), or "
-            f"apply_mini_sequence(recompute=False)"
-        )
+    for name, module in layer.named_modules():
+        if "module_dropout" in vars(module) and module.training:
+            return (
+                f"{name} draws random numbers whenever it is trained (LoHa, LoKr), and would draw "
+                f"others when the layer runs again: apply_mini_sequence(recompute=False), with the "
+                f"model's own gradient checkpointing"
+            )
+        if _drops(module):
+            return (
+                f"{name} is dropout inside a decoder layer, which would be drawn anew when the "
+                f"layer runs again: set it to 0 (lora_dropout=0), or "
+                f"apply_mini_sequence(recompute=False)"
+            )
     if getattr(getattr(layer, "_hf_hook", None), "offload", False):
         return (
             "Accelerate takes the layer's weights away after its call, and it runs again in the "
