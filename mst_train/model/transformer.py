@@ -284,19 +284,13 @@ class Transformer(nn.Module):
         """
         hidden_ND = self.hidden(tokens, positions, documents).flatten(0, 1)
         labels_N = labels.flatten()
+        loss: Callable[..., tuple[Tensor, Tensor]] = cross_entropy
+        if self.policy.mini_sequence:
+            chunk_tokens = self.policy.head_chunk_tokens
+            loss = partial(mini_sequence_cross_entropy, chunk_tokens=chunk_tokens)
         with record_function(HEAD_RANGE):
             softcap = self.config.logit_softcap
-            if not self.policy.mini_sequence:
-                return self.head(
-                    hidden_ND, partial(cross_entropy, labels=labels_N, softcap=softcap)
-                )
-            loss = partial(
-                mini_sequence_cross_entropy,
-                labels=labels_N,
-                chunk_tokens=self.policy.head_chunk_tokens,
-                softcap=softcap,
-            )
-            return self.head(hidden_ND, loss)
+            return self.head(hidden_ND, partial(loss, labels=labels_N, softcap=softcap))
 
     def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """The logits of every token, [B, S] int64 -> [B, S, V] in the model's type."""
