@@ -56,7 +56,6 @@ HOMES = {
     "liger_kernel": ("mst_train.bench.systems", "mst_train.bench.peers"),
     "cut_cross_entropy": ("mst_train.bench.peers",),
     "matplotlib": (
-        "mst_train.bench.plot",
         "mst_train.plan.plot",
         "mst_train.data.statistics",
         "mst_train.paper.plot",

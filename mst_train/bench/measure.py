@@ -196,8 +196,8 @@ def _attempt(work: Callable[[], Any], variant: Variant, measurement: Measurement
     try:
         return work()
     except Exception as error:
-        memory = out_of_memory(error)
-        measurement.problem = memory or f"failed: {type(error).__name__}: {_first_line(error)}"
+        memory, first_line = out_of_memory(error), str(error).strip().partition("\n")[0]
+        measurement.problem = memory or f"failed: {type(error).__name__}: {first_line}"
         measurement.failed = memory is None and not variant.peer
     # Only here, past the traceback that held the work's tensors, can their memory come back.
     variant.prepare()
@@ -207,16 +207,10 @@ def _attempt(work: Callable[[], Any], variant: Variant, measurement: Measurement
 
 def out_of_memory(error: Exception) -> str | None:
     """In a few words, whose memory ran out; None where the error is another one."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
         return "out of device memory"
     if isinstance(error, HostBudgetError):
         return "out of the host memory that offload may take"
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "out of host memory"
-    if "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
-        return "out of device memory"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 from mst_train.bench.report import Row, compared, duration, label, relative, size, subject
 from mst_train.plan.plot import INK, new_figure
+from mst_train.plan.show import short_length
 
 OURS = "#1f6fb2"
 OTHERS = "#9aa5b1"
@@ -127,7 +128,7 @@ def _lines(figure: Any, report: dict[str, Any], rows: Sequence[Row]) -> None:
     tokens = sorted({row["tokens"] for row in rows})
     for axes in (left, right):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(tokens, [_short_number(t) for t in tokens], fontsize=9)
+        axes.set_xticks(tokens, [short_length(t) for t in tokens], fontsize=9)
         axes.minorticks_off()
         axes.set_xlabel("tokens in the sequence", fontsize=9, color=INK)
         axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
@@ -165,10 +166,6 @@ def _label_ends(axes: Any, ends: Sequence[tuple[Any, ...]]) -> None:
             color=color,
             annotation_clip=False,
         )
-
-
-def _short_number(tokens: int) -> str:
-    return f"{tokens // 1024}K" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
 
 
 def _caption(report: dict[str, Any]) -> str:

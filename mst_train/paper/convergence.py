@@ -152,14 +152,10 @@ def cut(batch: Batch, length: int) -> Batch:
     return Batch(tokens, labels, torch.arange(length).expand_as(tokens))
 
 
-@torch.no_grad()
 def token_losses(model: Transformer, batch: Batch, length: int) -> Tensor:
     """The loss of each token where sequences are cut to ``length``, in the batch's own shape."""
     pieces = cut(batch, length)
-    logits_BSV = model.head(model.hidden(pieces.tokens, pieces.positions))
-    losses = torch.nn.functional.cross_entropy(
-        logits_BSV.flatten(0, 1), pieces.labels.flatten(), reduction="none"
-    )
+    losses = model.token_losses(pieces.tokens, pieces.labels, pieces.positions)
     return losses.view_as(batch.labels)
 
 

@@ -1,10 +1,9 @@
 """Plots of predictions: what the memory holds, over the sequence's length."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mst_train.memory.tracker import KINDS
 from mst_train.plan.predict import Prediction
 from mst_train.plan.show import LABELS
 from mst_train.units import GIB
@@ -40,20 +39,30 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def stack(axes: Any, reports: Sequence[dict[str, Any]]) -> None:
-    """The areas and the limit, on given axes; reports: as ``Prediction.report`` gives them."""
-    from matplotlib.patheffects import withStroke
-
-    lengths = [report["sequence_length"] / 1024 for report in reports]
+def areas(
+    axes: Any,
+    lengths: Sequence[float],
+    reports: Sequence[dict[str, Any]],
+    colors: Mapping[str, str],
+) -> None:
+    """The parts of the peak in GiB at these lengths; reports: as ``Prediction.report`` gives."""
     parts = [report["breakdown"] for report in reports]
-    kinds = [kind for kind in (*KINDS, "overhead") if any(part[kind] for part in parts)]
+    kinds = [kind for kind in colors if any(part[kind] for part in parts)]
     axes.stackplot(
         lengths,
         [[part[kind] / GIB for part in parts] for kind in kinds],
         labels=[LABELS[kind] for kind in kinds],
-        colors=[COLORS[kind] for kind in kinds],
+        colors=[colors[kind] for kind in kinds],
         linewidth=0,
     )
+
+
+def stack(axes: Any, reports: Sequence[dict[str, Any]]) -> None:
+    """The areas and the device's limit."""
+    from matplotlib.patheffects import withStroke
+
+    lengths = [report["sequence_length"] / 1024 for report in reports]
+    areas(axes, lengths, reports, COLORS)
     limit = reports[0]["budget_bytes"] / GIB
     halo = [withStroke(linewidth=2.5, foreground="white")]  # legible over any area
     axes.axhline(limit, color=INK, linewidth=1, linestyle="--")

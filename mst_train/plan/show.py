@@ -112,6 +112,11 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
+def short_length(tokens: int) -> str:
+    """A length in tokens: 4096 as 4K, where it is a whole multiple of 1024."""
+    return f"{tokens // 1024}K" if tokens >= 1024 and tokens % 1024 == 0 else f"{tokens:,}"
+
+
 def duration(seconds: float) -> str:
     """A time for people."""
     if seconds >= 120:

@@ -12,7 +12,8 @@ from html import escape
 from typing import Any
 
 from mst_train.memory.tracker import KINDS
-from mst_train.plan.plot import new_figure
+from mst_train.plan.plot import areas, new_figure
+from mst_train.plan.show import short_length
 
 INK, FAINT, GRID = "#010101", "#010102", "#010103"
 LINES = [f"#0102{number:02x}" for number in range(6)]
@@ -106,20 +107,13 @@ def memory_chart(
 
     def draw(axes: Any) -> None:
         lengths = [report["sequence_length"] for report in reports]
-        parts = [report["breakdown"] for report in reports]
-        kinds = [kind for kind in AREAS if any(part[kind] for part in parts)]
         if len(reports) > 1:
-            axes.stackplot(
-                lengths,
-                [[part[kind] / 2**30 for part in parts] for kind in kinds],
-                colors=[AREAS[kind] for kind in kinds],
-                linewidth=0,
-            )
+            areas(axes, lengths, reports, AREAS)
         for length, gib, color in measured:
             axes.plot([length], [gib], "o", markersize=8, color=color, markeredgecolor=INK)
         axes.set_xscale("log", base=2)
         ticks = sorted({*lengths, *(length for length, _, _ in measured)})
-        axes.set_xticks(ticks, [short_power(tick) for tick in ticks])
+        axes.set_xticks(ticks, [short_length(tick) for tick in ticks])
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
         axes.set_xlabel("tokens in a sequence")
@@ -155,11 +149,6 @@ def short(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:g}{unit}"
     return f"{value:.6g}"
-
-
-def short_power(tokens: int) -> str:
-    """A length in tokens: 4096 as 4K, where it is a whole multiple of 1024."""
-    return f"{tokens // 1024}K" if tokens >= 1024 and tokens % 1024 == 0 else f"{tokens:,}"
 
 
 def _svg(name: str, draw: Callable[[Any], None]) -> str:

@@ -7,14 +7,13 @@ from typing import Any
 import yaml
 
 from mst_train.memory.tracker import KINDS
-from mst_train.plan.show import LABELS, duration
+from mst_train.plan.show import LABELS, duration, short_length
 from mst_train.report.charts import (
     INK,
     LINES,
     Curve,
     line_chart,
     memory_chart,
-    short_power,
     smooth,
 )
 from mst_train.report.read import Run, curve, group
@@ -132,7 +131,7 @@ def positions(runs: Sequence[Run]) -> list[str]:
         places = [place for place, start in enumerate(starts) if str(start) in losses]
         values = [losses[str(starts[place])] for place in places]
         curves.append(Curve(places, values, color(number), "points"))
-    title, ticks = "Loss by position in the sequence", [short_power(start) for start in starts]
+    title, ticks = "Loss by position in the sequence", [short_length(start) for start in starts]
     chart = line_chart(title, curves, "tokens before, from", ticks=ticks)
     note = "the last validation; lower on the right: the context is used"
     return [_figure(title, note, chart, runs)]
