@@ -204,7 +204,7 @@ def _measure(
 def _variant(
     name: str, loss: Callable[[], Tensor] | str, work: Work, device: torch.device
 ) -> Variant:
-    """loss: as in ``Work``, which need not be for a package that is not here."""
+    """loss: as in ``Work``; it is not called where its package is missing."""
     peer = not name.startswith("mst")
     problem = missing([NEEDED[name]] if name in NEEDED else [], device)
     if problem is not None or isinstance(loss, str):
