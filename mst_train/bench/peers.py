@@ -301,8 +301,7 @@ class _Against(torch.autograd.Function):
 
     @staticmethod
     def of(y: Tensor, dy: Tensor) -> Tensor:
-        scalar: Tensor = _Against.apply(y, dy)  # type: ignore[no-untyped-call]
-        return scalar
+        return _Against.apply(y, dy)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, dy: Tensor) -> Tensor:
@@ -344,8 +343,7 @@ def _torch_linear_cross_entropy(
 def _liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    loss: Tensor = liger_fused_linear_cross_entropy(hidden, weight, labels)
-    return loss
+    return liger_fused_linear_cross_entropy(hidden, weight, labels)
 
 
 def _cut_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -354,8 +352,7 @@ def _cut_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor
 
     kernels = hidden.device.type == "cuda" and hidden.dtype != torch.float32
     implementation = "cce" if kernels else "torch_compile"
-    loss: Tensor = linear_cross_entropy(hidden, weight, labels, impl=implementation)
-    return loss
+    return linear_cross_entropy(hidden, weight, labels, impl=implementation)
 
 
 def _deepspeed_loss(hidden: Tensor, weight: Tensor, labels: Tensor, tiles: int) -> Tensor:
@@ -365,10 +362,9 @@ def _deepspeed_loss(hidden: Tensor, weight: Tensor, labels: Tensor, tiles: int) 
         logits_CV = F.linear(hidden_CD, weight).float()
         return F.cross_entropy(logits_CV, labels_C, reduction="sum") / len(labels)
 
-    loss: Tensor = TiledFusedLogitsLoss.apply(
+    return TiledFusedLogitsLoss.apply(
         tile_loss, None, hidden[None], labels[None], None, tiles, [weight], "sum"
     )
-    return loss
 
 
 def _deepspeed_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, tiles: int) -> Tensor:
@@ -377,5 +373,4 @@ def _deepspeed_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, tiles: int
     def tile(_: Any, x_CD: Tensor) -> Tensor:
         return gated_mlp(x_CD, gate, up, down)
 
-    y: Tensor = TiledMLP.apply(tile, None, x, tiles, [gate, up, down])
-    return y
+    return TiledMLP.apply(tile, None, x, tiles, [gate, up, down])

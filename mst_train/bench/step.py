@@ -100,8 +100,7 @@ def _variant(
         model.zero_grad(set_to_none=True)
 
     def forward() -> Tensor:
-        loss_sum: Tensor = model(batch.tokens, batch.labels)[0]
-        return loss_sum / batch.valid_tokens
+        return model(batch.tokens, batch.labels)[0] / batch.valid_tokens
 
     def run() -> Tensor:
         if optimizer is not None:

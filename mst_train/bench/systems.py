@@ -146,9 +146,7 @@ def _forward(
         if name == "alst":
             return _tiled_loss(model, batch, loss_tiles(batch.tokens.shape[1], config))
         # The model shifts the labels by itself.
-        output = model(input_ids=batch.tokens, labels=batch.tokens, use_cache=False)
-        loss: Tensor = output.loss
-        return loss
+        return model(input_ids=batch.tokens, labels=batch.tokens, use_cache=False).loss
 
     return forward
 
@@ -168,10 +166,9 @@ def _tiled_loss(model: Any, batch: Batch, tiles: int) -> Tensor:
 
     hidden_BSD = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state
     weights = [model.lm_head.weight]
-    loss: Tensor = TiledFusedLogitsLoss.apply(
+    return TiledFusedLogitsLoss.apply(
         tile_loss, model, hidden_BSD, batch.labels, None, tiles, weights, "sum"
     )
-    return loss
 
 
 def _tiled_mlp_forward(mlp: Any, x_BSD: Tensor) -> Tensor:
@@ -179,8 +176,7 @@ def _tiled_mlp_forward(mlp: Any, x_BSD: Tensor) -> Tensor:
 
     weights = [mlp.down_proj.weight, mlp.gate_proj.weight, mlp.up_proj.weight]
     tiles = mlp_tiles(x_BSD.shape[1], x_BSD.shape[2])
-    y_BSD: Tensor = TiledMLP.apply(type(mlp).forward, mlp, x_BSD, tiles, weights)
-    return y_BSD
+    return TiledMLP.apply(type(mlp).forward, mlp, x_BSD, tiles, weights)
 
 
 def loss_tiles(tokens: int, config: BenchConfig) -> int:

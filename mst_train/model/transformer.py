@@ -242,9 +242,10 @@ class Transformer(nn.Module):
         self.config = config
         self.offload: Offload | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        scale = config.attention_scale
         self.blocks = nn.ModuleList(
-            Block(config, attention.of(_scores(config, layer)))
-            for layer in range(config.num_layers)
+            Block(config, attention.of(Scores(window, config.attention_softcap, scale)))
+            for window in map(config.window, range(config.num_layers))
         )
         self.norm = RMSNorm(config.hidden_size, config)
         self.head = Head(config)
@@ -370,11 +371,6 @@ class Transformer(nn.Module):
         if name.endswith(("attention.output.weight", "mlp.down.weight")):
             std /= math.sqrt(2 * self.config.num_layers)
         parameter.normal_(0.0, std, generator=generator)
-
-
-def _scores(config: ModelConfig, layer: int) -> Scores:
-    """What a layer's attention computes."""
-    return Scores(config.window(layer), config.attention_softcap, config.attention_scale)
 
 
 def build_model(

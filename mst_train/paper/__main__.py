@@ -30,11 +30,7 @@ def _run(arguments: list[str]) -> int:
     with tqdm(names, unit=" piece", disable=None, dynamic_ncols=True) as bar:
         for name in bar:
             bar.set_description_str(name)
-
-            def advance(what: str) -> None:
-                bar.set_postfix_str(what)
-
-            report = make(name, options.output, advance)
+            report = make(name, options.output, bar.set_postfix_str)
             path = page.write(options.output)
             if bar.disable:
                 log.info("%s: %.0f s", name, report["seconds"])

@@ -106,8 +106,7 @@ class Baseline(nn.Module):
     @property
     def embedding(self) -> nn.Module:
         """The token embedding."""
-        embedding: nn.Module = self.model.get_input_embeddings()
-        return embedding
+        return self.model.get_input_embeddings()
 
     def forward(
         self,

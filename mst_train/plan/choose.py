@@ -182,27 +182,20 @@ def longest(
     """
     candidates = leanest(config, target.gpus) if config.memory.policy == AUTO else [config]
     step = math.lcm(step, config.parallel.sequence_parallel)
-    found = [_longest(candidate, target, advance, build, step) for candidate in candidates]
-    fitting = [prediction for prediction in found if prediction is not None]
+
+    def reach(candidate: Config) -> Prediction | None:
+        known: dict[int, Prediction] = {}
+
+        def excess(length: int) -> int:
+            advance(f"{length:,} tokens")
+            known[length] = predict(with_length(candidate, length), target, build)
+            return known[length].shortage_bytes
+
+        length = longest_fitting(excess, step=step)
+        return None if length is None else known[length]
+
+    fitting = [prediction for prediction in map(reach, candidates) if prediction is not None]
     return max(fitting, key=lambda p: p.config.data.sequence_length, default=None)
-
-
-def _longest(
-    config: Config,
-    target: Target,
-    advance: Callable[[str], None],
-    build: Build | None,
-    step: int,
-) -> Prediction | None:
-    known: dict[int, Prediction] = {}
-
-    def excess(length: int) -> int:
-        advance(f"{length:,} tokens")
-        known[length] = predict(with_length(config, length), target, build)
-        return known[length].shortage_bytes
-
-    length = longest_fitting(excess, step=step)
-    return None if length is None else known[length]
 
 
 def at_length(config: Config, target: Target, length: int) -> Prediction:

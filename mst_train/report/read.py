@@ -41,13 +41,11 @@ class Run:
 
     @property
     def name(self) -> str:
-        name: str = group(self.settings, "run").get("name", self.folder.name)
-        return name
+        return group(self.settings, "run").get("name", self.folder.name)
 
     @property
     def sequence_length(self) -> int | None:
-        length: int | None = group(self.settings, "data").get("sequence_length")
-        return length
+        return group(self.settings, "data").get("sequence_length")
 
     def last(self, key: str) -> float | None:
         """The last known value of a number in the training or validation records."""
@@ -85,7 +83,7 @@ def group(settings: dict[str, Any], name: str) -> dict[str, Any]:
     if found is None:
         return {}
     _require(isinstance(found, dict), f"{name} is no group")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def read_run(folder: Path) -> Run:
@@ -149,7 +147,7 @@ def _read(
     except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
         log.warning("%s is damaged (%s): the page is without it", path, _reason(error))
         return {}
-    return content  # type: ignore[no-any-return]
+    return content
 
 
 def _text_of(path: Path, errors: str = "strict") -> str:

@@ -245,5 +245,4 @@ def _method_class(kind: str, base: Any) -> Any:
 def _new(kind: str, base: Any) -> nn.Module:
     """What a pickled module is filled into; its class cannot be found by its name."""
     cls = _method_class(kind, base)
-    module: nn.Module = cls.__new__(cls)
-    return module
+    return cls.__new__(cls)

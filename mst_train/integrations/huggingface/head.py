@@ -18,8 +18,7 @@ from mst_train.mst.chunking import chunk_slices, resolve_chunk_tokens
 def head_forward(base: Any) -> Any:
     def forward(self: Any, hidden: Tensor, labels_N: Tensor | None = None, **loss: Any) -> Tensor:
         if labels_N is None:
-            logits: Tensor = base.forward(self, hidden)
-            return logits
+            return base.forward(self, hidden)
         hidden, labels_N = hidden.to(self.weight.device), labels_N.to(self.weight.device)
         loss_sum, _ = mini_sequence_cross_entropy(hidden, self.weight, labels_N, **loss)
         return loss_sum
@@ -28,8 +27,7 @@ def head_forward(base: Any) -> Any:
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
-    logits: Tensor = model.lm_head(hidden)
-    softcap = _softcap(model)
+    logits, softcap = model.lm_head(hidden), _softcap(model)
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
@@ -61,8 +59,7 @@ def loss_of(
     items = num_items_in_batch
     if items is None:
         items = (labels_N != ignore_index).sum()
-    loss: Tensor = loss_sum / (items.to(loss_sum.device) if isinstance(items, Tensor) else items)
-    return loss
+    return loss_sum / (items.to(loss_sum.device) if isinstance(items, Tensor) else items)
 
 
 def takes_labels(head: nn.Module) -> bool:
@@ -95,5 +92,4 @@ def _loss_in_pieces(
 
 
 def _softcap(model: Any) -> float | None:
-    softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
-    return softcap
+    return getattr(model.config, "final_logit_softcapping", None)

@@ -157,12 +157,10 @@ class RowwiseLayer:
                 self._activation = ACTIVATIONS.get(type(activation))
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        parameters: Iterator[nn.Parameter] = self._layer.parameters()
-        return parameters
+        return self._layer.parameters()
 
     def modules(self) -> Iterator[nn.Module]:
-        modules: Iterator[nn.Module] = self._layer.modules()
-        return modules
+        return self._layer.modules()
 
     def before_attention(
         self, x: Tensor, *row_arguments: Tensor, queries: bool = True
@@ -233,17 +231,15 @@ class RowwiseLayer:
         mlp = self._layer.mlp
         if self._activation is not None:
             weights = [projection.weight for projection in self._projections()]
-            y: Tensor = mini_sequence_mlp(
+            return mini_sequence_mlp(
                 x_BTD,
                 *weights,
                 chunk_tokens=self._mlp_chunk_tokens,
                 activation=self._activation,
                 values=values,
             )
-            return y
         if self._rerun or not torch.is_grad_enabled():
-            result: Tensor = mlp(x_BTD)
-            return result
+            return mlp(x_BTD)
         # Three arrays of [C, F], each with its gradient.
         bytes_per_token = 6 * mlp.config.intermediate_size * x_BTD.element_size()
         tokens = resolve_chunk_tokens(
