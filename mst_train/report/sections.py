@@ -78,9 +78,6 @@ def charts(runs: Sequence[Run], predictions: Sequence[Report]) -> str:
     several = len(runs) > 1
     x_label = "tokens" if several else "step"
 
-    def place(run: Run, steps: Sequence[int]) -> Sequence[float]:
-        return _tokens_at(run, steps) if several else steps
-
     def drawn(
         key: str, scale: float = 1, *, kind: str = "training", style: str = "line"
     ) -> list[Curve]:
@@ -88,7 +85,8 @@ def charts(runs: Sequence[Run], predictions: Sequence[Report]) -> str:
         for number, run in enumerate(runs):
             steps, values = curve(getattr(run, kind), key, scale)
             if values:
-                found.append(Curve(place(run, steps), values, color(number), style))
+                x = _tokens_at(run, steps) if several else steps
+                found.append(Curve(x, values, color(number), style))
         return found
 
     def smoothed(key: str) -> list[Curve]:
@@ -101,8 +99,8 @@ def charts(runs: Sequence[Run], predictions: Sequence[Report]) -> str:
     around, rings = "bold: the mean around a step", ""
     if len(runs) == 1 and validation:
         rings = "; rings: validation"
-        loss += [Curve(curve.x, curve.y, INK, "rings") for curve in validation]
-    figures = [
+        loss += [Curve(line.x, line.y, INK, "rings") for line in validation]
+    wanted = [
         ("Training loss", around + rings, loss),
         ("Validation loss", "over the same sequences each time", validation),
         ("Learning rate", "", drawn("learning_rate")),
@@ -112,7 +110,7 @@ def charts(runs: Sequence[Run], predictions: Sequence[Report]) -> str:
     ]
     parts = [
         _figure(title, note, line_chart(title, curves, x_label, from_zero=title in FROM_ZERO), runs)
-        for title, note, curves in figures
+        for title, note, curves in wanted
         if curves
     ]
     parts[2:2] = positions(runs)
