@@ -22,7 +22,14 @@ from torch import nn
 
 from mst_train.config import AUTO
 from mst_train.errors import UserError
-from mst_train.integrations.huggingface.calls import BASE, base_of, rebind, rewritten, unreached
+from mst_train.integrations.huggingface.calls import (
+    BASE,
+    base_of,
+    origin,
+    rebind,
+    rewritten,
+    unreached,
+)
 from mst_train.integrations.huggingface.forward import (
     STATE,
     Settings,
@@ -164,7 +171,7 @@ def _checked_family(causal_lm: Any) -> Family:
     family = by_class.get(type(causal_lm).__name__)
     if family is None or type(causal_lm) is not family.get(family.causal_lm):
         raise UserError(
-            f"{_kind(causal_lm)} is not supported: apply_mini_sequence takes "
+            f"{origin(causal_lm)} is not supported: apply_mini_sequence takes "
             f"{', '.join(by_class)}, as transformers makes them, and before whatever wraps them"
         )
     found: dict[str, list[int]] = {}
@@ -173,7 +180,7 @@ def _checked_family(causal_lm: Any) -> Family:
         if type(layer) is family.get(own):
             reason = family.problem(layer)
         else:
-            reason = f"it is a {_kind(layer)} and not transformers' own {own}"
+            reason = f"it is a {origin(layer)} and not transformers' own {own}"
         if reason is not None:
             found.setdefault(reason, []).append(index)
     problems = [
@@ -206,10 +213,6 @@ def _reasons(causal_lm: Any) -> dict[str, list[str]]:
         if reason is not None and kind != "head":  # any head is called
             reasons.setdefault(reason, []).append(names[module] or "the model")
     return reasons
-
-
-def _kind(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _places(causal_lm: Any) -> Iterator[tuple[str, nn.Module]]:

@@ -83,7 +83,7 @@ def rewritten(forward: Any) -> str | None:
 
 
 def origin(function: Any) -> str:
-    """Where a function comes from: its module and name."""
+    """Where a function, or an object's class, comes from: its module and name."""
     while isinstance(function, partial | MethodType):
         function = function.func if isinstance(function, partial) else function.__func__
     if not hasattr(function, "__globals__"):

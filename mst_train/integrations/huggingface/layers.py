@@ -87,8 +87,8 @@ class Family:
         for name, suffix in (("self_attn", "Attention"), ("mlp", "MLP")):
             part, own = getattr(layer, name), self.get(self.prefix + suffix)
             if type(part) is not own:
-                kind = f"{type(part).__module__}.{type(part).__qualname__}"
-                return f"{name} is a {kind} and not transformers' own {self.prefix}{suffix}"
+                theirs = f"transformers' own {self.prefix}{suffix}"
+                return f"{name} is a {origin(part)} and not {theirs}"
         attention = layer.self_attn
         reason = altered(attention)
         if reason is not None:
