@@ -16,17 +16,14 @@ import shutil
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
-from mst_train.data.checked import CRC
 from mst_train.data.documents import Source, digest, no_text_at_all
 from mst_train.data.manifest import (
     KIND,
     MANIFEST,
-    OFFSETS,
     PROBLEMS,
     SETTINGS,
     SHARDS,
     TOKENIZER,
-    TOKENS,
     WORK,
     Manifest,
     inside,
@@ -38,7 +35,7 @@ from mst_train.data.manifest import (
 from mst_train.data.pieces import Piece
 from mst_train.data.rate import Rate
 from mst_train.data.shards import (
-    Record,
+    ENDS,
     Task,
     dtype_of,
     is_whole,
@@ -159,13 +156,14 @@ def _build(source: Source, tokenizer: Vocabulary, folder: Path, plan: Plan) -> M
         replace_file(folder / tokenizer.file_name, tokenizer.model, folder / WORK)
     tasks = tasks_of(source, tokenizer, _pieces(source, folder, plan.shard_bytes))
     own = tasks[plan.job :: plan.jobs]
-    missing = [task for task in own if not _usable(read_record(folder, task), plan)]
+    record_of = functools.partial(read_record, folder, skip_malformed=plan.skip_malformed)
+    missing = [task for task in own if record_of(task) is None]
     if missing:
         (folder / MANIFEST).unlink(missing_ok=True)
         make = functools.partial(make_shard, folder, source.reader, tokenizer, plan.skip_malformed)
         size = sum(task.piece.size for task in own)
         left = sum(task.piece.size for task in missing)
-        todo = (task for task in missing if not _usable(read_record(folder, task), plan))
+        todo = (task for task in missing if record_of(task) is None)
         with Rate(source.name, size, size - left) as rate:
             make_shards(make, todo, min(plan.workers, len(missing)), rate.add)
     return _join(source, tokenizer, folder, plan, tasks)
@@ -186,16 +184,12 @@ def _pieces(source: Source, folder: Path, shard_bytes: int) -> list[Piece]:
     return pieces
 
 
-def _usable(record: Record | None, plan: Plan) -> bool:
-    return record is not None and (plan.skip_malformed or not record.entry.malformed)
-
-
 def _join(
     source: Source, tokenizer: Vocabulary, folder: Path, plan: Plan, tasks: list[Task]
 ) -> Manifest | None:
     """Write the manifest where all records are there, and remove everything that is not in it."""
-    records = [read_record(folder, task) for task in tasks]
-    whole = [record for record in records if record is not None and _usable(record, plan)]
+    records = [read_record(folder, task, plan.skip_malformed) for task in tasks]
+    whole = [record for record in records if record is not None]
     if len(whole) < len(records):
         left = len(records) - len(whole)
         log.info("%s: %d of %d shards are left to other jobs", folder, left, len(records))
@@ -223,20 +217,15 @@ def _join(
         (folder / PROBLEMS).unlink(missing_ok=True)
     if tokenizer.model is not None:  # a job that began later may have removed it
         replace_file(folder / tokenizer.file_name, tokenizer.model, folder / WORK)
-    _remove_others(folder, tasks, shards_with_files={shard.name for shard in shards})
+    # What an earlier division of the source left among the shards.
+    kept = {task.record(folder) for task in tasks}
+    kept |= {folder / (shard.name + end) for shard in shards for end in ENDS}
+    for path in (folder / SHARDS).iterdir():
+        if path not in kept:
+            path.unlink(missing_ok=True)
     write_manifest(folder, manifest)
     shutil.rmtree(folder / WORK, ignore_errors=True)
     return manifest
-
-
-def _remove_others(folder: Path, tasks: list[Task], shards_with_files: set[str]) -> None:
-    """Delete what an earlier division of the source left among the shards."""
-    ends = [suffix + end for suffix in (TOKENS, OFFSETS) for end in ("", CRC)]
-    kept = {task.record(folder).name for task in tasks}
-    kept |= {Path(name + end).name for name in shards_with_files for end in ends}
-    for path in (folder / SHARDS).iterdir():
-        if path.name not in kept:
-            path.unlink(missing_ok=True)
 
 
 def _require_same(folder: Path, before: dict[str, str | int], now: dict[str, str | int]) -> None:

@@ -40,6 +40,9 @@ BATCH_DOCUMENTS = 65_536
 LISTED_PROBLEMS = 100
 """The most problems of a piece whose places are kept; all are counted."""
 
+ENDS = (TOKENS, TOKENS + CRC, OFFSETS, OFFSETS + CRC)
+"""How the names of a shard's files end."""
+
 Progress = Callable[[int, int], None]
 """Takes the bytes of the source and the tokens that a batch had."""
 
@@ -77,14 +80,18 @@ class Record:
     """The first LISTED_PROBLEMS messages about what was left out."""
 
 
-def read_record(folder: Path, task: Task) -> Record | None:
-    """The record of a finished shard of this very task; None where there is none."""
+def read_record(folder: Path, task: Task, skip_malformed: bool) -> Record | None:
+    """The record of a finished shard of this very task; None where there is none.
+
+    Nor is there one where something was left out, unless ``skip_malformed``.
+    """
     try:
         content = json.loads(task.record(folder).read_text())
         record = Record(parsed(ShardEntry, content["entry"]), tuple(map(str, content["problems"])))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return record if record.entry.piece == task.key and is_whole(folder, record.entry) else None
+    usable = record.entry.piece == task.key and (skip_malformed or not record.entry.malformed)
+    return record if usable and is_whole(folder, record.entry) else None
 
 
 def is_whole(folder: Path, entry: ShardEntry) -> bool:
@@ -127,7 +134,7 @@ def make_shard(
         if len(problems) < LISTED_PROBLEMS:
             problems.append(str(problem))
 
-    if read_record(folder, task) is None:
+    if read_record(folder, task, skip_malformed) is None:
         task.record(folder).unlink(missing_ok=True)  # that of another piece
     dtype = dtype_of(tokenizer.vocab_size)
     eod = np.array([tokenizer.eod], dtype)
@@ -155,14 +162,13 @@ def make_shard(
             progress(sum(document.size for document in batch), position - before)
         writers[OFFSETS].write(np.array(offsets, "<i8"))
         files = {suffix: writer.close() for suffix, writer in writers.items()}
-    for suffix in (TOKENS, OFFSETS):
-        for end in (suffix, suffix + CRC):
-            path = temporary.with_name(temporary.name + end)
-            if len(offsets) > 1:
-                path.replace(folder / (task.name + end))
-            else:
-                path.unlink()
-                (folder / (task.name + end)).unlink(missing_ok=True)
+    for end in ENDS:
+        path = temporary.with_name(temporary.name + end)
+        if len(offsets) > 1:
+            path.replace(folder / (task.name + end))
+        else:
+            path.unlink()
+            (folder / (task.name + end)).unlink(missing_ok=True)
     entry = ShardEntry(
         task.name, task.key, len(offsets) - 1, offsets[-1], text_bytes, malformed, files
     )
