@@ -6,6 +6,7 @@ The layout of both is described in ``data/README.md``.
 import logging
 import os
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -107,14 +108,9 @@ class Documents:
         if shard == len(self._shards):
             return len(self)
         offsets, token = self._shards[shard], token - int(self._token_starts[shard])
-        low, high = 0, len(offsets) - 1
-        while high - low > 1:  # offsets[low] <= token < offsets[high]
-            middle = (low + high) // 2
-            if int(offsets[middle : middle + 1][0]) <= token:
-                low = middle
-            else:
-                high = middle
-        return low + int(self._starts[shard])
+        places = range(len(offsets))
+        after = bisect_right(places, token, key=lambda place: int(offsets[place : place + 1][0]))
+        return after - 1 + int(self._starts[shard])
 
 
 @dataclass(frozen=True, eq=False)

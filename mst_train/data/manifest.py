@@ -89,11 +89,9 @@ def is_prepared(folder: Path) -> bool:
     if not (folder / MANIFEST).is_file():
         return False
     try:
-        text = (folder / MANIFEST).read_text()
+        content = json.loads((folder / MANIFEST).read_text())
     except (OSError, UnicodeDecodeError):
         return False
-    try:
-        content = json.loads(text)
     except (ValueError, RecursionError):
         return (folder / SHARDS).is_dir()
     return isinstance(content, dict) and content.get("kind") == KIND

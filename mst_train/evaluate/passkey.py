@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import dropwhile, zip_longest
 from typing import Any
 
 import torch
@@ -164,9 +165,6 @@ def _after(tokenizer: Vocabulary, before: str, text: str) -> list[int]:
     Not those of ``text`` alone: many tokenizers begin every text with a space or a token of its
     own.
     """
-    start = _tokens(tokenizer, before)
-    whole = _tokens(tokenizer, before + text)
-    common = 0
-    while common < min(len(start), len(whole)) and start[common] == whole[common]:
-        common += 1
-    return whole[common:]
+    pairs = zip_longest(_tokens(tokenizer, before + text), _tokens(tokenizer, before))
+    after = dropwhile(lambda pair: pair[0] == pair[1], pairs)
+    return [token for token, _ in after if token is not None]

@@ -1,25 +1,23 @@
 """An evaluation as tables for a terminal."""
 
-import io
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 
-def render(result: dict[str, Any], width: int = 100) -> str:
+def render(result: dict[str, Any]) -> str:
     """Text: which checkpoint, the losses by position, the passkeys by length and depth."""
-    console = Console(file=io.StringIO(), width=width, force_terminal=False, color_system=None)
+    console = Console(width=100, force_terminal=False, color_system=None)
     parts: list[RenderableType] = []
     if result["val_loss"] is not None:
         parts += ["", _positions(result)]
     if result["passkey"] is not None:
         parts += ["", _passkeys(result)]
-    console.print(Group(*parts))
-    output = console.file
-    assert isinstance(output, io.StringIO)
+    with console.capture() as shown:
+        console.print(Group(*parts))
     head = f"{result['checkpoint']}, after {result['step']:,} steps"
-    return "\n".join([head, *(line.rstrip() for line in output.getvalue().splitlines())])
+    return "\n".join([head, *(line.rstrip() for line in shown.get().splitlines())])
 
 
 def _positions(result: dict[str, Any]) -> Table:

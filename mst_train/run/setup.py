@@ -53,11 +53,6 @@ class Start:
     checkpoint: Path | None
     progress: dict[str, Any]
 
-    @property
-    def finished(self) -> bool:
-        done: bool = self.progress["step"] >= self.config.train.steps
-        return done
-
 
 @dataclass(frozen=True)
 class SetUp:
@@ -89,8 +84,12 @@ def find_start(config: Config, topology: Topology) -> Start:
             found = None if undamaged is None else str(undamaged)
     found = patient.from_first(found)
     checkpoint = None if found is None else Path(found)
+    summary = {"val_loss": None}
+    progress: dict[str, Any] = {"step": 0, "tokens": 0, "position": 0, "summary": summary}
     with together(patient):
-        progress = _progress_at(checkpoint, config)
+        if checkpoint is not None:
+            progress = load_progress(checkpoint)
+            check_continuation(progress["config"], config, checkpoint)
     return Start(config, topology, patient, folder, checkpoint, progress)
 
 
@@ -129,37 +128,20 @@ def set_up(start: Start) -> SetUp:
     return SetUp(start, config, prediction, largest, data, passkeys, model, engine)
 
 
-def _progress_at(checkpoint: Path | None, config: Config) -> dict[str, Any]:
-    """How far the run had come; its settings at the time must allow it to go on."""
-    if checkpoint is None:
-        return {"step": 0, "tokens": 0, "position": 0, "summary": {"val_loss": None}}
-    progress = load_progress(checkpoint)
-    check_continuation(progress["config"], config, checkpoint)
-    return progress
-
-
 def _predict(config: Config, topology: Topology) -> tuple[Prediction | None, Config, str]:
     """What the first process expects of a step: the prediction, which it alone has; the settings
     with what memory.policy=auto stands for; the largest parts of the memory.
     """
     prediction: Prediction | None = None
-    told: dict[str, Any] = {}
+    told: tuple[Any, ...] = ()
     with together(topology):
         if topology.is_rank_zero:
             prediction = before_training(config, topology.device, topology.world)
             chosen = prediction.config
-            told = {
-                "memory": asdict(chosen.memory),
-                "optimizer": asdict(chosen.optimizer),
-                "parts": largest_parts(prediction),
-            }
-    told = topology.from_first(told)
-    config = replace(
-        config,
-        memory=MemoryConfig(**told["memory"]),
-        optimizer=OptimizerConfig(**told["optimizer"]),
-    )
-    return prediction, config, told["parts"]
+            told = asdict(chosen.memory), asdict(chosen.optimizer), largest_parts(prediction)
+    memory, optimizer, parts = topology.from_first(told)
+    config = replace(config, memory=MemoryConfig(**memory), optimizer=OptimizerConfig(**optimizer))
+    return prediction, config, parts
 
 
 def _load_data(config: Config, topology: Topology) -> Data:

@@ -27,7 +27,7 @@ def train(config: Config) -> dict[str, Any]:
     """
     with init_distributed(config) as topology:
         start = find_start(config, topology)
-        if start.finished:
+        if start.progress["step"] >= config.train.steps:
             log.info(
                 "the run in %s is finished: set train.steps higher to go on", start.folder.path
             )
