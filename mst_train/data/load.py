@@ -65,19 +65,17 @@ def load_data(data: DataConfig) -> Data:
 def load_source(data: DataConfig, min_document_tokens: int = 0) -> Data:
     """One source; ``min_document_tokens``: shorter documents are left out of training."""
     corpus = load_corpus(data)
-    training, validation = split_corpus(
-        corpus.documents, data.validation_fraction, data.sequence_length
-    )
+    streams = split_corpus(corpus.documents, data.validation_fraction, data.sequence_length)
     fingerprint = corpus.fingerprint
     if min_document_tokens:
-        training = long_documents(corpus.documents, training, min_document_tokens)
+        training = long_documents(corpus.documents, streams["training"], min_document_tokens)
+        streams["training"] = training
         fingerprint = digest(fingerprint, min_document_tokens)
         if not len(training):
             raise UserError(
                 f"data.mixture: {data.source} has no documents of min_document_tokens="
                 f"{min_document_tokens} or more for training: lower it or leave the source out"
             )
-    streams = streams_of(training, validation)
     places = [corpus.folder / PACKING, cache_folder(data) / PACKING]
     with writing_cache(places[-1].parent):
         sequences = pack(corpus, streams, data, places, min_document_tokens)
@@ -89,10 +87,6 @@ def load_source(data: DataConfig, min_document_tokens: int = 0) -> Data:
         validation=sequences.get("validation"),
         corpus_fingerprint=fingerprint,
     )
-
-
-def streams_of(training: Ints, validation: Ints | None) -> dict[str, Ints]:
-    return {"training": training} | ({} if validation is None else {"validation": validation})
 
 
 def pack(

@@ -26,10 +26,8 @@ RANGES = 64
 CHUNK_DOCUMENTS = 1 << 16
 
 
-def split_corpus(
-    documents: Documents, fraction: float, sequence_length: int
-) -> tuple[Ints, Ints | None]:
-    """The spans of the training stream and of the validation stream (none where fraction is 0).
+def split_corpus(documents: Documents, fraction: float, sequence_length: int) -> dict[str, Ints]:
+    """The spans of the streams: "training" and, unless ``fraction`` is 0, "validation".
 
     Every token of the corpus is in one span of one stream. Each stream is long enough for one
     sequence of ``sequence_length`` + 1 tokens. Of more than MANY_DOCUMENTS, RANGES runs of
@@ -44,7 +42,7 @@ def split_corpus(
     if total < (2 * minimum if fraction else minimum):
         raise _too_short(total, fraction, sequence_length)
     if not fraction:
-        return np.array([[0, total]]), None
+        return {"training": np.array([[0, total]])}
     target = max(int(fraction * total), minimum)
     if count > MANY_DOCUMENTS:
         training, validation = _split_ranges(documents, total, target)
@@ -56,8 +54,8 @@ def split_corpus(
     held_out = int((validation[:, 1] - validation[:, 0]).sum())
     if held_out < minimum or total - held_out < minimum:
         border = total - min(target, total - minimum)
-        return np.array([[0, border]]), np.array([[border, total]])
-    return merged(training), merged(validation)
+        return {"training": np.array([[0, border]]), "validation": np.array([[border, total]])}
+    return {"training": merged(training), "validation": merged(validation)}
 
 
 def _split_ranges(documents: Documents, total: int, target: int) -> tuple[Ints, Ints]:

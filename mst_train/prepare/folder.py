@@ -10,7 +10,7 @@ from mst_train.data import load_tokenizer
 from mst_train.data.build import Plan, build, take
 from mst_train.data.corpus import open_corpus, prepared_folder, verify
 from mst_train.data.documents import SAMPLED_BYTES, Source, find_documents
-from mst_train.data.load import PACKING, pack, streams_of
+from mst_train.data.load import PACKING, pack
 from mst_train.data.manifest import MANIFEST, TOKENIZER, WORK, write_json
 from mst_train.data.pieces import cores, ignore, refuse
 from mst_train.data.splitting import split_corpus
@@ -99,12 +99,11 @@ def _packing(config: PrepareConfig, folder: Path) -> str:
     corpus = open_corpus(folder)
     length = data.sequence_length
     try:
-        spans = split_corpus(corpus.documents, data.validation_fraction, length)
+        streams = split_corpus(corpus.documents, data.validation_fraction, length)
     except UserError as error:
         return f"not packed into sequences: {error}"
     for left_over in (*folder.glob(f"{UNFINISHED}*"), *(folder / PACKING).glob(".*")):
         shutil.rmtree(left_over, ignore_errors=True)  # of a command that was killed
-    streams = streams_of(*spans)
     sequences = pack(corpus, streams, data, [folder / PACKING])
     statistics = packing_statistics(corpus, data.packing, length, streams, sequences)
     picture = ", lengths.png"

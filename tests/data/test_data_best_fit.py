@@ -289,8 +289,7 @@ def test_the_loader_goes_on_exactly(prepared: Path, tmp_path: Path, packing: str
 def test_statistics(prepared: Path, tmp_path: Path, packing: str) -> None:
     """Against a count over every sequence."""
     corpus = load_corpus(DataConfig(source=str(prepared)))
-    training, validation = split_corpus(corpus.documents, 0.1, 128)
-    streams = {"training": training, "validation": validation}
+    streams = split_corpus(corpus.documents, 0.1, 128)
     data = load_data(config(prepared, tmp_path, packing=packing, sequence_length=128))
     sequences = {"training": data.training, "validation": data.validation}
     found = packing_statistics(corpus, packing, 128, streams, sequences)

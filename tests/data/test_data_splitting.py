@@ -35,8 +35,17 @@ class Borders:
         return self.offsets[first : last + 1]
 
 
-def split(offsets: np.ndarray, fraction: float, length: int) -> tuple[np.ndarray, np.ndarray]:
-    return split_corpus(Borders(offsets), fraction, length)
+Split = tuple[np.ndarray, np.ndarray | None]
+
+
+def streams_of(documents: Borders, fraction: float, length: int) -> Split:
+    """The spans of training and of validation."""
+    streams = split_corpus(documents, fraction, length)
+    return streams.pop("training"), streams.pop("validation", None)
+
+
+def split(offsets: np.ndarray, fraction: float, length: int) -> Split:
+    return streams_of(Borders(offsets), fraction, length)
 
 
 def covered(spans: np.ndarray) -> list[int]:
@@ -193,9 +202,9 @@ def test_ranges_of_many_documents(lengths: list[int], fraction: float, length: i
         patch.setattr("mst_train.data.splitting.RANGES", 4)
         if total < 2 * minimum:
             with pytest.raises(UserError):
-                split_corpus(documents, fraction, length)
+                streams_of(documents, fraction, length)
             return
-        training, validation = split_corpus(documents, fraction, length)
+        training, validation = streams_of(documents, fraction, length)
     assert validation is not None
     assert sorted(covered(training) + covered(validation)) == list(range(total))
     assert min(len(covered(training)), len(covered(validation))) >= minimum
@@ -205,14 +214,14 @@ def test_ranges_of_many_documents(lengths: list[int], fraction: float, length: i
 
 def test_many_documents_are_split_by_few_of_them() -> None:
     documents = Borders(np.arange(0, 30_000_001, 30))
-    training, validation = split_corpus(documents, 0.01, 1000)
+    training, validation = streams_of(documents, 0.01, 1000)
     assert validation is not None and len(validation) == 64
     assert len(covered(validation)) == pytest.approx(300_000, rel=0.01)
     assert documents.looked_up == 128
     assert np.diff(validation[:, 0]).max() < 2 * 30_000_000 / 64
-    assert split_corpus(documents, 0.0, 1000)[1] is None
-    again = split_corpus(documents, 0.01, 1000)[1]
+    assert streams_of(documents, 0.0, 1000)[1] is None
+    again = streams_of(documents, 0.01, 1000)[1]
     assert np.array_equal(validation, again)
     one_huge = Borders(np.concatenate([[0, 10**9], 10**9 + np.arange(1, 70_000)]))
-    training, validation = split_corpus(one_huge, 0.01, 1000)
+    training, validation = streams_of(one_huge, 0.01, 1000)
     assert training[-1, 1] == validation[0, 0] and validation[-1, 1] == one_huge.offsets[-1]
