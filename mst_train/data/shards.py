@@ -220,24 +220,17 @@ def _tokenised(
         continues = document.more
     encoded = iter(tokenizer.encode_arrays(texts, continuing) if texts else ())
     for document in batch:
-        content = document.content
-        ids = next(encoded) if isinstance(content, str) else content
-        if not isinstance(content, str):
-            if not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
-                report(
-                    UserError(
-                        f"data.source holds the token ids {ids.min()} to {ids.max()}, and the "
-                        f"vocabulary has {tokenizer.vocab_size}: give the tokenizer that made them"
-                    )
+        ids = document.content
+        if isinstance(ids, str):
+            yield document, next(encoded)
+        elif 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
+            others = np.flatnonzero(ids != tokenizer.eod)
+            if len(others):
+                yield document, ids[: others[-1] + 1]
+        else:
+            report(
+                UserError(
+                    f"data.source holds the token ids {ids.min()} to {ids.max()}, and the "
+                    f"vocabulary has {tokenizer.vocab_size}: give the tokenizer that made them"
                 )
-                continue
-            ids = ids[: len(ids) - _ends(ids, tokenizer.eod)]
-            if not len(ids):
-                continue
-        yield document, ids
-
-
-def _ends(ids: NDArray[Any], eod: int) -> int:
-    """How many end-of-document ids come last."""
-    others = np.flatnonzero(ids != eod)
-    return len(ids) - 1 - int(others[-1]) if len(others) else len(ids)
+            )

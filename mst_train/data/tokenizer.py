@@ -143,11 +143,11 @@ class Tokenizer(TextTokenizer):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             vocab_size: int = self._processor.vocab_size()
-            pieces = "".join(self._processor.encode("a", out_type=str)) if vocab_size else ""
+            if vocab_size == 0:
+                raise RuntimeError("no pieces")
+            pieces = "".join(self._processor.encode("a", out_type=str))
         except (RuntimeError, UnicodeDecodeError) as error:
             raise UserError(f"{name} is not a sentencepiece model: give a .model file") from error
-        if vocab_size == 0:
-            raise UserError(f"{name} is not a sentencepiece model: give a .model file")
         eod: int = self._processor.eos_id()
         if eod < 0:
             raise UserError(

@@ -69,8 +69,10 @@ class RunFolder:
                 raise UserError(
                     f"{path} is a file where a folder is needed: choose another run.dir"
                 )
-        self._own = self._own_checkpoints()
-        self.candidates = self._own or self._others_checkpoint()
+        self.candidates = self._own = self._own_checkpoints()
+        if not self._own and config.run.resume not in (AUTO, "never"):
+            # Another run's, which may be going on.
+            self.candidates = [find_checkpoint(expanded(config.run.resume))]
 
     def open(self) -> None:
         """Create the folder, take it for this process alone, and write config.yaml.
@@ -134,11 +136,6 @@ class RunFolder:
                 f"continue it: choose another run.dir or run.name, or set run.resume=auto"
             )
         return own_checkpoints(self.checkpoints)
-
-    def _others_checkpoint(self) -> list[Path]:
-        """That of ``run.resume``, whose run may be going on."""
-        resume = self._config.run.resume
-        return [] if resume in (AUTO, "never") else [find_checkpoint(expanded(resume))]
 
 
 def check_continuation(before: dict[str, Any], config: Config, checkpoint: Path) -> None:
