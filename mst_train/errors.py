@@ -3,6 +3,11 @@
 from collections.abc import Sequence
 
 
+def reason_of(error: Exception) -> str:
+    """The first line of what an error says; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class Ending(Exception):
     """What ends a command.
 

@@ -34,7 +34,7 @@ import torch
 
 from mst_train.distributed.guard import together
 from mst_train.distributed.topology import Topology
-from mst_train.errors import TrainingError, UserError
+from mst_train.errors import TrainingError, UserError, reason_of
 from mst_train.files import UNFINISHED, remove_folder, remove_unfinished, replace_text
 
 MARKER = "COMPLETE"
@@ -99,10 +99,9 @@ def _writing(final: Path) -> Iterator[None]:
         yield
     # The latter is what torch makes of failures of its file writer.
     except (OSError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
         raise TrainingError(
-            f"cannot write the checkpoint {final}: {reason}. The ones before it are whole: make "
-            f"room or give permission there, and the same command continues"
+            f"cannot write the checkpoint {final}: {reason_of(error)}. The ones before it are "
+            f"whole: make room or give permission there, and the same command continues"
         ) from error
 
 
@@ -254,8 +253,7 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     # What the reader stumbles over in a file that is none of ours can be anything.
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} cannot be read: {reason}") from error
+        raise UserError(f"{path} cannot be read: {reason_of(error)}") from error
 
 
 class _NotWhole(Exception):

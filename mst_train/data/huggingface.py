@@ -7,7 +7,7 @@ from typing import Any
 from mst_train.config import DataConfig
 from mst_train.data.pieces import Document, Piece, Report, ranges
 from mst_train.data.readers import documents_of, missing_field
-from mst_train.errors import UserError
+from mst_train.errors import UserError, reason_of
 
 ROWS = 256
 """Rows in memory at a time."""
@@ -51,11 +51,10 @@ class HuggingFaceRows:
         # Loading runs into network, file system, parser and naming trouble, each with a type of
         # its own: all of it is about what the user named.
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"data.source={data.source} is neither a file or folder here nor a data set that "
-                f"`datasets` could load (data.split={data.split}): {reason}. Correct the name, or "
-                f"start a path with ./ or /"
+                f"`datasets` could load (data.split={data.split}): {reason_of(error)}. Correct the "
+                f"name, or start a path with ./ or /"
             ) from error
         if data.text_field not in columns:
             raise missing_field(f"the data set {data.source}", data.text_field, columns)
@@ -93,8 +92,7 @@ class HuggingFaceRows:
             raise
         # As above: a file of the data set may be gone, damaged or out of reach by now.
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"{place} cannot be read further than row {row} ({reason}): start again when it "
-                f"can be"
+                f"{place} cannot be read further than row {row} ({reason_of(error)}): start again "
+                f"when it can be"
             ) from error

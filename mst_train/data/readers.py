@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
 from mst_train.data.pieces import Document, Report, between_words, ranges
-from mst_train.errors import UserError
+from mst_train.errors import UserError, reason_of
 
 PARQUET_ROWS = 256
 """Rows of a .parquet file in memory at a time."""
@@ -247,9 +247,8 @@ class Parquet:
         )
 
     def _broken(self, path: Path, error: Exception) -> UserError:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return UserError(
-            f"{path} cannot be read as .parquet ({reason}): replace it or take it out of "
+            f"{path} cannot be read as .parquet ({reason_of(error)}): replace it or take it out of "
             f"data.source"
         )
 
