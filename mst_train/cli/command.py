@@ -22,6 +22,9 @@ from mst_train.rendezvous.dist_env import end_with_launcher, process_name, rank
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 """What is wrong with a path until the user changes it."""
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Where a user may have said how torch takes a GPU's memory; read when CUDA starts."""
+
 FRAMEWORK = (
     "datasets",
     "huggingface_hub",
@@ -55,6 +58,9 @@ def run_command(
     """
     end_with_launcher()
     _repair_streams()
+    if not any(name in os.environ for name in ALLOCATOR):
+        # Chunks and their gradients have many sizes: whole segments for each would leave gaps.
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mst_train").setLevel(logging.ERROR if rank() else logging.INFO)
     try:

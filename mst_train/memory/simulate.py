@@ -65,7 +65,7 @@ COMMUNICATION_BUFFERS = 2
 
 UNUSABLE_SHARE = 0.02
 """What the caching allocator holds beyond what is in use, as a share of that: gaps between blocks,
-with expandable segments. Assumed; not yet measured."""
+with expandable segments, which commands ask for (cli/command.py). Assumed; not yet measured."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 
 from mst_train.__main__ import main
 from mst_train.bench import __main__ as bench
-from mst_train.cli.command import run_command
+from mst_train.cli.command import ALLOCATOR, run_command
 from mst_train.plan import __main__ as plan
 
 
@@ -161,6 +161,17 @@ def test_a_closed_stream_and_one_that_knows_no_unicode(monkeypatch):
 
     assert run_command(command, [], "") == 0
     assert shown.getvalue() == b"\\u65e5\\u672c\n"
+
+
+@pytest.mark.parametrize("name", ALLOCATOR)
+def test_segments_of_a_gpus_memory_can_grow_unless_the_user_says_otherwise(name, monkeypatch):
+    for other in ALLOCATOR:
+        monkeypatch.delenv(other, raising=False)
+    assert run_command(lambda _: 0, [], "") == 0
+    assert os.environ.pop("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
+    monkeypatch.setenv(name, "max_split_size_mb:512")
+    assert run_command(lambda _: 0, [], "") == 0
+    assert [os.environ.get(n) for n in ALLOCATOR].count(None) == 2
 
 
 def test_memory_that_ran_out_is_a_message(capsys):
