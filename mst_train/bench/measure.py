@@ -125,7 +125,7 @@ def time_rounds(
 
     def timed_run(variant: Variant) -> tuple[float, float]:
         variant.prepare()
-        collect_garbage(device)
+        gc.collect()  # the device's pool stays: a step would pay for taking its memory anew
         synchronize(device)
         started, cpu_started = clock(), time.process_time()
         variant.run()

@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 
+from mst_train.bench import measure as module
 from mst_train.bench.measure import Variant, collect_garbage, measure
 from mst_train.mst import HostBudgetError
 
@@ -56,6 +57,15 @@ def test_preparation_is_not_timed(clock):
 
     (a,) = measure([timed("a", clock, [1, 1, 1], [], prepare=prepare)], 2, CPU, clock=clock)
     assert a.seconds == [1, 1]
+
+
+def test_timed_runs_find_the_devices_memory_as_the_run_before_left_it(clock, monkeypatch):
+    """Taking it anew costs a GPU as much as a short step."""
+    emptied = []
+    monkeypatch.setattr(module, "collect_garbage", lambda device: emptied.append(len(log)))
+    log = []
+    measure([timed(name, clock, [1, 1, 1], log) for name in "ab"], 2, CPU, clock=clock)
+    assert len(log) == 6 and max(emptied) < 2
 
 
 @pytest.mark.parametrize(
