@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 # DeepSpeed compiles its CPU optimizer with the ninja that is installed beside it.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup train test test-full test-exhaustive paper check format clean
+.PHONY: help setup train test test-full test-exhaustive gpu paper check format clean
 
 help:  ## Show this page
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -27,6 +27,9 @@ test-full: $(INSTALLED)  ## Run the slow ones too, which CI does
 
 test-exhaustive: $(INSTALLED)  ## Run every combination of processes, sequence parallelism and ZeRO
 	$(BIN)/python -m pytest -m exhaustive $(ARGS)
+
+gpu:  ## Test and measure on one GPU, in some minutes, into runs/gpu (ARGS="--small" to try it here)
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py $(ARGS)
 
 paper: $(INSTALLED)  ## Predict and measure what the paper reports, into docs/paper (ARGS="--only PIECE")
 	@$(BIN)/python -c 'import transformers' 2>/dev/null || \

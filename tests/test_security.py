@@ -93,6 +93,7 @@ def test_a_marker_that_names_files_elsewhere_is_refused(tmp_path, caplog, name):
 SECRETS = {"WANDB_API_KEY": "f" * 30 + "0123456789", "HF_TOKEN": "hf_abcdefghijklmnop"}
 
 
+@pytest.mark.slow
 def test_secrets_are_written_nowhere(tmp_path, corpus, cache):
     """Not in records, settings, checkpoints, W&B's files or messages."""
     result = subprocess.run(

@@ -390,8 +390,13 @@ def build_model(
     partition: called with each module that has parameters of its own, as soon as these have values;
         if it keeps parts of them alone, the whole model is never in one place.
     """
-    with torch.device("meta"):
-        model = Transformer(config, policy, attention).to(dtype)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            model = Transformer(config, policy, attention)
+    finally:
+        torch.set_default_dtype(previous)
     if torch.device(device).type == "meta":
         return model
     generator = torch.Generator(device).manual_seed(seed)

@@ -29,6 +29,7 @@ def test_losses_and_gradients_agree(run_bench, by_variant):
     assert "not run: needs CUDA" in (folder / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_several_tiles_agree(run_bench, by_variant, monkeypatch):
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")

@@ -42,7 +42,14 @@ def test_without_arguments_it_is_the_tiny_experiment():
     assert config.memory.policy == "mst"
 
 
-@pytest.mark.parametrize("group", [p.name for p in config_folder().iterdir() if p.is_dir()])
+@pytest.mark.parametrize(
+    "group",
+    [
+        pytest.param(p.name, marks=[pytest.mark.slow] if p.name == "experiment" else [])
+        for p in config_folder().iterdir()
+        if p.is_dir()
+    ],
+)
 def test_every_group_has_choices_that_compose(group):
     assert choices(group)
     heads_for_all = ["model=llama3_8b"] if group == "parallel" else []

@@ -255,6 +255,7 @@ print(len(data.training), len(data.validation), first, before, peak())
 """
 
 
+@pytest.mark.slow
 def test_fifty_billion_tokens_open_at_once(tmp_path: Path) -> None:
     """The first batch reads little, into little memory: 400 shards, 3.2 million documents."""
     source = sparse_folder(tmp_path / "large", shards=400, tokens=125_042_688, documents=8000)

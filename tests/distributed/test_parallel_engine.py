@@ -16,14 +16,14 @@ from mst_train.model import build_model
 
 STAGES = (0, 1, 2, 3)
 COVERING = {
-    2: [(1, 1), (2, 3)],
+    2: [(2, 3)],
     4: [(4, 0), (2, 1), (1, 2), (2, 3)],
 }
 """For 2 and 4 processes: sequence-parallel degrees with ZeRO stages."""
 FULL = {
     world: list(itertools.product([d for d in (1, 2, 4) if d <= world], STAGES)) for world in (2, 4)
 }
-OTHERS = [{"degree": 2, "stage": 2}, {"degree": 1, "stage": 3}]
+OTHERS = [{"degree": degree, "stage": stage} for degree, stage in ((1, 1), (2, 2), (1, 3))]
 MASTERS = [{"degree": 1, "stage": stage, "precision": "bf16_master"} for stage in STAGES]
 TIED = [
     {"degree": 1, "stage": 3, "policy": policy, "tied": True}

@@ -338,6 +338,7 @@ def train(model, folder, steps=6, **settings):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_the_trainer_sees_the_same_losses(tmp_path):
     model = make_model()
     twin = apply_mini_sequence(copy.deepcopy(model), **CHUNKS)

@@ -8,6 +8,11 @@ from torch.utils.checkpoint import checkpoint
 from mst_kernels import add_rms_norm, rms_norm, row_blocks
 
 EPSILON = 1e-5
+SHAPES = [
+    (5, 123),
+    pytest.param((123, 5), marks=pytest.mark.slow),
+    pytest.param((3, 41, 64), marks=pytest.mark.slow),
+]
 
 
 def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -62,7 +67,7 @@ def test_float64_is_exact(block_elements, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(5, 123), (123, 5), (1, 1), (3, 41, 64), (2, 5000)])
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 1), (2, 5000)])
 def test_no_worse_than_plain(implementation, device, dtype, shape) -> None:
     x, residual, weight, dy, dtotal = make(shape, dtype, device)
     for kernel, reference, tensors in [
@@ -204,7 +209,7 @@ def test_offset_in_float64_is_exact() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(5, 123), (123, 5), (3, 41, 64)])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_offset_is_no_worse_than_plain(implementation, device, dtype, shape) -> None:
     x, residual, weight, dy, dtotal = make(shape, dtype, device)
     weight *= 0.1  # as Gemma's are: added to one in bf16, most of their digits were lost

@@ -330,6 +330,7 @@ def test_on_the_host_steps_are_those_of_adamw(cpu_adam, settings):
         torch.testing.assert_close(parameter.detach().double(), expected, **HOST_TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16_master"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_on_the_host_clipping_and_accumulation(cpu_adam, precision, tied):
@@ -364,6 +365,7 @@ def test_on_the_host_clipping_and_accumulation(cpu_adam, precision, tied):
     torch.testing.assert_close(updated[1][1], updated[0][1], **HOST_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_on_the_host_the_device_holds_no_states(cpu_adam):
     """What is on the device is the model alone: every other tensor is the host's, in fp32."""
     model = make_decoder(POLICIES["mst"], dtype=torch.bfloat16)
@@ -429,7 +431,13 @@ MODES = {
 KINDS = {"ordinary": Optimizer, "in_backward": InBackwardOptimizer, "host": HostOptimizer}
 
 
-@pytest.mark.parametrize(("before", "after"), list(itertools.product(MODES, MODES)))
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param(*modes, marks=[pytest.mark.slow] if "host" in modes else [])
+        for modes in itertools.product(MODES, MODES)
+    ],
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_master"])
 def test_state_goes_on(before, after, precision, tmp_path, request):
     """Through a file: bit for bit in the same mode, and where the arithmetic is the same."""
