@@ -82,7 +82,7 @@ def settings():
         (True, False), (True, False), CHUNKS, (1, 2), (True, False)
     ):
         if not (in_backward and accumulation > 1):  # refused: gradients have to add up first
-            marks = [pytest.mark.slow] if accumulation > 1 and not keep else []
+            marks = [pytest.mark.slow] if accumulation > 1 and not (keep and offload) else []
             yield pytest.param(keep, offload, chunks, accumulation, in_backward, marks=marks)
 
 

@@ -122,12 +122,12 @@ def test_bad_input_is_one_clear_message(tmp_path, arguments, messages, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_empty_corpus_is_refused(tmp_path):
+def test_an_empty_corpus_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "blank.txt").write_text("\n \n")
-    result = run(tmp_path, "data.source=./text", f"data.cache_dir={tmp_path / 'cache'}")
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
+    monkeypatch.chdir(tmp_path)
+    assert main(["data.source=./text", f"data.cache_dir={tmp_path / 'cache'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "./text" in line
     assert not (tmp_path / "runs").exists()
 

@@ -64,6 +64,7 @@ def test_stdlib_without_sources_is_refused(tmp_path: Path, monkeypatch: pytest.M
     assert "data.source=stdlib: this Python keeps no source files in" in refusal("stdlib")
 
 
+@pytest.mark.slow
 def test_stdlib_of_this_python() -> None:
     source = find_documents(DataConfig())
     assert any("def namedtuple(" in text for text in source.documents())

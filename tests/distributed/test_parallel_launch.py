@@ -204,6 +204,7 @@ def test_processes_share_the_cores(tmp_path):
     assert log.startswith("7 ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("SIGTERM", 143), pytest.param("SIGUSR1", 138, marks=pytest.mark.exhaustive)],

@@ -690,7 +690,7 @@ def test_peak_of_the_backward_does_not_grow_with_depth(monkeypatch, keep_attenti
     assert deep == shallow
 
 
-@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("post_norm", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("keep_attention", [True, False])
 @pytest.mark.parametrize("offload", [False, True])
 def test_peak_of_the_backward_per_token(monkeypatch, offload, keep_attention, post_norm):

@@ -49,6 +49,7 @@ def test_losses_are_the_models_own(config, batch):
     assert (whole[:, 8:] - pieces[:, 8:]).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_the_runs_are_compared_on_the_same_tokens(config):
     report = compare(config, 24, QUIET)
     mst, vanilla, short = (report["runs"][name] for name in ("mst", "vanilla", "short"))

@@ -97,7 +97,10 @@ def assert_same(found, expected):
             [*GEMMA2, "data.sequence_length=9216", "model.num_layers=12", "memory.offload=host"],
             marks=pytest.mark.slow,
         ),
-        [*GEMMA2, "data.sequence_length=9216", "model.num_layers=10", *NOT_IN_BACKWARD],
+        pytest.param(
+            [*GEMMA2, "data.sequence_length=9216", "model.num_layers=10", *NOT_IN_BACKWARD],
+            marks=pytest.mark.slow,
+        ),
         ["+experiment=llama3_8b_vanilla_seq5k", "model.num_layers=7"],
         ["model=llama_tiny", "model.num_layers=8", "train.accumulation_steps=3"],
     ],

@@ -101,10 +101,10 @@ def in_a_wait_for_data(patch, config, name):
     ("interrupt", "background"),
     [
         (in_a_step, True),
-        (in_a_step, False),
+        pytest.param(in_a_step, False, marks=pytest.mark.slow),
         (in_a_validation, True),
         (in_a_checkpoint, True),
-        (in_a_checkpoint, False),
+        pytest.param(in_a_checkpoint, False, marks=pytest.mark.slow),
         (in_a_wait_for_data, True),
     ],
 )
