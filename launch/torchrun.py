@@ -170,12 +170,14 @@ class Machine:
         first = json.loads(self._get(self.store, "settings", "machine 0 has"))
         own = {"name": socket.gethostname(), "visit": uuid.uuid4().hex}
         text, place = json.dumps(own), f"machine/{self.rank}"
-        other = json.loads(attempt.compare_set(place, "", text))
         problems = [
             f"{name}={first[name]} on machine 0 and {name}={value} on machine {self.rank}"
             for name, value in self._settings.items()
             if value != first[name]
         ]
+        if problems:  # said before its place is taken: machine 0 decides when all are
+            attempt.set("problem", ", ".join(problems))
+        other = json.loads(attempt.compare_set(place, "", text))
         if other["name"] != own["name"]:
             problems.append(f"NODE_RANK={self.rank} on both {other['name']} and {own['name']}")
         if problems:

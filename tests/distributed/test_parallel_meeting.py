@@ -3,6 +3,7 @@
 import importlib.util
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -78,6 +79,18 @@ def test_what_was_told_differently_ends_all(machines, message, meet):
     for told in meet(*machines):
         assert told.startswith(message)
         assert told.endswith(": start all machines with the same")
+
+
+def test_machine_0_decides_when_all_have_said_what_is_wrong(meet, launcher, monkeypatch):
+    class Slow(launcher.PrefixStore):
+        def set(self, key, value):
+            if key == "problem":
+                time.sleep(0.5)
+            super().set(key, value)
+
+    monkeypatch.setattr(launcher, "PrefixStore", Slow)
+    for told in meet({"rank": 0}, {"rank": 1, "nodes": 3}):
+        assert told.startswith("NODES=2 on machine 0 and NODES=3 on machine 1")
 
 
 def test_a_machine_that_comes_again_takes_its_place(launcher, names, monkeypatch):
