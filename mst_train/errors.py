@@ -69,9 +69,14 @@ class Stopped(Ending):
         super().__init__(message)
 
 
-def memory_ran_out(error: BaseException) -> bool:
-    """Whether an error is Python's or torch's for want of memory, on the host or a device."""
-    said = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
-    )
+def memory_ran_out(error: BaseException) -> str | None:
+    """Whose memory an error of Python's or torch's is for want of: host or device; None: no one's.
+
+    torch's own class for it is known by its name: commands import this before torch.
+    """
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "host"
+    said = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    if type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in said):
+        return "device" if isinstance(error, RuntimeError) else None
+    return None

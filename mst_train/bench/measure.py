@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mst_train.errors import memory_ran_out
 from mst_train.memory.tracker import MemoryTracker
 from mst_train.mst import HostBudgetError
 
@@ -207,10 +208,7 @@ def _attempt(work: Callable[[], Any], variant: Variant, measurement: Measurement
 
 def out_of_memory(error: Exception) -> str | None:
     """In a few words, whose memory ran out; None where the error is another one."""
-    if isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
-        return "out of device memory"
     if isinstance(error, HostBudgetError):
         return "out of the host memory that offload may take"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return "out of host memory"
-    return None
+    whose = memory_ran_out(error)
+    return whose and f"out of {whose} memory"

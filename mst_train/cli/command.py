@@ -16,6 +16,7 @@ from mst_train.errors import (
     TrainingError,
     UserError,
     memory_ran_out,
+    reason_of,
 )
 from mst_train.rendezvous.dist_env import end_with_launcher, process_name, rank
 
@@ -92,8 +93,8 @@ def run_command(
     except (MemoryError, RuntimeError) as error:
         if not memory_ran_out(error):
             raise
-        reason = str(error).strip().partition("\n")[0] or "the host's"
-        _tell("error", f"memory ran out: make the model or data.sequence_length smaller ({reason})")
+        advice = "make the model or data.sequence_length smaller"
+        _tell("error", f"memory ran out: {advice} ({reason_of(error)})")
         return 1
     except BrokenPipeError:
         _is_output_lost()

@@ -25,6 +25,11 @@ class Packed(NamedTuple):
     cu_seqlens: Tensor | None = None
     longest: int | None = None
 
+    @property
+    def lengths(self) -> tuple[object, ...]:
+        """Where queries and where keys begin and end, and the most of either."""
+        return self.cu_seqlens, self.cu_seqlens, self.longest, self.longest
+
 
 @dataclass(eq=False)
 class FlashKernel(ABC):

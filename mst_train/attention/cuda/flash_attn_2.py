@@ -38,7 +38,7 @@ class FlashAttnKernel(FlashKernel):
         if packed.cu_seqlens is None:
             out, lse, *_ = package._flash_attn_forward(q, k, v, **options)
         else:
-            out, lse, *_ = package._flash_attn_varlen_forward(q, k, v, *_twice(packed), **options)
+            out, lse, *_ = package._flash_attn_varlen_forward(q, k, v, *packed.lengths, **options)
         return out, lse
 
     def _backward(
@@ -61,7 +61,7 @@ class FlashAttnKernel(FlashKernel):
         if packed.cu_seqlens is None:
             package._flash_attn_backward(*tensors, **options)
         else:
-            package._flash_attn_varlen_backward(*tensors, *_twice(packed), **options)
+            package._flash_attn_varlen_backward(*tensors, *packed.lengths, **options)
         return tuple(gradients)
 
     def _options(self, q: Tensor, causal: bool) -> dict[str, object]:
@@ -75,8 +75,3 @@ class FlashAttnKernel(FlashKernel):
             "softcap": self.scores.softcap or 0.0,
             "alibi_slopes": None,
         }
-
-
-def _twice(packed: Packed) -> tuple[object, ...]:
-    """For queries and for keys."""
-    return packed.cu_seqlens, packed.cu_seqlens, packed.longest, packed.longest

@@ -48,7 +48,6 @@ class TorchFlashKernel(FlashKernel):
 
 
 def _lengths(q: Tensor, k: Tensor, packed: Packed) -> tuple[object, ...]:
-    """Boundaries of queries and keys, and the most of either."""
     if packed.cu_seqlens is None:
         return None, None, q.shape[1], k.shape[1]
-    return packed.cu_seqlens, packed.cu_seqlens, packed.longest, packed.longest
+    return packed.lengths
