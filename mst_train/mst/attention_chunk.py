@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mst_train.mst.attention import AttentionKernel, Documents
+from mst_train.mst.attention import KEYS_AT_ONCE, AttentionKernel, Documents
 from mst_train.mst.chunking import chunk_slices
 
 
@@ -60,7 +60,7 @@ def attend_chunk(
     if kernel.scores.window is not None:
         return _attend_window(kernel, q, k, v, _parts(documents, k, chunk, kernel.scores.window))
     out, lse = kernel.forward(q, k[:, chunk], v[:, chunk], _inside(documents, k, chunk))
-    for batch, queries, keys in _before(documents, k, chunk):
+    for batch, queries, keys in _before(documents, k, chunk, KEYS_AT_ONCE):
         past_out, past_lse = kernel.forward(
             q[batch, queries], k[batch, keys], v[batch, keys], causal=False
         )
@@ -69,6 +69,7 @@ def attend_chunk(
         merged = part * _share(part_lse, merged_lse)
         part.copy_(merged.addcmul_(past_out, _share(past_lse, merged_lse)))
         part_lse.copy_(merged_lse)
+        del past_out, past_lse, merged  # not to be there with the next ones
     return out, lse
 
 
@@ -106,22 +107,20 @@ def attend_chunk_backward(
     if dk is None or dv is None:
         return dq_T, dk_T, dv_T
     total = dq_T.to(dk.dtype)
-    for batch, queries, before in _before(documents, k, chunk):
-        for part in chunk_slices(before.stop - before.start, kernel.keys_at_once):
-            keys = slice(before.start + part.start, before.start + part.stop)
-            past_dq, past_dk, past_dv = kernel.backward(
-                dout[batch, queries],
-                q[batch, queries],
-                k[batch, keys],
-                v[batch, keys],
-                out[batch, queries],
-                lse[batch, :, queries],
-                causal=False,
-            )
-            total[batch, queries] += past_dq
-            dk[batch, keys] += past_dk
-            dv[batch, keys] += past_dv
-            del past_dq, past_dk, past_dv  # not to be there with the next ones
+    for batch, queries, keys in _before(documents, k, chunk, kernel.keys_at_once):
+        past_dq, past_dk, past_dv = kernel.backward(
+            dout[batch, queries],
+            q[batch, queries],
+            k[batch, keys],
+            v[batch, keys],
+            out[batch, queries],
+            lse[batch, :, queries],
+            causal=False,
+        )
+        total[batch, queries] += past_dq
+        dk[batch, keys] += past_dk
+        dv[batch, keys] += past_dv
+        del past_dq, past_dk, past_dv  # not to be there with the next ones
     return (
         total.to(q.dtype),
         dk_T.to(dk.dtype).add_(dk[:, chunk]).to(k.dtype),
@@ -214,18 +213,26 @@ def _inside(documents: Documents | None, k_BSKE: Tensor, chunk: slice) -> Docume
     return documents.inside(batch, sequence, chunk)
 
 
-def _before(documents: Documents | None, k_BSKE: Tensor, chunk: slice) -> Iterator[_Rectangle]:
-    """What the chunk's queries see before it."""
+def _before(
+    documents: Documents | None, k_BSKE: Tensor, chunk: slice, at_once: int
+) -> Iterator[_Rectangle]:
+    """What the chunk's queries see before it, at most so many keys at once."""
     batch, sequence = k_BSKE.shape[:2]
     if chunk.start == 0:
         return
+    length = chunk.stop - chunk.start
     if documents is None:
-        yield _Rectangle(slice(None), slice(0, chunk.stop - chunk.start), slice(0, chunk.start))
+        # Whole chunks of keys make few different rectangles, and some kernels plan for each.
+        whole_chunks = at_once // length * length
+        for keys in chunk_slices(chunk.start, whole_chunks or at_once):
+            yield _Rectangle(slice(None), slice(0, length), keys)
         return
     for row in range(batch):
         first = row * sequence + chunk.start
         start, end = documents.around(first)
         if start < first:
-            queries = slice(0, min(end - first, chunk.stop - chunk.start))
-            keys = slice(start - row * sequence, chunk.start)
-            yield _Rectangle(slice(row, row + 1), queries, keys)
+            queries = slice(0, min(end - first, length))
+            offset = start - row * sequence
+            for part in chunk_slices(chunk.start - offset, at_once):
+                keys = slice(offset + part.start, offset + part.stop)
+                yield _Rectangle(slice(row, row + 1), queries, keys)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mst_train.attention.select import CpuKernel, ReferenceKernel
 from mst_train.mst import Documents
+from mst_train.mst import attention_chunk as chunked
 from mst_train.mst.attention_chunk import attend_chunk, attend_chunk_backward
 from mst_train.mst.chunking import chunk_slices
 
@@ -103,6 +104,7 @@ def test_equals_the_whole_sequence(kernel, cu_seqlens, length):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_keys_of_a_rectangle_in_portions(monkeypatch, kernel, cu_seqlens, keys_at_once):
     monkeypatch.setattr(kernel, "keys_at_once", keys_at_once)
+    monkeypatch.setattr(chunked, "KEYS_AT_ONCE", keys_at_once)
     documents, inputs = make_documents(BOUNDARIES[cu_seqlens]), make_inputs()
     torch.testing.assert_close(
         in_chunks(kernel(), inputs, documents, 4),
@@ -110,6 +112,27 @@ def test_keys_of_a_rectangle_in_portions(monkeypatch, kernel, cu_seqlens, keys_a
         rtol=1e-12,
         atol=1e-12,
     )
+
+
+def test_a_long_sequence_has_few_different_rectangles(monkeypatch):
+    """A kernel that plans for each shape has a bounded number of plans, however long it is."""
+    monkeypatch.setattr(CpuKernel, "keys_at_once", 35)
+    monkeypatch.setattr(chunked, "KEYS_AT_ONCE", 35)
+    shapes = {"forward": set(), "backward": set()}
+
+    class Recording(CpuKernel):
+        def forward(self, q, k, v, documents=None, causal=True):
+            shapes["forward"].add((q.shape[1], k.shape[1], causal))
+            return super().forward(q, k, v, documents, causal)
+
+        def backward(self, dout, q, k, v, out, lse, documents=None, causal=True):
+            shapes["backward"].add((q.shape[1], k.shape[1], causal))
+            return super().backward(dout, q, k, v, out, lse, documents, causal)
+
+    inputs = make_inputs(batch=1, sequence=10 * 37, heads=1, kv_heads=1)
+    in_chunks(Recording(), inputs, None, 10)
+    rectangles = {(10, 10, False), (10, 20, False), (10, 30, False)}
+    assert shapes["forward"] == shapes["backward"] == {(10, 10, True), *rectangles}
 
 
 def test_no_backward_of_a_kernel_has_more_keys_than_that(monkeypatch):
@@ -123,7 +146,7 @@ def test_no_backward_of_a_kernel_has_more_keys_than_that(monkeypatch):
             return super().backward(dout, q, k, v, out, lse, documents, causal)
 
     in_chunks(Recording(), make_inputs(), None, 4)
-    assert keys == [5, 3, 4]  # the 8 before the last chunk, then the 4 before the second
+    assert keys == [4, 4, 4]  # the 8 before the last chunk, then the 4 before the second
 
 
 @st.composite

@@ -13,6 +13,7 @@ from mst_train.memory.devices import DEVICES, find_device
 from mst_train.memory.simulate import simulate, with_length
 from mst_train.memory.tracker import KINDS
 from mst_train.model.flops import parameter_count, training_flops
+from mst_train.mst import attention_chunk
 from mst_train.plan.__main__ import main
 from mst_train.plan.choose import longest
 from mst_train.plan.config import configured_target, read
@@ -112,7 +113,7 @@ def test_deep_models_are_extrapolated_exactly(in_full, arguments):
 
 @pytest.mark.parametrize("memory", [["memory.offload=host"], ["memory.keep_attention=false"], []])
 def test_long_sequences_are_extrapolated_exactly(in_full, monkeypatch, memory):
-    for module in (simulate_module, stand_ins):
+    for module in (simulate_module, stand_ins, attention_chunk):
         monkeypatch.setattr(module, "KEYS_AT_ONCE", 1024)
     arguments = ["model=llama_tiny", "model.num_layers=1", "data.sequence_length=12288"]
     arguments += ["memory.block_chunk_tokens=512", "memory.head_chunk_tokens=256", *memory]
