@@ -8,6 +8,7 @@ cuda        for CUDA devices
 layouts     the shapes in which kernels want queries, keys and values; mask: who sees whom
 """
 
+from mst_train.attention.measure import choices, keep_to
 from mst_train.attention.select import Attention, select_attention, select_kernels
 
-__all__ = ["Attention", "select_attention", "select_kernels"]
+__all__ = ["Attention", "choices", "keep_to", "select_attention", "select_kernels"]

@@ -1,36 +1,42 @@
-"""The fastest of several attention kernels, measured where it will run.
+"""The fastest of several attention kernels, measured where and at the lengths at which it runs.
 
-Which one that is depends on the device, the packages' versions and the heads. So it is found out at
-the first call, when all of that is known: the kernels that can compute the case take turns at a
-small problem of the same heads, types and scores, forward and backward, and the median time
-decides. Each must first give the formula's numbers on a smaller problem still.
+Which one that is depends on the device, the packages' versions, the heads and the lengths: squares
+of queries and keys, which whole sequences and chunks are, and rectangles, which a chunk's queries
+and the keys before them are. So the kernels take turns at each kind of call when it first comes,
+forward and backward, and the median time decides. Each must first give the formula's numbers on a
+small problem.
 
-    who is left out    whatever raises, runs out of memory or computes something else
+    kinds of calls     heads, types and scores, and lengths up to the power of two above them
+    who is left out    whatever raises, runs out of memory or computes something else; with packed
+                       documents, whose lengths are always others, what plans for each length
     time               ROUNDS turns, or SECONDS, whichever ends first, after a first call of each;
                        kernels that are compiled when first called add what that takes
-    memory             a batch of one sequence of at most TOKENS: no more than the call itself wants
-                       where it is as long, and nothing after the choice
-    repetition         once per process for each kind of problem
-    several processes  the slowest one's times count, so that all choose the same; they must make
-                       their first call together, as they do in training
+    memory             no more than the call itself and its backward, in the forward, where there
+                       is more than enough
+    repetition         once per process for each kind of call; a checkpoint has the choices, so
+                       that a run goes on with them on a machine like the one that made them
+    several processes  each for itself: what they choose differs in rounding alone
 
 Times decide, so two runs may choose differently where kernels are equally fast, and then differ in
-rounding: name one in kernel.attention to rule that out.
+rounding. With train.deterministic nothing is measured: the first kernel in the order of
+preference that can compute the case is taken.
 
 Legend: B batch, S sequence, H query heads, K key-value heads, E head size.
 """
 
+import functools
+import importlib.metadata
 import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mst_train.attention.reference import ReferenceKernel
@@ -39,10 +45,15 @@ from mst_train.mst.attention import KEYS_AT_ONCE, PLAIN, AttentionKernel, Docume
 
 log = logging.getLogger(__name__)
 
-TOKENS = 4096
+TOKENS = 8192
+"""The most queries of a measured call, and keys in a square."""
+
+SHORT = 1024
+"""Calls with fewer queries or keys are of one kind."""
+
 TOKENS_CHECKED = 256
 ROUNDS = 5
-SECONDS = 0.5
+SECONDS = 0.3
 LARGEST_ERROR = 0.05
 """Relative, of a whole tensor; bf16's own rounding stays below 0.01."""
 
@@ -61,67 +72,120 @@ def cuda_seconds(work: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Problem:
-    """What kernels are compared on: a batch of one, in documents or whole."""
+    """What kernels are compared on.
+
+    causal: a square, or with a window the last queries of the keys; else a rectangle. packed:
+    whether there are documents, whose lengths vary.
+    """
 
     device: torch.device
     dtype: torch.dtype
-    tokens: int
+    batch: int
+    queries: int
+    keys: int
     heads: int
     kv_heads: int
     head_size: int
     scores: Scores
-    documents: bool
+    causal: bool = True
+    packed: bool = False
 
     @classmethod
-    def like(cls, q: Tensor, k: Tensor, scores: Scores, documents: Documents | None) -> "Problem":
-        """The problem of a call with these tensors, shortened to TOKENS."""
-        _, sequence, heads, size = q.shape
-        tokens = min(sequence, TOKENS)
-        rest = (heads, k.shape[2], size, scores, documents is not None)
-        return cls(q.device, q.dtype, tokens, *rest)
+    def like(cls, q: Tensor, k: Tensor, scores: Scores, causal: bool, packed: bool) -> "Problem":
+        """The problem of a call with these queries and keys."""
+        batch, queries, heads, size = q.shape
+        heads_and_scores = (heads, k.shape[2], size, scores)
+        return cls(q.device, q.dtype, batch, queries, k.shape[1], *heads_and_scores, causal, packed)
 
-    def inputs(self, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Documents | None]:
-        """q, k, v, the gradient of the result and four documents; no random state is touched."""
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What it has in common with the problems that it stands for."""
+        lengths = [(max(n, SHORT) - 1).bit_length() for n in (self.queries, self.keys)]
+        others = (self.heads, self.kv_heads, self.head_size, self.scores, self.causal, self.packed)
+        return (self.device.type, self.dtype, self.batch, *lengths, *others)
+
+    def shortened(self, queries: int, keys: int) -> "Problem":
+        """The same with so many queries and keys at most, the keys of a square as many."""
+        queries, keys = min(self.queries, queries), min(self.keys, keys)
+        if self.causal and self.scores.window is None:
+            keys = queries
+        return replace(self, queries=queries, keys=max(queries, keys))
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Documents | None, bool]:
+        """q, k, v, the gradient of the result, four documents if packed, and whether it is causal;
+        no random state is touched.
+        """
         generator = torch.Generator(self.device).manual_seed(0)
+        queries, keys = (self.queries, self.heads), (self.keys, self.kv_heads)
         q, k, v, dout = (
             torch.randn(
-                (1, tokens, heads, self.head_size),
+                (self.batch, *shape, self.head_size),
                 generator=generator,
                 device=self.device,
                 dtype=self.dtype,
             )
-            for heads in (self.heads, self.kv_heads, self.kv_heads, self.heads)
+            for shape in (queries, keys, keys, queries)
         )
-        if not self.documents:
-            return q, k, v, dout, None
-        cu_seqlens = sorted({tokens * quarter // 4 for quarter in range(5)})
-        return q, k, v, dout, Documents(torch.tensor(cu_seqlens, dtype=torch.int32))
+        if not (self.packed and self.causal and self.queries == self.keys):
+            return q, k, v, dout, None, self.causal
+        tokens = self.batch * self.queries
+        ends = {tokens * quarter // 4 for quarter in range(5)}
+        ends |= {row * self.queries for row in range(self.batch)}
+        documents = Documents(torch.tensor(sorted(ends), dtype=torch.int32))
+        return q, k, v, dout, documents, True
 
     def __str__(self) -> str:
         return (
-            f"{self.tokens} tokens of {self.dtype} on {self.device}, {self.heads} heads and "
-            f"{self.kv_heads} key-value heads of {self.head_size}, {self.scores}"
-            f"{', documents' if self.documents else ''}"
+            f"{self.batch} x {self.queries} queries and {self.keys} keys of {self.dtype} on "
+            f"{self.device}, {self.heads} heads and {self.kv_heads} key-value heads of "
+            f"{self.head_size}, {self.scores}{'' if self.causal else ', all pairs'}"
+            f"{', documents' if self.packed else ''}"
         )
 
 
-_fastest: dict[tuple[Problem, tuple[str, ...]], str] = {}
+_chosen: dict[str, str] = {}
+"""The kernels that this process has chosen, by kinds of calls."""
+
+
+def choices() -> dict[str, str]:
+    """What this process has chosen, for ``keep_to`` in another one."""
+    return dict(_chosen)
+
+
+def keep_to(chosen: Mapping[str, str]) -> None:
+    """Choose as another process did, where device and packages are as they were there."""
+    _chosen.update(chosen)
+
+
+@functools.cache
+def _installed(device: torch.device) -> str:
+    """What tells a device and its packages from others."""
+    if device.type != "cuda":
+        return f"torch {torch.__version__}"
+    found = [torch.cuda.get_device_name(device), f"torch {torch.__version__}"]
+    found.append(f"cudnn {torch.backends.cudnn.version()}")
+    for package in ("flash-attn", "flash-attn-3", "flash-attn-4"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(found)
 
 
 @dataclass(eq=False)
 class MeasuredKernel:
-    """The fastest of some kernels, which it is from its first call on.
+    """For each kind of call the fastest of some kernels.
 
-    candidates: kernels of the same scores by their names; none has to work.
+    candidates: kernels of the same scores by their names, the preferred first; none has to work.
+    for_few_lengths: those that take long for each new length.
 
-    Raises UserError at the first call where none works.
+    Raises UserError at a call for which none works.
     """
 
     keys_at_once: ClassVar[int] = KEYS_AT_ONCE
     candidates: Mapping[str, AttentionKernel]
     scores: Scores = PLAIN
     seconds: Seconds = cuda_seconds
-    _chosen: AttentionKernel | None = field(init=False, default=None)
+    for_few_lengths: Collection[str] = ()
+    _packed: bool = field(init=False, default=False)
 
     def forward(
         self,
@@ -131,7 +195,7 @@ class MeasuredKernel:
         documents: Documents | None = None,
         causal: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        return self._kernel(q, k, documents).forward(q, k, v, documents, causal)
+        return self._kernel(q, k, documents, causal).forward(q, k, v, documents, causal)
 
     def backward(
         self,
@@ -144,17 +208,23 @@ class MeasuredKernel:
         documents: Documents | None = None,
         causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        kernel = self._kernel(q, k, documents)
+        kernel = self._kernel(q, k, documents, causal)
         return kernel.backward(dout, q, k, v, out, lse, documents, causal)
 
-    def _kernel(self, q: Tensor, k: Tensor, documents: Documents | None) -> AttentionKernel:
-        if self._chosen is None:
-            problem = Problem.like(q, k, self.scores, documents)
-            key = (problem, tuple(self.candidates))
-            if key not in _fastest:
-                _fastest[key] = fastest(self.candidates, problem, self.seconds)
-            self._chosen = self.candidates[_fastest[key]]
-        return self._chosen
+    def _kernel(
+        self, q: Tensor, k: Tensor, documents: Documents | None, causal: bool
+    ) -> AttentionKernel:
+        # Rectangles are given none, and come after the squares that are.
+        self._packed |= documents is not None
+        problem = Problem.like(q, k, self.scores, causal, self._packed)
+        key = f"{problem.kind} {_installed(q.device)}"
+        name = _chosen.get(key, "")
+        if name not in self.candidates:
+            left_out = self.for_few_lengths if self._packed else ()
+            candidates = {n: c for n, c in self.candidates.items() if n not in left_out}
+            measured = problem.shortened(TOKENS, KEYS_AT_ONCE)
+            name = _chosen[key] = fastest(candidates, measured, self.seconds)
+        return self.candidates[name]
 
 
 @torch.no_grad()
@@ -162,6 +232,8 @@ def fastest(
     candidates: Mapping[str, AttentionKernel], problem: Problem, seconds: Seconds = cuda_seconds
 ) -> str:
     """The name of the kernel that is the fastest at a problem, said in the log with all times.
+
+    Under torch's deterministic algorithms that of the first that can compute it.
 
     Raises UserError where none can compute it; OutOfMemoryError where memory was what one lacked.
     """
@@ -177,24 +249,21 @@ def fastest(
             left_out[name] = error.with_traceback(None)  # whose frames hold tensors
             return None
 
-    inputs = problem.inputs(problem.tokens)
+    inputs = problem.inputs()
     for name, kernel in candidates.items():
         attempt(name, partial(_check, kernel, problem))
         attempt(name, partial(_both_passes, kernel, *inputs))
+    by_order = torch.are_deterministic_algorithms_enabled()
     began = time.perf_counter()
-    for _ in range(ROUNDS):
+    for _ in range(0 if by_order else ROUNDS):
         for name, kernel in candidates.items():
             taken = attempt(name, partial(seconds, partial(_both_passes, kernel, *inputs)))
             times[name].append(math.inf if taken is None else taken)
         if time.perf_counter() - began > SECONDS:
             break
-    medians = _of_the_slowest_process(
-        {n: math.inf if n in left_out else statistics.median(times[n]) for n in candidates},
-        problem.device,
-    )
-    chosen = min(medians, key=medians.__getitem__)
+    working = [name for name in candidates if name not in left_out]
     reasons = "".join(f"; without {name}: {_reason(e)}" for name, e in left_out.items())
-    if math.isinf(medians[chosen]):
+    if not working:
         for error in left_out.values():
             if isinstance(error, torch.OutOfMemoryError):
                 raise error
@@ -202,8 +271,13 @@ def fastest(
             f"kernel.attention=auto found no kernel for {problem}{reasons}: set "
             f"kernel.attention=tiled, which works everywhere"
         )
-    measured = ", ".join(f"{n} {t * 1000:.3g} ms" for n, t in medians.items() if math.isfinite(t))
-    log.info("attention auto: %s for %s (%s%s)", chosen, problem, measured, reasons)
+    if by_order:
+        chosen, why = working[0], "the first in order, as train.deterministic asks"
+    else:
+        medians = {name: statistics.median(times[name]) for name in working}
+        chosen = min(medians, key=medians.__getitem__)
+        why = ", ".join(f"{name} {median * 1000:.3g} ms" for name, median in medians.items())
+    log.info("attention auto: %s for %s (%s%s)", chosen, problem, why, reasons)
     return chosen
 
 
@@ -219,15 +293,16 @@ def _both_passes(
     v: Tensor,
     dout: Tensor,
     documents: Documents | None,
+    causal: bool,
 ) -> tuple[Tensor, ...]:
     """(out, lse, dq, dk, dv)."""
-    out, lse = kernel.forward(q, k, v, documents)
-    return out, lse, *kernel.backward(dout, q, k, v, out, lse, documents)
+    out, lse = kernel.forward(q, k, v, documents, causal)
+    return out, lse, *kernel.backward(dout, q, k, v, out, lse, documents, causal)
 
 
 def _check(kernel: AttentionKernel, problem: Problem) -> None:
     """Raises ArithmeticError where a kernel's results are not the formula's."""
-    inputs = problem.inputs(TOKENS_CHECKED)
+    inputs = problem.shortened(TOKENS_CHECKED, TOKENS_CHECKED).inputs()
     results, expected = (
         [t.double() for t in _both_passes(one, *inputs)]
         for one in (kernel, ReferenceKernel(problem.scores))
@@ -238,11 +313,3 @@ def _check(kernel: AttentionKernel, problem: Problem) -> None:
         error = ((actual - truth).norm() / truth.norm()).item()
         if not error <= LARGEST_ERROR:
             raise ArithmeticError(f"its {what} is off by {error:.0%} of the formula's")
-
-
-def _of_the_slowest_process(medians: dict[str, float], device: torch.device) -> dict[str, float]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return medians
-    times = torch.tensor(list(medians.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(times, op=dist.ReduceOp.MAX)
-    return dict(zip(medians, times.tolist(), strict=True))

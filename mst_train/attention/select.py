@@ -82,6 +82,12 @@ log = logging.getLogger(__name__)
 
 WITHOUT_WINDOWS = ("cudnn", "sdpa")
 WITHOUT_SOFTCAP = ("torch_flash", "cudnn", "sdpa")
+NOT_DETERMINISTIC = ("cudnn",)
+"""Torch says so of its own; of the rest each has a slower backward that is, and takes it."""
+
+PLANNING = ("cudnn",)
+"""They plan for each exact length, once, in some tens of milliseconds."""
+
 HALF = (torch.float16, torch.bfloat16)
 FOR_CUDA = ("flash_attn_4", "flash_attn_3", "cudnn", "flash_attn", "torch_flash")
 PACKAGES = {
@@ -109,9 +115,10 @@ def select_attention(
 ) -> Attention:
     """The backend of this name for tensors of this device and type.
 
-    "auto" is cpu on a CPU. On CUDA it is the fastest of FOR_CUDA that work for these scores,
-    measured at its first call, and tiled where none does; in fp32 it is sdpa, and tiled where
-    scores are capped or in windows. Raises UserError where the backend asked for cannot work here.
+    "auto" is cpu on a CPU. On CUDA it is for each kind of call the fastest of FOR_CUDA that work,
+    and tiled where none has these scores; in fp32 it is sdpa, and tiled where scores are capped or
+    in windows. Under torch's deterministic algorithms only what is deterministic is taken. Raises
+    UserError where the backend asked for cannot work here.
     """
     choose = partial(select_attention, name, device, dtype)
     if name == AUTO and device.type == "cuda" and dtype in HALF:
@@ -153,7 +160,8 @@ def _measured(device: torch.device, dtype: torch.dtype, scores: Scores) -> Atten
     if not names:
         _warn_of_tiled()
         return TiledKernel(scores, device.type)
-    return MeasuredKernel({name: KERNELS[name](scores) for name in names}, scores)
+    kernels = {name: KERNELS[name](scores) for name in names}
+    return MeasuredKernel(kernels, scores, for_few_lengths=PLANNING)
 
 
 @functools.cache
@@ -176,6 +184,12 @@ def _problem(name: str, device: torch.device, dtype: torch.dtype, scores: Scores
     if scores.softcap is not None and name in WITHOUT_SOFTCAP:
         return (
             f"it does not cap scores, and model.attention_softcap={scores.softcap}: set "
+            f"kernel.attention={AUTO}"
+        )
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if device.type == "cuda" and deterministic and name in NOT_DETERMINISTIC:
+        return (
+            f"its backward adds in another order each time, and train.deterministic=true: set "
             f"kernel.attention={AUTO}"
         )
     if name not in FOR_CUDA:

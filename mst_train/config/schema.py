@@ -83,6 +83,9 @@ class RunConfig:
 class TrainConfig:
     steps: int = 1000
     seed: int = 0
+    deterministic: bool = False
+    """On a GPU too, the same numbers each time, to the last digit: sums in a fixed order, attention
+    by the first kernel that works so. Slower: not yet measured. A CPU is so in any case."""
     micro_batch_size: int = 1
     """Sequences in one forward and backward."""
     accumulation_steps: int = 1

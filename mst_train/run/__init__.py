@@ -5,5 +5,6 @@ setup          what comes before the loop and may refuse it
 run            what the loop asks for, what it records and saves, and how it ends
 folder         who may write to a run's folder, and how it goes on
 bad_steps      spikes; whether a bad step is left out or ends the run
+deterministic  sums in the same order each time, on a GPU too
 random_state   random number generators, seeded or restored
 """

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from mst_train import environment
+from mst_train.attention import choices
 from mst_train.checkpoint.writer import CheckpointWriter
 from mst_train.cli.signals import StopSignals
 from mst_train.data import Batch, Loader, fixed_batches
@@ -199,6 +200,7 @@ class Run:
                 "summary": self.summary,
                 "config": dataclasses.asdict(self.config),
                 "corpus": self._data.corpus_fingerprint,
+                "attention": choices(),
             }
         self.writer.save(self.step, state)
         self._saved = self.step

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from mst_train.attention import select_kernels
+from mst_train.attention import keep_to, select_kernels
 from mst_train.attention.select import Attention
 from mst_train.checkpoint.files import first_undamaged, load_part
 from mst_train.checkpoint.form import load_progress, load_states, load_weights
@@ -27,6 +27,7 @@ from mst_train.plan.before import before_training, largest_parts
 from mst_train.plan.predict import Prediction
 from mst_train.precision import weight_type
 from mst_train.rendezvous.dist_env import local_rank
+from mst_train.run.deterministic import choose_algorithms
 from mst_train.run.folder import RunFolder, check_continuation
 from mst_train.run.random_state import restore_random_state, seed_everything
 from mst_train.units import GIB
@@ -104,6 +105,8 @@ def set_up(start: Start) -> SetUp:
     with together(patient):
         _check_data(start, config, data)
         passkeys = make_probes(config, data.tokenizer) if config.evaluation.passkey_every else []
+        choose_algorithms(config)
+        keep_to(start.progress.get("attention", {}))
         attention = select_kernels(config.kernel, topology.device, weight_type(config.precision))
     model = _build_model(config, attention, topology)
     if checkpoint is None and config.model.from_pretrained is not None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.distributed as dist
 from formula import assert_same, in_chunks, make_documents, make_inputs, whole
 
 from mst_train.attention import measure as attention_choice
@@ -16,12 +15,12 @@ from mst_train.errors import UserError
 from mst_train.mst import Scores
 
 CPU = torch.device("cpu")
-PROBLEM = Problem(CPU, torch.float32, 24, 4, 2, 8, Scores(), documents=False)
+PROBLEM = Problem(CPU, torch.float32, 1, 24, 24, 4, 2, 8, Scores())
 
 
 @pytest.fixture(autouse=True)
 def nothing_chosen_yet(monkeypatch):
-    monkeypatch.setattr(attention_choice, "_fastest", {})
+    monkeypatch.setattr(attention_choice, "_chosen", {})
     monkeypatch.setattr(attention_choice, "TOKENS_CHECKED", 20)
 
 
@@ -33,14 +32,14 @@ class Clock:
 
     def __post_init__(self):
         self.turns = []
-        self.lengths = []
+        self.shapes = []
 
     def __call__(self, work):
-        kernel, q, *_ = work.args
+        kernel, q, k, *_ = work.args
         work()
         turn = self.turns.count(kernel)
         self.turns.append(kernel)
-        self.lengths.append(q.shape[1])
+        self.shapes.append((q.shape[1], k.shape[1], work.args[-1]))
         return self.times[kernel][turn % len(self.times[kernel])]
 
 
@@ -57,7 +56,7 @@ def test_the_fastest_is_chosen_and_said(caplog):
         assert fastest(kernels, PROBLEM, clock) == "tiled"
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith(
-        "attention auto: tiled for 24 tokens of torch.float32 on cpu, 4 heads"
+        "attention auto: tiled for 1 x 24 queries and 24 keys of torch.float32 on cpu, 4 heads"
     )
     assert "(cpu 3 ms, tiled 1 ms, reference 2 ms)" in message
 
@@ -91,7 +90,7 @@ class Broken(CpuKernel):
             raise AssertionError("heads of 8 are too small\nand more")
         if self.fault == "memory":
             raise torch.OutOfMemoryError("no memory")
-        if self.fault == "longer" and q.shape[1] == PROBLEM.tokens:
+        if self.fault == "longer" and q.shape[1] == PROBLEM.queries:
             raise RuntimeError("only short ones")
         out, lse = super().forward(q, k, v, documents, causal)
         if self.fault == "nan":
@@ -147,7 +146,9 @@ def test_who_fails_in_a_later_turn_is_left_out():
 
 def test_nobody_is_left():
     kernels = {"one": Broken(fault="forward"), "other": Broken(fault="backward")}
-    with pytest.raises(UserError, match=r"(?s)auto found no kernel for 24 .*one.*other.*=tiled"):
+    with pytest.raises(
+        UserError, match=r"(?s)auto found no kernel for 1 x 24 .*one.*other.*=tiled"
+    ):
         fastest(kernels, PROBLEM, Clock({}))
     kernels["third"] = Broken(fault="memory")
     with pytest.raises(torch.OutOfMemoryError, match="no memory"):
@@ -162,10 +163,10 @@ def test_it_computes_what_it_chose(scores, cu_seqlens):
     kernel, inputs = MeasuredKernel(kernels, scores, clock), make_inputs()
     actual = in_chunks(kernel, inputs, make_documents(cu_seqlens), 4)
     assert_same(actual, whole(inputs, scores, cu_seqlens))
-    assert kernel._chosen is kernels["tiled"]
+    assert set(attention_choice.choices().values()) == {"tiled"}
 
 
-def test_one_process_measures_once_for_each_problem():
+def test_one_process_measures_once_for_each_kind_of_call():
     kernels, clock = timed(cpu=[1.0], tiled=[2.0])
     q, k, v, _ = make_inputs()
     for _ in range(3):
@@ -175,25 +176,105 @@ def test_one_process_measures_once_for_each_problem():
     assert len(clock.turns) == 4 * attention_choice.ROUNDS
 
 
-@pytest.mark.parametrize(("sequence", "measured"), [(13, 13), (200, 64)])
-def test_long_sequences_are_measured_short(monkeypatch, sequence, measured):
-    monkeypatch.setattr(attention_choice, "TOKENS", 64)
+def test_squares_and_rectangles_of_a_run_are_measured_at_their_lengths(monkeypatch):
+    """Each may have a kernel of its own, and so may lengths that are far apart."""
+    monkeypatch.setattr(attention_choice, "SHORT", 4)
+    inputs = make_inputs(sequence=37)
     kernels, clock = timed(cpu=[1.0], tiled=[2.0])
-    q, k, v, _ = make_inputs(sequence=sequence)
+
+    def seconds(work):
+        taken = clock(work)
+        queries, keys, _ = clock.shapes[-1]
+        return -taken if keys > 2 * queries else taken
+
+    actual = in_chunks(MeasuredKernel(kernels, Scores(), seconds), inputs, None, 8)
+    assert_same(actual, whole(inputs, Scores()))
+    squares, rectangles = {(8, 8, True)}, {(8, 8, False), (8, 16, False), (8, 24, False)}
+    assert set(clock.shapes) == squares | rectangles
+    chosen = attention_choice.choices()
+    assert sorted(chosen.values()) == ["cpu", "cpu", "cpu", "tiled"]
+
+
+def test_long_calls_are_measured_short(monkeypatch):
+    monkeypatch.setattr(attention_choice, "TOKENS", 16)
+    monkeypatch.setattr(attention_choice, "KEYS_AT_ONCE", 48)
+    kernels, clock = timed(cpu=[1.0], tiled=[2.0])
+    q, k, v, _ = make_inputs(sequence=100)
+    kernel = MeasuredKernel(kernels, Scores(), clock)
+    kernel.forward(q, k, v)
+    kernel.forward(q[:, :20], k, v, causal=False)
+    assert set(clock.shapes) == {(16, 16, True), (16, 48, False)}
+    windowed, clock = timed(tiled=[2.0])
+    MeasuredKernel(windowed, Scores(window=50), clock).forward(q[:, :20], k[:, :70], v[:, :70])
+    assert set(clock.shapes) == {(16, 48, True)}
+
+
+def test_packed_documents_have_no_kernel_that_plans_for_each_length():
+    kernels, clock = timed(cpu=[2.0], tiled=[1.0])
+    inputs = make_inputs()
+    kernel = MeasuredKernel(kernels, Scores(), clock, for_few_lengths=("tiled",))
+    documents = [0, 4, 5, 13, 26]
+    assert_same(
+        in_chunks(kernel, inputs, make_documents(documents), 8), whole(inputs, Scores(), documents)
+    )
+    assert set(attention_choice.choices().values()) == {"cpu"}
+    kernel = MeasuredKernel(kernels, Scores(), clock, for_few_lengths=("tiled",))
+    kernel.forward(*inputs[:3])
+    assert set(attention_choice.choices().values()) == {"cpu", "tiled"}
+
+
+def test_another_process_keeps_to_the_choices(monkeypatch):
+    kernels, clock = timed(cpu=[2.0], tiled=[1.0])
+    q, k, v, _ = make_inputs()
     MeasuredKernel(kernels, Scores(), clock).forward(q, k, v)
-    assert set(clock.lengths) == {measured}
+    choices = attention_choice.choices()
+    monkeypatch.setattr(attention_choice, "_chosen", {})
+    attention_choice.keep_to(choices)
+    kernels, clock = timed(cpu=[1.0], tiled=[2.0])
+    MeasuredKernel(kernels, Scores(), clock).forward(q, k, v)
+    assert not clock.turns  # and not measured
+    assert attention_choice.choices() == choices
+    monkeypatch.setattr(attention_choice, "_installed", lambda device: "another machine")
+    MeasuredKernel(kernels, Scores(), clock).forward(q, k, v)
+    assert list(attention_choice.choices().values()) == ["tiled", "cpu"]
+
+
+def test_a_choice_that_is_no_candidate_any_more_is_made_anew():
+    kernels, clock = timed(cpu=[2.0], tiled=[1.0])
+    q, k, v, _ = make_inputs()
+    MeasuredKernel(kernels, Scores(), clock).forward(q, k, v)
+    del kernels["tiled"]
+    MeasuredKernel(kernels, Scores(), clock).forward(q, k, v)
+    assert list(attention_choice.choices().values()) == ["cpu"]
+
+
+def test_under_deterministic_algorithms_the_first_that_works_is_taken(caplog):
+    kernels, clock = timed(cpu=[9.0], tiled=[1.0])
+    kernels = {"broken": Broken(fault="forward"), **kernels}
+    torch.use_deterministic_algorithms(True)
+    try:
+        with caplog.at_level(logging.INFO, logger="mst_train"):
+            assert fastest(kernels, PROBLEM, clock) == "cpu"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not clock.turns
+    assert "(the first in order, as train.deterministic asks; without broken: " in caplog.text
 
 
 def test_what_is_measured_is_like_the_call():
     q, k, _, _ = make_inputs(heads=6, kv_heads=3, size=16, dtype=torch.bfloat16)
-    problem = Problem.like(q, k, Scores(window=3), make_documents([0, 13, 26]))
-    assert problem == Problem(CPU, torch.bfloat16, 13, 6, 3, 16, Scores(window=3), documents=True)
-    q, k, v, dout, documents = problem.inputs(13)
-    assert q.shape == dout.shape == (1, 13, 6, 16)
-    assert k.shape == v.shape == (1, 13, 3, 16)
+    problem = Problem.like(q, k, Scores(window=3), causal=True, packed=True)
+    shape = (2, 13, 13, 6, 3, 16)
+    assert problem == Problem(
+        CPU, torch.bfloat16, *shape, Scores(window=3), causal=True, packed=True
+    )
+    q, k, v, dout, documents, causal = problem.inputs()
+    assert causal
+    assert q.shape == dout.shape == (2, 13, 6, 16)
+    assert k.shape == v.shape == (2, 13, 3, 16)
     assert {t.dtype for t in (q, k, v, dout)} == {torch.bfloat16}
-    assert documents.offsets == [0, 3, 6, 9, 13]
-    assert problem.inputs(2)[-1].offsets == [0, 1, 2]
+    assert documents.offsets == [0, 6, 13, 19, 26]
+    assert problem.shortened(2, 2).inputs()[-2].offsets == [0, 1, 2, 3, 4]
 
 
 def test_no_random_state_is_touched():
@@ -201,20 +282,3 @@ def test_no_random_state_is_touched():
     before = torch.get_rng_state()
     fastest(kernels, PROBLEM, clock)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize(
-    ("theirs", "chosen"),
-    [([1.0, 1.0], "cpu"), ([9.0, 1.0], "tiled"), ([math.inf, 1.0], "tiled")],
-)
-def test_the_slowest_process_decides(monkeypatch, theirs, chosen):
-    """The larger of both processes' times, so that both choose the same."""
-
-    def all_reduce(times, op):
-        assert op == dist.ReduceOp.MAX
-        times.copy_(torch.maximum(times, torch.tensor(theirs, dtype=times.dtype)))
-
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    kernels, clock = timed(cpu=[2.0], tiled=[3.0])
-    assert fastest(kernels, PROBLEM, clock) == chosen

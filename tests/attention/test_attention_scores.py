@@ -234,6 +234,23 @@ def test_what_is_measured_on_cuda(monkeypatch, dtype, scores, installed, expecte
         assert type(kernel) is expected
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_what_is_deterministic_on_cuda(monkeypatch, deterministic):
+    cuda = torch.device("cuda")
+    for name in PACKAGES:
+        monkeypatch.setitem(PACKAGES, name, lambda device, scores: None)
+    kernel = select_attention("auto", cuda, torch.bfloat16).kernel
+    assert list(kernel.candidates) == ["flash_attn_4", "flash_attn_3", "flash_attn", "torch_flash"]
+    with pytest.raises(UserError, match=r"cudnn cannot be used: .*train\.deterministic=true"):
+        select_attention("cudnn", cuda, torch.bfloat16)
+
+
 def test_what_is_not_measured_on_cuda():
     assert isinstance(select_attention("auto", torch.device("cuda"), torch.float32), SdpaAttention)
 

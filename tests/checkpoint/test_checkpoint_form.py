@@ -89,6 +89,8 @@ FOREIGN = [
     ("trainer", ("config",), []),
     ("trainer", ("config",), {1: 2}),
     ("trainer", ("config", "model"), LOOP),
+    ("trainer", ("attention",), ["cudnn"]),
+    ("trainer", ("attention",), {"a square": 3}),
     ("trainer", ("summary",), ...),
     ("trainer", ("summary", "val_loss"), "low"),
     ("trainer", ("summary", "note"), torch.ones(2)),

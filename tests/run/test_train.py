@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import runpy
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 import mst_train.run.train as training
+from mst_train.attention import measure
 from mst_train.cli.command import run_command
 from mst_train.data import Batch
 from mst_train.distributed import Topology, together
@@ -128,6 +130,39 @@ def test_resuming_continues_bit_for_bit(small_config, change, precision, setting
     assert losses(cut) == losses(whole)
     a, b = (torch.load(Path(c.run.dir, "checkpoints/step_00000006/model.pt")) for c in (whole, cut))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_deterministic_algorithms_are_asked_for_before_the_first_product(
+    small_config, change, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+
+    class Reached(Exception):
+        pass
+
+    def no_model(*arguments, **settings):
+        raise Reached
+
+    with monkeypatch.context() as patch, pytest.raises(Reached):
+        patch.setattr("mst_train.run.setup.build_model", no_model)
+        train(change(small_config, **{"train.deterministic": True}))
+    assert asked == [True]
+    assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    train(small_config)
+    assert asked == [True]
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+def test_the_kernels_that_were_chosen_stay_with_the_run(small_config, change, monkeypatch):
+    monkeypatch.setattr(measure, "_chosen", {"squares": "cudnn"})
+    train(small_config)
+    monkeypatch.setattr(measure, "_chosen", {"rectangles": "flash_attn"})
+    train(change(small_config, **{"train.steps": 8}))
+    assert measure.choices() == {"squares": "cudnn", "rectangles": "flash_attn"}
 
 
 def test_a_run_may_change_when_its_weights_are_updated(small_config, change):
