@@ -16,6 +16,9 @@ from mst_kernels.backend import on_device
 
 _PROGRAMS_PER_PROCESSOR = 2
 
+_TILE = 4096
+"""Numbers that a program has in hand at once: one long row, or several short ones (of a head)."""
+
 
 @triton.jit
 def _forward_kernel(
@@ -29,34 +32,36 @@ def _forward_kernel(
     residual_stride,
     y_stride,
     total_stride,
+    N,
     D,
     epsilon,
     RESIDUAL: tl.constexpr,
     OFFSET: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK_D)
-    mask = columns < D
-    x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    mask = (rows < N) & (columns < D)
+    x = tl.load(x_ptr + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
     dtype = x_ptr.dtype.element_ty
     if RESIDUAL:
-        x += tl.load(residual_ptr + row * residual_stride + columns, mask=mask, other=0.0).to(
+        x += tl.load(residual_ptr + rows * residual_stride + columns, mask=mask, other=0.0).to(
             tl.float32
         )
         total = x.to(dtype)
-        tl.store(total_ptr + row * total_stride + columns, total, mask=mask)
+        tl.store(total_ptr + rows * total_stride + columns, total, mask=mask)
         x = total.to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(x * x, axis=0) / D + epsilon)
-    tl.store(rstd_ptr + row, rstd)
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + epsilon)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < N)
+    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     xhat = x * rstd
     if OFFSET:
         weight += 1.0
     else:
         xhat = xhat.to(dtype).to(tl.float32)
     tl.store(
-        y_ptr + row * y_stride + columns,
+        y_ptr + rows * y_stride + columns,
         (xhat * weight).to(y_ptr.dtype.element_ty),
         mask=mask,
     )
@@ -80,41 +85,49 @@ def _backward_kernel(
     rows_per_program,
     DTOTAL: tl.constexpr,
     OFFSET: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK_D)
-    mask = columns < D
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     if OFFSET:
         weight += 1.0
-    dweight = tl.zeros([BLOCK_D], dtype=tl.float32)
+    dweight = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     first = program * rows_per_program
-    for row in range(first, tl.minimum(first + rows_per_program, N)):
-        x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + row * dy_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row)
+    for start in range(first, tl.minimum(first + rows_per_program, N), BLOCK_N):
+        rows_N = start + tl.arange(0, BLOCK_N)
+        rows = rows_N[:, None]
+        mask = (rows < N) & (columns < D)
+        x = tl.load(x_ptr + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + rows * dy_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + rows_N, mask=rows_N < N, other=0.0)[:, None]
         xhat = x * rstd
         if OFFSET:
             dweight += dy * xhat
         else:
             dweight += dy * xhat.to(x_ptr.dtype.element_ty).to(tl.float32)
         g = dy * weight
-        dx = rstd * (g - xhat * (tl.sum(g * xhat, axis=0) / D))
+        dx = rstd * (g - xhat * (tl.sum(g * xhat, axis=1, keep_dims=True) / D))
         if DTOTAL:
-            dx += tl.load(dtotal_ptr + row * dtotal_stride + columns, mask=mask, other=0.0).to(
+            dx += tl.load(dtotal_ptr + rows * dtotal_stride + columns, mask=mask, other=0.0).to(
                 tl.float32
             )
-        tl.store(dx_ptr + row * dx_stride + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    tl.store(partial_ptr + program * D + columns, dweight, mask=mask)
+        tl.store(dx_ptr + rows * dx_stride + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    dweight_sum = tl.sum(dweight, axis=0, keep_dims=True)
+    tl.store(partial_ptr + program * D + columns, dweight_sum, mask=columns < D)
 
 
 def _row_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def _warps(block_d: int) -> int:
-    return min(16, max(1, block_d // 512))
+def _tile(D: int) -> tuple[int, dict[str, int]]:
+    """Rows that a program takes at once, and all of a launch that follows from the rows' length."""
+    block_d = triton.next_power_of_2(D)
+    block_n = max(1, _TILE // block_d)
+    warps = min(16, max(1, block_n * block_d // 512))
+    return block_n, {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps}
 
 
 def rms_norm_forward_triton(
@@ -132,9 +145,9 @@ def rms_norm_forward_triton(
         return
     x_ND = _row_contiguous(x_ND)
     residual_or_x = x_ND if residual_ND is None else _row_contiguous(residual_ND)
-    block_d = triton.next_power_of_2(D)
+    block_n, tile = _tile(D)
     with on_device(x_ND):
-        _forward_kernel[(N,)](
+        _forward_kernel[(triton.cdiv(N, block_n),)](
             x_ND,
             residual_or_x,
             weight.contiguous(),
@@ -145,12 +158,12 @@ def rms_norm_forward_triton(
             residual_or_x.stride(0),
             y_ND.stride(0),
             total_ND.stride(0),
+            N,
             D,
             epsilon,
             RESIDUAL=residual_ND is not None,
             OFFSET=offset,
-            BLOCK_D=block_d,
-            num_warps=_warps(block_d),
+            **tile,
         )
 
 
@@ -173,10 +186,11 @@ def rms_norm_backward_triton(
     processors = (
         torch.cuda.get_device_properties(x_ND.device).multi_processor_count if x_ND.is_cuda else 2
     )
-    rows_per_program = triton.cdiv(N, processors * _PROGRAMS_PER_PROCESSOR)
+    block_n, tile = _tile(D)
+    tiles = triton.cdiv(N, block_n)
+    rows_per_program = triton.cdiv(tiles, processors * _PROGRAMS_PER_PROCESSOR) * block_n
     programs = triton.cdiv(N, rows_per_program)
     partial_PD = torch.empty(programs, D, dtype=torch.float32, device=x_ND.device)
-    block_d = triton.next_power_of_2(D)
     with on_device(x_ND):
         _backward_kernel[(programs,)](
             dy_ND,
@@ -195,7 +209,6 @@ def rms_norm_backward_triton(
             rows_per_program,
             DTOTAL=dtotal_ND is not None,
             OFFSET=offset,
-            BLOCK_D=block_d,
-            num_warps=_warps(block_d),
+            **tile,
         )
     return partial_PD.sum(0)
