@@ -161,7 +161,7 @@ class StepCounter(MemoryTracker):
             return
         self._sums["operations"] += 1
         if operation in _PRODUCTS:
-            left, right = args[-2:]
+            left, right = [t for t in args if isinstance(t, Tensor)][-2:]
             self._sums["product_flops"] += 2.0 * left.numel() * right.shape[-1]
             return
         if operation is _CPU_ATTENTION:

@@ -40,6 +40,7 @@ from mst_train.memory.fakes import (
 from mst_train.memory.simulated_zero import Buckets, SimulatedZero
 from mst_train.model import Policy, Transformer, build_model
 from mst_train.mst import Offload
+from mst_train.mst.accumulate import simulated_device
 from mst_train.mst.attention import KEYS_AT_ONCE
 from mst_train.mst.offload import AHEAD
 from mst_train.optim import Optimizer, build_optimizer
@@ -295,7 +296,7 @@ def _run(
     counter = StepCounter(ALLOCATION_BYTES if device.kind == "cuda" else 1, shares)
     micro_batches = min(config.train.accumulation_steps, 2)
     batches = [_batch(config, cu_seqlens) for _ in range(micro_batches)]
-    with counter:
+    with counter, simulated_device(device.kind):
         model = build(config, policy, dtype, device, counter)
         counter.watch_module(model)
         with record_function(OPTIMIZER_RANGE):

@@ -1,14 +1,63 @@
 """The sum of a weight's gradient over chunks."""
 
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+HALF = (torch.bfloat16, torch.float16)
+
+_simulated: ContextVar[str | None] = ContextVar("simulated_device", default=None)
+
+
+@contextmanager
+def simulated_device(kind: str) -> Iterator[None]:
+    """In this context tensors without data take the memory that they would take on such a device:
+    "cuda" or "cpu".
+    """
+    token = _simulated.set(kind)
+    try:
+        yield
+    finally:
+        _simulated.reset(token)
+
+
+def _adds_products_in_fp32(like: Tensor) -> bool:
+    """Whether products of bf16 or fp16 tensors can be had, and added up, in fp32 alone."""
+    if like.is_meta:
+        return _simulated.get() == "cuda"
+    return like.is_cuda and _products_in_fp32_work(like.device, like.dtype)
+
+
+@functools.cache
+def _products_in_fp32_work(device: torch.device, dtype: torch.dtype) -> bool:
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        total = torch.mm(ones, ones, out_dtype=torch.float32)
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+        return bool((total == 32).all())
+    except (RuntimeError, TypeError) as error:
+        log.warning(
+            "this torch adds no products of %s to fp32 sums (%s): weight gradients take one more "
+            "array of the weight's shape",
+            dtype,
+            str(error).partition("\n")[0],
+        )
+        return False
 
 
 class WeightGradient:
     """The gradient of one weight, summed over the chunks of a mini-sequence loop.
 
     The sum is kept in fp32 for bf16 and fp16 weights (in their own type for fp32 and fp64): in
-    bf16, every chunk added would round away up to 2^-9 of all that is there already.
+    bf16, every chunk added would round away up to 2^-9 of all that is there already. On CUDA the
+    products are never in bf16 or fp16 at all, nor beside the sum.
 
     Holds one array of the weight's shape, or nothing where the gradient is not ``needed``.
 
@@ -20,8 +69,7 @@ class WeightGradient:
         self.needed = needed
         self._weight = weight
         self._several = several
-        low_precision = weight.dtype in (torch.bfloat16, torch.float16)
-        self._dtype = torch.float32 if several and low_precision else weight.dtype
+        self._dtype = torch.float32 if several and weight.dtype in HALF else weight.dtype
         self._total: Tensor | None = None
 
     def add(self, gradient: Tensor) -> None:
@@ -37,13 +85,17 @@ class WeightGradient:
         """Add dy^T x, [out, in]: what a chunk of a linear layer y = x W^T gives."""
         if not self.needed:
             return
-        left_ON = output_gradient_NO.t()
-        if self._total is None:
-            self._total = (left_ON @ input_NI).to(self._dtype)
-        elif self._dtype == input_NI.dtype:
-            self._total.addmm_(left_ON, input_NI)
+        left_ON, total = output_gradient_NO.t(), self._total
+        if self._dtype == input_NI.dtype:
+            self._total = left_ON @ input_NI if total is None else total.addmm_(left_ON, input_NI)
+        elif _adds_products_in_fp32(input_NI):
+            if total is None:
+                self._total = torch.mm(left_ON, input_NI, out_dtype=self._dtype)
+            else:
+                torch.addmm(total, left_ON, input_NI, out_dtype=self._dtype, out=total)
         else:
-            self._total += left_ON @ input_NI
+            product_OI = left_ON @ input_NI
+            self._total = product_OI.to(self._dtype) if total is None else total.add_(product_OI)
 
     def add_rows(self, rows_N: Tensor, factor_N: Tensor, input_NI: Tensor) -> None:
         """Add factor[n] * input[n] to row rows[n] of the gradient, for every n."""

@@ -96,9 +96,9 @@ def mini_sequence_cross_entropy(
         RuntimeError: a second backward through the same result (its gradients are gone).
 
     Memory: one chunk of logits, and until the backward the gradients of hidden and weight; the
-    weight's in fp32 until then, and where several chunks of bf16 or fp16 add up, beside it the
-    product of the chunk that is added, [V, D] in their own type. Under ``torch.no_grad``, or where
-    neither input needs a gradient, no gradient is computed or held.
+    weight's in fp32 until then, and on a CPU, where several chunks of bf16 or fp16 add up, beside
+    it the product of the chunk that is added, [V, D] in their own type. Under ``torch.no_grad``, or
+    where neither input needs a gradient, no gradient is computed or held.
     """
     autocast = Autocast.here(hidden.device)
     hidden, weight = autocast.cast(hidden), autocast.cast(weight)
