@@ -50,6 +50,7 @@ def step(name: str, tokens: int, variant: str, seconds: int, *others: str) -> Pi
 
 PIECES = (
     Piece("tests", "pytest", ("-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"), 110),
+    Piece("rates", "mst_train.plan.trial", ("FOLDER/rates.json",), 60),
     step("step_60k", 61440, "mst", 110),
     step("step_60k_without_keeping", 61440, "mst_without_keeping", 110),
     Piece("short", BENCH, ("+bench=short_gpu", "bench.lengths=[256,1024,4096]"), 60),
@@ -85,7 +86,7 @@ def main() -> int:
 
 def run(piece: Piece, folder: Path, *, small: bool) -> dict[str, Any]:
     """Whether the piece's command succeeded, how long it took, and its rows with predictions."""
-    arguments = [*piece.arguments]
+    arguments = [argument.replace("FOLDER", str(folder)) for argument in piece.arguments]
     if piece.module == BENCH:
         arguments += [*(SMALL if small else ()), f"bench.dir={folder / piece.name}"]
     began = time.monotonic()

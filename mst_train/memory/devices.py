@@ -7,7 +7,7 @@ direction (PCIe 4 x16 as 25, PCIe 5 x16 as 50 GB/s, which is what pinned copies 
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -115,8 +115,12 @@ def this_device(device: torch.device) -> Device:
     if device.type == "cpu":
         return Device("cpu", "cpu", memory // local_world_size())
     name = torch.cuda.get_device_name(device)
-    for part, known in _IN_TORCH_NAME.items():
-        if part in name:
-            like = DEVICES[known]
-            return Device(name, "cuda", memory, like.bf16_flops, like.memory_rate, like.link_rate)
-    return Device(name, "cuda", memory)
+    known = known_as(name)
+    if known is None:
+        return Device(name, "cuda", memory)
+    return replace(DEVICES[known], name=name, memory_bytes=memory)
+
+
+def known_as(torch_name: str) -> str | None:
+    """The name in DEVICES of a device that torch calls so."""
+    return next((known for part, known in _IN_TORCH_NAME.items() if part in torch_name), None)

@@ -14,7 +14,7 @@ from mst_train.memory.devices import DEVICES
 from mst_train.paper import plot, predicted
 from mst_train.paper.convergence import converge
 from mst_train.paper.predicted import Advance
-from mst_train.plan.speed import rates
+from mst_train.plan.rates import rates
 
 Report = dict[str, Any]
 

@@ -11,7 +11,9 @@ from mst_train.memory.devices import Device, device_bytes
 from mst_train.memory.simulate import Build, Simulation, simulate
 from mst_train.memory.tracker import KINDS
 from mst_train.model.flops import parameter_count
-from mst_train.plan.speed import Rates, rates, seconds
+from mst_train.plan.rates import rates
+from mst_train.plan.speed import seconds
+from mst_train.plan.trial import Rates
 from mst_train.precision import weight_type
 from mst_train.rendezvous.dist_env import local_world_size
 from mst_train.units import GIB

@@ -91,7 +91,7 @@ def check(words):
             _parser().parse_args(given)
         elif words[at] == "mst_train.export":
             assert {word.partition("=")[0] for word in given} <= set(KEYS)
-        elif words[at] != "mst_train.bench.plot":  # which is given a file
+        elif words[at] not in ("mst_train.bench.plot", "mst_train.plan.trial"):  # given a file
             read(words[at], given)
     elif words[:1] == ["python"] and len(words) > 1 and words[1].endswith(".py"):
         assert (ROOT / words[1]).is_file(), words[1]

@@ -18,7 +18,8 @@ from mst_train.plan.__main__ import main
 from mst_train.plan.choose import longest
 from mst_train.plan.config import configured_target, read
 from mst_train.plan.predict import predict
-from mst_train.plan.speed import rates, seconds
+from mst_train.plan.rates import rates
+from mst_train.plan.speed import seconds
 
 GIB = 2**30
 LLAMA3 = ["+experiment=llama3_8b_seq60k"]
