@@ -21,6 +21,9 @@ from mst_train.precision import weight_type
 from mst_train.units import GIB
 
 VARIANTS = ("vanilla", "recompute", "mst", "mst_without_keeping", "mst_offload")
+HOST_SHARE = 0.85
+"""Of the host's memory, what a variant that offloads may take."""
+
 SHORT = ("vanilla", "recompute", "mst")
 """Of these, those that are compared where lengths do not need the method."""
 
@@ -120,9 +123,11 @@ def _variant(
 
 
 def host_offload(config: BenchConfig, device: torch.device) -> Offload:
-    """The host's memory, as much of it as the configuration allows."""
+    """The host's memory, as much of it as the configuration allows, or leaves to this process."""
     budget = config.memory.host_budget_gib
-    return Offload(device, None if budget is None else int(budget * GIB))
+    if budget is None:  # a machine that runs out of memory would end the process without a word
+        return Offload(device, int(HOST_SHARE * this_device(torch.device("cpu")).memory_bytes))
+    return Offload(device, int(budget * GIB))
 
 
 def _optimizer(config: BenchConfig, model: Transformer) -> Optimizer | None:

@@ -55,9 +55,14 @@ def init_distributed(config: Config) -> Iterator[Topology]:
         if on_one_machine():
             for library in ("GLOO", "NCCL"):
                 os.environ[f"{library}_SOCKET_IFNAME"] = "lo"
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        on_gpu = device.type == "cuda"
         dist.init_process_group(
-            backend, store=store, rank=rank(), world_size=world, timeout=timeout
+            "nccl" if on_gpu else "gloo",
+            store=store,
+            rank=rank(),
+            world_size=world,
+            timeout=timeout,
+            device_id=device if on_gpu else None,  # or NCCL would guess at it
         )
     except ValueError as error:
         raise UserError(f"the processes cannot be joined as told: {_reason(error)}") from error

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from mst_train.bench import step
+from mst_train.bench.config import read
+from mst_train.memory.devices import Device
 
 
 @pytest.mark.slow
@@ -85,3 +87,11 @@ def test_the_presets_for_gpus_run_here_with_small_dimensions(run_bench, name):
     report, _ = run_bench(name)
     assert report["settings"]["precision"] == "bf16"
     assert all(row["problem"] is None for row in report["rows"])
+
+
+@pytest.mark.parametrize(("budget_gib", "gib"), [(None, 85.0), (2.5, 2.5)])
+def test_a_variant_that_offloads_leaves_the_host_its_memory(monkeypatch, budget_gib, gib):
+    config = read(["+bench=step", f"memory.host_budget_gib={budget_gib or 'null'}"])
+    monkeypatch.setattr(step, "this_device", lambda device: Device("cpu", "cpu", 100 * 2**30))
+    monkeypatch.setattr(step, "Offload", lambda device, budget_bytes: budget_bytes)
+    assert step.host_offload(config, torch.device("cpu")) == gib * 2**30

@@ -8,7 +8,7 @@ import torch
 from mst_train.config import Config, DataConfig, ModelConfig, ParallelConfig, validate
 from mst_train.data import Batch, Loader, Sequences
 from mst_train.data.packing import Sequence
-from mst_train.distributed import SharedSequences, Topology, check_degree, init_distributed
+from mst_train.distributed import SharedSequences, Topology, check_degree, init, init_distributed
 from mst_train.errors import UserError
 
 
@@ -22,6 +22,29 @@ def test_grid():
     assert [t.sequence_index for t in grid] == [0, 1, 0, 1]
     assert {t.data_parallel for t in grid} == {2}
     assert [t.is_rank_zero for t in grid] == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "device_id"),
+    [(torch.device("cpu"), "gloo", None), (torch.device("cuda", 3), "nccl", 3)],
+    ids=str,
+)
+def test_a_group_is_bound_to_its_device(monkeypatch, device, backend, device_id):
+    class Joined(Exception):
+        pass
+
+    def join(name, **given):
+        assert name == backend
+        assert given["device_id"] == (None if device_id is None else device)
+        raise Joined
+
+    monkeypatch.setattr(init, "world_size", lambda: 4)
+    monkeypatch.setattr(init, "_device", lambda: device)
+    monkeypatch.setattr(init, "_store", lambda world: None)
+    monkeypatch.setattr(init, "on_one_machine", lambda: False)
+    monkeypatch.setattr(init.dist, "init_process_group", join)
+    with pytest.raises(Joined), init_distributed(Config()):
+        pass
 
 
 def test_part_of_a_batch():
