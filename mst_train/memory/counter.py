@@ -61,8 +61,10 @@ class StepCounter(MemoryTracker):
     after these, in one of the micro-batches.
     """
 
-    def __init__(self, granularity: int, shares: Mapping[str, float]) -> None:
-        super().__init__(granularity=granularity, shares=shares)
+    def __init__(
+        self, granularity: int, host_granularity: int, shares: Mapping[str, float]
+    ) -> None:
+        super().__init__(granularity=granularity, host_granularity=host_granularity, shares=shares)
         self.attention_forward_flops = 0.0
         self.attention_backward_flops = 0.0
         self._elsewhere = False

@@ -14,6 +14,7 @@ What tensors do not show is added as constants, named below: the CUDA context, c
 buffers of communication, and what the caching allocator cannot use.
 """
 
+import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -293,7 +294,8 @@ def _run(
     shares = {}
     if buckets is not None and config.parallel.zero_stage == 3:
         shares["parameters"] = 1 / gpus
-    counter = StepCounter(ALLOCATION_BYTES if device.kind == "cuda" else 1, shares)
+    units = (ALLOCATION_BYTES, mmap.PAGESIZE) if device.kind == "cuda" else (1, 1)
+    counter = StepCounter(*units, shares)
     micro_batches = min(config.train.accumulation_steps, 2)
     batches = [_batch(config, cu_seqlens) for _ in range(micro_batches)]
     with counter, simulated_device(device.kind):

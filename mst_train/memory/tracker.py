@@ -63,13 +63,21 @@ class MemoryTracker(TorchDispatchMode):
     that exist already count where they are given to ``watch`` or ``watch_module``.
 
     Args:
-        granularity: every storage takes a multiple of so many bytes, as in an allocator.
+        granularity: every storage takes a multiple of so many bytes, as in an allocator;
+            host_granularity: on the host.
         shares: by kind, the share of it that this device holds (1 where none is given).
     """
 
-    def __init__(self, *, granularity: int = 1, shares: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        granularity: int = 1,
+        host_granularity: int = 1,
+        shares: Mapping[str, float] | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._granularity = granularity
+        self._host_granularity = host_granularity
         self._shares = shares or {}
         self.live_bytes = 0
         self.peak_bytes = 0
@@ -188,7 +196,8 @@ class MemoryTracker(TorchDispatchMode):
         key = _key(tensor)
         if key not in self._storages:
             weakref.finalize(tensor.untyped_storage(), self._forget, key)
-        size = -(-size // self._granularity) * self._granularity
+        granularity = self._host_granularity if kind == _HOST else self._granularity
+        size = -(-size // granularity) * granularity
         storage = self._storages[key] = _Storage(size, kind)
         for _, made in self._ranges:
             made.append(storage)

@@ -9,7 +9,7 @@ block, attention_chunk    the whole block in mini-sequences; attention of one ch
 parameters                what stands for a block's parameters while it is run again
 recompute, rerun          a block in one piece, run again; what makes the second run like the first
 attention                 what an attention kernel is
-offload                   kept tensors in host memory
+offload, host_memory      kept tensors in host memory; page-locked tensors
 chunking, accumulate      sizes of chunks; weights' gradients, summed over them
 autograd, autocast        what the autograd functions share
 """

@@ -11,7 +11,6 @@ step before gave back. Together they never pass the budget.
 On a CPU the same code runs with ordinary buffers and copies that are done when they return.
 """
 
-import logging
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,17 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
-from mst_train.ranges import HOST_RANGE
+from mst_train.mst.host_memory import HostMemory
 
 AHEAD = 1
 """How many blocks' tensors are on their way at once, in each direction.
 
 A block computes for longer than its tensors take to travel, at the lengths that need offloading:
 one is enough, and each more would hold its tensors on the device."""
-
-log = logging.getLogger(__name__)
 
 
 class HostBudgetError(RuntimeError):
@@ -81,10 +77,12 @@ class Stored:
     """Tensors that wait on the host; their buffers go back when this object goes."""
 
     def __init__(self, offload: Offload, buffers: "HostBuffers", tensors: Sequence[Tensor]) -> None:
-        self.places = [buffers.take(tensor) for tensor in tensors]
+        self.places: list[Tensor] = []
         self.returning: _Returning | None = None
         self._offload = offload
         weakref.finalize(self, buffers.give_back, self.places)
+        for tensor in tensors:  # those taken go back too where the budget is too small for the next
+            self.places.append(buffers.take(tensor))
 
     def load(self) -> list[Tensor]:
         """The tensors on their device, ready for the current stream."""
@@ -100,7 +98,7 @@ class HostBuffers:
 
     def __init__(self, *, pinned: bool, budget_bytes: int | None) -> None:
         self.allocated_bytes = 0
-        self._pinned = pinned
+        self._memory = HostMemory(pinned=pinned)
         self._budget_bytes = budget_bytes
         self._free: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
 
@@ -115,7 +113,7 @@ class HostBuffers:
             self._free[self._key(buffer)].append(buffer)
 
     def _allocate(self, like: Tensor) -> Tensor:
-        size = like.numel() * like.element_size()
+        size = self._memory.bytes_for(like.shape, like.dtype)
         if self._budget_bytes is not None and self.allocated_bytes + size > self._budget_bytes:
             self._release_unused()
         if self._budget_bytes is not None and self.allocated_bytes + size > self._budget_bytes:
@@ -124,22 +122,15 @@ class HostBuffers:
                 f"{self._budget_bytes / 2**30:.2f} GiB: raise memory.host_budget_gib, shorten "
                 f"data.sequence_length, or set memory.keep_attention=false or memory.offload=none"
             )
+        # What has only a shape (a simulated step) waits without memory too.
+        buffer = self._memory.empty(like.shape, like.dtype, "meta" if like.is_meta else "cpu")
         self.allocated_bytes += size
-        with record_function(HOST_RANGE):
-            if self._pinned:
-                try:
-                    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
-                except RuntimeError as error:
-                    log.warning("host memory cannot be pinned (%s): copies will not overlap", error)
-                    self._pinned = False
-            # What has only a shape (a simulated step) waits without memory too.
-            home = "meta" if like.is_meta else "cpu"
-            return torch.empty(like.shape, dtype=like.dtype, device=home)
+        return buffer
 
     def _release_unused(self) -> None:
         """Give up buffers of sizes that are not in use now."""
         for free in self._free.values():
-            self.allocated_bytes -= sum(buffer.nbytes for buffer in free)
+            self.allocated_bytes -= sum(self._memory.bytes_for(b.shape, b.dtype) for b in free)
             free.clear()
 
     @staticmethod

@@ -9,6 +9,7 @@ from torch.profiler import record_function
 
 from mst_train.config import OptimizerConfig
 from mst_train.deepspeed_adapter import cpu_adam
+from mst_train.mst.host_memory import HostMemory
 from mst_train.optim.adamw import Optimizer
 from mst_train.ranges import HOST_RANGE
 
@@ -21,16 +22,16 @@ class HostOptimizer(Optimizer):
     each operation.
 
     Memory: nothing on the device but one gradient at a time; on the host 16 bytes per parameter
-    (fp32 weights, gradients and two states). On CUDA, weights and gradients are pinned, for which
-    torch rounds each of them up to a power of two.
+    (fp32 weights, gradients and two states). On CUDA, weights and gradients are pinned.
 
     Raises UserError where DeepSpeed is not installed or cannot build CPUAdam.
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, *, master_weights: bool) -> None:
+        self._device = next(model.parameters()).device
+        self._memory = HostMemory(pinned=self._device.type == "cuda")
         super().__init__(model, config, master_weights=master_weights)
-        self._gradients = {n: _host_copy(w) for n, w in self._parameters.items()}
-        self._device = next(iter(self._parameters.values())).device
+        self._gradients = {n: self._empty(w) for n, w in self._parameters.items()}
 
     def set_learning_rate(self, rate: float) -> None:
         """Before the step's first backward: the learning rate of the step.
@@ -63,7 +64,12 @@ class HostOptimizer(Optimizer):
             super().step()
 
     def _weight(self, parameter: nn.Parameter) -> nn.Parameter:
-        return nn.Parameter(_host_copy(parameter))
+        return nn.Parameter(self._empty(parameter).copy_(parameter.detach()))
+
+    def _empty(self, parameter: Tensor) -> Tensor:
+        """On the host, in fp32."""
+        home = "meta" if parameter.is_meta else "cpu"  # a simulated step has no memory there either
+        return self._memory.empty(parameter.shape, torch.float32, home)
 
     def _build_adamw(self) -> torch.optim.Optimizer:
         return cpu_adam(
@@ -95,12 +101,3 @@ class HostOptimizer(Optimizer):
         """Until the gradients that are on their way have arrived."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-
-
-def _host_copy(tensor: Tensor) -> Tensor:
-    """A copy in fp32 on the host, pinned where the tensor is on CUDA."""
-    with record_function(HOST_RANGE):
-        home = "meta" if tensor.is_meta else "cpu"  # a simulated step has no memory there either
-        pinned = tensor.is_cuda
-        copy = torch.empty(tensor.shape, dtype=torch.float32, device=home, pin_memory=pinned)
-    return copy.copy_(tensor.detach())

@@ -1,5 +1,7 @@
 """The simulated step against the real one, measured by the tracker: equal to the byte."""
 
+import mmap
+
 import pytest
 import torch
 from steps import describe, measured, predicted, random_step
@@ -43,6 +45,15 @@ def test_a_gpu_has_a_stand_in_for_fused_kernels_alone():
         return simulate(config, find_device("a100_80gb")).allocated_bytes
 
     assert peak("reference") > peak("flash_attn")
+
+
+def test_a_gpus_host_memory_is_of_whole_pages():
+    arguments = ["model=llama_tiny", "data.sequence_length=250", "memory.offload=host"]
+    config = compose([*arguments, "precision=bf16"])
+    found, counted = (simulate(config, find_device(name)) for name in ("a100_80gb", "cpu"))
+    buffers = 3 * config.model.num_layers  # x, attention's result and log-sum-exp
+    assert found.host_bytes % mmap.PAGESIZE == 0
+    assert 0 < found.host_bytes - counted.host_bytes < buffers * mmap.PAGESIZE
 
 
 @pytest.mark.parametrize("settings", DOCUMENTS, ids=" ".join)
