@@ -62,7 +62,7 @@ class StepCounter(MemoryTracker):
     """
 
     def __init__(
-        self, granularity: int, host_granularity: int, shares: Mapping[str, float]
+        self, granularity: int, shares: Mapping[str, float], host_granularity: int = 1
     ) -> None:
         super().__init__(granularity=granularity, host_granularity=host_granularity, shares=shares)
         self.attention_forward_flops = 0.0

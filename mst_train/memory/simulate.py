@@ -294,8 +294,8 @@ def _run(
     shares = {}
     if buckets is not None and config.parallel.zero_stage == 3:
         shares["parameters"] = 1 / gpus
-    units = (ALLOCATION_BYTES, mmap.PAGESIZE) if device.kind == "cuda" else (1, 1)
-    counter = StepCounter(*units, shares)
+    unit, host_unit = (ALLOCATION_BYTES, mmap.PAGESIZE) if device.kind == "cuda" else (1, 1)
+    counter = StepCounter(unit, shares, host_unit)
     micro_batches = min(config.train.accumulation_steps, 2)
     batches = [_batch(config, cu_seqlens) for _ in range(micro_batches)]
     with counter, simulated_device(device.kind):

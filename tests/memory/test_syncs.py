@@ -24,7 +24,7 @@ class Waits(StepCounter):
     """
 
     def __init__(self):
-        super().__init__(512, 1, {})
+        super().__init__(512, {})
         self.waits = []
 
     def operation(self, function, args, kwargs):
