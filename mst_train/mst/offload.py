@@ -14,7 +14,6 @@ On a CPU the same code runs with ordinary buffers and copies that are done when 
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,9 +87,7 @@ class Stored:
         """The tensors on their device, ready for the current stream."""
         self._offload.prefetch(self)
         assert self.returning is not None
-        if self.returning.arrived is not None:
-            torch.cuda.current_stream().wait_event(self.returning.arrived)
-        return self.returning.tensors
+        return self.returning.ready()
 
 
 class HostBuffers:
@@ -138,12 +135,29 @@ class HostBuffers:
         return tuple(tensor.shape), tensor.dtype
 
 
-@dataclass
 class _Returning:
-    """Tensors on their way back to the device; ``arrived`` is the event to wait for, if any."""
+    """Tensors on their way back to the device.
 
-    tensors: list[Tensor]
-    arrived: Any = None
+    Args:
+        tensors: in memory of the current stream, which must not use it for anything else before
+            they are there: where nobody takes them (an error in a backward), it waits for them too.
+        arrived: the event to wait for, if any.
+    """
+
+    def __init__(self, tensors: list[Tensor], arrived: Any = None) -> None:
+        self._tensors = tensors
+        self._arrived = arrived
+        if arrived is not None:
+            wait = torch.cuda.current_stream().wait_event
+            self._given_up = weakref.finalize(self, wait, arrived)
+            self._given_up.atexit = False
+
+    def ready(self) -> list[Tensor]:
+        """The tensors, for the current stream."""
+        if self._arrived is not None:
+            torch.cuda.current_stream().wait_event(self._arrived)
+            self._given_up.detach()
+        return self._tensors
 
 
 class _ImmediateCopies:
@@ -176,7 +190,6 @@ class _OverlappedCopies:
 
     def out(self, places: list[Tensor], tensors: Sequence[Tensor]) -> None:
         self._out.wait_stream(torch.cuda.current_stream())
-        self._out.wait_stream(self._back)  # a buffer may have been given up on its way back
         with torch.cuda.stream(self._out):
             for place, tensor in zip(places, tensors, strict=True):
                 place.copy_(tensor, non_blocking=True)
@@ -191,7 +204,8 @@ class _OverlappedCopies:
         with torch.cuda.stream(self._back):
             for place, tensor in zip(places, tensors, strict=True):
                 tensor.copy_(place, non_blocking=True)
-            return _Returning(tensors, self._back.record_event())
+            arrived = self._back.record_event()
+        return _Returning(tensors, arrived)
 
     def _forget_leaving(self, but: int) -> None:
         while len(self._leaving) > but:

@@ -93,9 +93,8 @@ class HostOptimizer(Optimizer):
             weight.grad = self._gradients[name]
             weight.grad.copy_(gradient, non_blocking=True)
         else:
-            self._wait()
             with record_function(HOST_RANGE):
-                weight.grad += gradient.to(weight.device)
+                weight.grad += gradient.to(weight.device)  # waits for the first one as well
 
     def _wait(self) -> None:
         """Until the gradients that are on their way have arrived."""
