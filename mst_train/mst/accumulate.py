@@ -91,6 +91,8 @@ class WeightGradient:
         elif _adds_products_in_fp32(input_NI):
             if total is None:
                 self._total = torch.mm(left_ON, input_NI, out_dtype=self._dtype)
+            elif total.is_meta:  # torch 2.11 does not know the shape of what is below
+                total.addmm_(left_ON, input_NI)
             else:
                 torch.addmm(total, left_ON, input_NI, out_dtype=self._dtype, out=total)
         else:
