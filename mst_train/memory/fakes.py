@@ -101,9 +101,10 @@ class SimulatedSdpa(SdpaAttention):
 class SimulatedKernel:
     """Attention on a GPU, as far as memory and work go.
 
-    The backward's workspace is the kernel's own: FlashAttention-2 sums the queries' gradient in
-    fp32, has one number per query and head, and holds the gradients of shared keys and values once
-    for every query head. cuDNN is taken to need the first two.
+    The backward's workspace is the kernel's own. All sum the queries' gradient in fp32 and have one
+    number per query and head. Where query heads share keys and values, FlashAttention-2 and cuDNN
+    hold the gradients of these once for every query head, and FlashAttention-3 and 4 in fp32. Which
+    one "auto" will take is not known: the first need more.
     """
 
     def __init__(self, counter: "StepCounter", name: str, scores: Scores = PLAIN) -> None:
@@ -111,7 +112,7 @@ class SimulatedKernel:
         self.keys_at_once = KEYS_AT_ONCE
         self._counter = counter
         self._name = name
-        self._expands_shared_heads = name in ("torch_flash", "flash_attn")
+        self._sums_shared_heads_in_fp32 = name in ("flash_attn_3", "flash_attn_4")
 
     def of(self, scores: Scores) -> "SimulatedKernel":
         """The same with other scores."""
@@ -144,7 +145,9 @@ class SimulatedKernel:
         flops = attention_flops(q, k, causal, self.scores.window)
         self._counter.attention_backward_flops += 2.5 * flops
         workspace = [torch.empty_like(q, dtype=torch.float32), _log_sum_exp(q)]
-        if self._expands_shared_heads and q.shape[2] != k.shape[2]:
+        if q.shape[2] != k.shape[2] and self._sums_shared_heads_in_fp32:
+            workspace += [torch.empty_like(t, dtype=torch.float32) for t in (k, v)]
+        elif q.shape[2] != k.shape[2]:
             workspace += [k.new_empty(*k.shape[:2], *q.shape[2:]) for _ in range(2)]
         dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         del workspace

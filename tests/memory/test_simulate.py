@@ -7,7 +7,9 @@ import torch
 from steps import describe, measured, predicted, random_step
 
 from mst_train.cli.compose import compose
+from mst_train.memory.counter import StepCounter
 from mst_train.memory.devices import find_device
+from mst_train.memory.fakes import SimulatedKernel
 from mst_train.memory.simulate import simulate
 from mst_train.units import GIB
 
@@ -69,3 +71,34 @@ def test_one_document_in_each_row_takes_the_most(settings):
         found = simulate(config, cpu, cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32))
         assert found.allocated_bytes <= whole.allocated_bytes
         assert found.host_bytes <= whole.host_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_per_key"),
+    [  # of 8 heads of 16 that share 2, beside the gradients themselves
+        ("cudnn", 2 * 8 * 16 * 2),
+        ("torch_flash", 2 * 8 * 16 * 2),
+        ("auto", 2 * 8 * 16 * 2),
+        ("flash_attn_3", 2 * 2 * 16 * 4),
+    ],
+)
+def test_what_attention_on_a_gpu_takes_for_its_backward(name, bytes_per_key):
+    queries, keys, heads, size = 64, 256, 8, 16
+    q = torch.empty(1, queries, heads, size, dtype=torch.bfloat16, device="meta")
+    k = q.new_empty(1, keys, 2, size)
+    counter = StepCounter(1, {})
+    with counter:
+        kernel = SimulatedKernel(counter, name)
+        out, lse = kernel.forward(q, k, k, causal=False)
+        counter.reset_peak()
+        before = counter.live_bytes
+        gradients = kernel.backward(out, q, k, k, out, lse, causal=False)
+        of_queries = 4 * queries * heads * size + 4 * queries * heads
+        taken = sum(t.nbytes for t in gradients) + of_queries + bytes_per_key * keys
+        assert counter.peak_bytes == before + taken
+    whole = SimulatedKernel(counter, name)
+    with counter:
+        counter.reset_peak()
+        before = counter.live_bytes
+        gradients = whole.backward(out, q, q, q, out, lse)  # nothing is shared
+        assert counter.peak_bytes == before + sum(t.nbytes for t in gradients) + of_queries
