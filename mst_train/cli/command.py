@@ -26,6 +26,8 @@ FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.E
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """Where a user may have said how torch takes a GPU's memory; read when CUDA starts."""
 
+EXPANDABLE = "expandable_segments:True"
+
 FRAMEWORK = (
     "datasets",
     "huggingface_hub",
@@ -42,6 +44,12 @@ FRAMEWORK = (
     "yaml",
 )
 """Packages of the extra "train", which a plain install, for the method alone, does not have."""
+
+
+def has_expandable_segments() -> bool:
+    """Whether torch is told to let segments of a GPU's memory grow."""
+    told = next((os.environ[name] for name in ALLOCATOR if name in os.environ), "")
+    return EXPANDABLE in told
 
 
 def run_command(
@@ -61,7 +69,7 @@ def run_command(
     _repair_streams()
     if not any(name in os.environ for name in ALLOCATOR):
         # Chunks and their gradients have many sizes: whole segments for each would leave gaps.
-        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+        os.environ[ALLOCATOR[0]] = EXPANDABLE
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mst_train").setLevel(logging.ERROR if rank() else logging.INFO)
     try:

@@ -2,6 +2,9 @@
 
 tracker          live bytes of any code on any device, by kind
 simulate         the step without its data: what it holds, device and host, at each moment
+trace            what a step asks the allocator for, recorded and made that of a deeper model
+allocator        how torch's caching allocator takes a GPU's memory
+reserved         the two together: the memory that torch holds of a GPU
 meta             what an operation on tensors without data returns, remembered
 counter          what a simulated step computes and moves
 fakes            what takes the place of a GPU's own code there, of the host's AdamW, of exchanges

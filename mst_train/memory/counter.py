@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from mst_train.memory import meta
-from mst_train.memory.tracker import MemoryTracker, in_backward
+from mst_train.memory.trace import Moment, Trace
+from mst_train.memory.tracker import MemoryTracker, _key, in_backward
 from mst_train.ranges import BLOCK_RANGE, HEAD_RANGE
 
 aten = torch.ops.aten
 
 Numbers = Mapping[str, float]
-Moment = tuple[int, str, int]
-"""Micro-batch, phase, block."""
-
 LARGE_BYTES = 32 * 2**20
 """From this on, a CPU's allocator (glibc's) takes pages from the system anew each time."""
 
@@ -68,11 +66,13 @@ class StepCounter(MemoryTracker):
         self.attention_forward_flops = 0.0
         self.attention_backward_flops = 0.0
         self._elsewhere = False
+        self._tracing = True
         self.reset()
 
     def reset(self) -> None:
         """Count from here."""
         self.reset_peak()
+        self.trace = Trace()
         self.moments: dict[Moment, Numbers] = {}
         self._moment: Moment = (0, "before", 0)
         self.attention_forward_flops = self.attention_backward_flops = 0.0
@@ -94,6 +94,15 @@ class StepCounter(MemoryTracker):
             yield
         finally:
             self._elsewhere = False
+
+    @contextmanager
+    def untraced(self) -> Iterator[None]:
+        """What is taken in this context is not in the trace."""
+        self._tracing = False
+        try:
+            yield
+        finally:
+            self._tracing = True
 
     @property
     def work(self) -> Numbers:
@@ -134,6 +143,7 @@ class StepCounter(MemoryTracker):
         self.end_moment()
         self.peak_host_bytes = host_peak
         self._moment = moment
+        self.trace.begin(moment)
 
     def counts(self, tensor: Tensor) -> bool:
         return tensor.is_meta
@@ -155,8 +165,15 @@ class StepCounter(MemoryTracker):
 
     def _remember(self, tensor: Tensor, size: int, kind: str) -> None:
         super()._remember(tensor, size, kind)
+        if self._tracing and not self.on_host(tensor):
+            storage = self._storages[_key(tensor)]
+            self.trace.allocate(storage, self._held(storage.size, storage.kind))
         if size >= LARGE_BYTES and not self.on_host(tensor):
             self._sums["large_bytes"] += size
+
+    def _forget(self, key: int) -> None:
+        self.trace.free(self._storages[key])
+        super()._forget(key)
 
     def _count_work(self, operation: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
         if operation in _WITHOUT_WORK:

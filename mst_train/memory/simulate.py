@@ -11,7 +11,8 @@ on the host by torch's, exchanges of attention heads and DeepSpeed's ZeRO by wha
 (``SimulatedUlysses``, ``SimulatedZero``), and numbers read off the device are 1.
 
 What tensors do not show is added as constants, named below: the CUDA context, cuBLAS's workspace,
-buffers of communication, and what the caching allocator cannot use.
+buffers of communication, and what the caching allocator cannot use, where that is not found by
+giving it what the step asks for (reserved.py).
 """
 
 import mmap
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.profiler import record_function
 
 from mst_train.attention import select_attention
@@ -39,6 +41,7 @@ from mst_train.memory.fakes import (
     without_data,
 )
 from mst_train.memory.simulated_zero import Buckets, SimulatedZero
+from mst_train.memory.trace import Request, Trace, requests
 from mst_train.model import Policy, Transformer, build_model
 from mst_train.mst import Offload
 from mst_train.mst.accumulate import simulated_device
@@ -66,8 +69,9 @@ COMMUNICATION_BUFFERS = 2
 """Room for gradients on their way between GPUs without ZeRO. Assumed: the sums are in place."""
 
 UNUSABLE_SHARE = 0.02
-"""What the caching allocator holds beyond what is in use, as a share of that: gaps between blocks,
-with expandable segments, which commands ask for (cli/command.py). Assumed; not yet measured."""
+"""What the caching allocator holds beyond what is in use, as a share of that, where its rules are
+not followed (reserved.py). They give less with expandable segments for what fills a GPU, and more
+without."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class Simulation:
     policy: with the numbers that "auto" stood for. allocated_bytes: the most that tensors and
     workspaces take at once, what ``torch.cuda.max_memory_allocated`` reports. overhead_bytes: what
     the device holds beside them. breakdown: allocated_bytes by kind. host_bytes: for what is
-    offloaded.
+    offloaded. reserved_bytes: what torch's allocator holds for tensors, as
+    ``torch.cuda.max_memory_reserved`` reports; None where that was not asked for.
     """
 
     policy: Policy
@@ -86,6 +91,7 @@ class Simulation:
     host_bytes: int
     breakdown: dict[str, int] = field(hash=False)
     work: Work
+    reserved_bytes: int | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -124,13 +130,7 @@ def simulate(
     """
     dtype = weight_type(config.precision)
     whole_blocks = _whole_blocks(config, dtype, device)
-    policy = Policy.from_config(config.memory).resolved(
-        config.model,
-        (config.train.micro_batch_size, _local_length(config)),
-        dtype,
-        torch.device(device.kind),
-        whole_blocks=whole_blocks,
-    )
+    policy = _policy(config, dtype, device, whole_blocks)
     shared_out = gpus > 1 and config.parallel.zero_stage > 0
     buckets = Buckets.of(config, device.kind) if shared_out else None
     run = partial(
@@ -155,6 +155,29 @@ def simulate(
         breakdown=breakdown,
         work=Work(**found.work),
     )
+
+
+def recorded(
+    config: Config, device: Device, shallow: Config, gpus: int
+) -> tuple[list[Request], Trace]:
+    """What ``config`` asks of the device's allocator before its steps, and what each step of
+    ``shallow`` does: the same with fewer blocks, under the policy of ``config``.
+
+    An optimizer's states are in the step, where its first update makes them.
+    """
+    dtype = weight_type(config.precision)
+    policy = _policy(config, dtype, device, _whole_blocks(config, dtype, device))
+    ready = partial(_ready, policy, dtype, device, gpus, None, build_decoder)
+    with _counter(device) as counter, simulated_device(device.kind):
+        whole = ready(config, counter)
+        before = requests(counter.trace)
+    del whole  # what is forgotten from here on is not of the trace
+    batches = _batches(shallow, _boundaries(shallow))
+    with _counter(device) as counter, simulated_device(device.kind):
+        engine, model = ready(shallow, counter)
+        with register_optimizer_step_pre_hook(_kept_states(engine, model, counter)):
+            _step(engine, batches, shallow, counter)
+        return before, counter.trace
 
 
 _SHALLOW = 3
@@ -294,30 +317,77 @@ def _run(
     shares = {}
     if buckets is not None and config.parallel.zero_stage == 3:
         shares["parameters"] = 1 / gpus
-    unit, host_unit = (ALLOCATION_BYTES, mmap.PAGESIZE) if device.kind == "cuda" else (1, 1)
-    counter = StepCounter(unit, shares, host_unit)
-    micro_batches = min(config.train.accumulation_steps, 2)
-    batches = [_batch(config, cu_seqlens) for _ in range(micro_batches)]
-    with counter, simulated_device(device.kind):
-        model = build(config, policy, dtype, device, counter)
-        counter.watch_module(model)
-        with record_function(OPTIMIZER_RANGE):
-            engine: NativeEngine
-            if buckets is None:
-                engine = NativeEngine(model, _optimizer(model, config))
-            else:
-                engine = SimulatedZero(model, config, gpus, buckets, counter)
-        for block in model.blocks:
-            next(block.parameters()).register_post_accumulate_grad_hook(counter.block_done)
-        counter.reset()
-        train_step(engine, batches, 0.0, config.optimizer.max_grad_norm)
-        counter.end_moment()
-    repeated = config.train.accumulation_steps / micro_batches
+    batches = _batches(config, cu_seqlens)
+    with _counter(device, shares) as counter, simulated_device(device.kind):
+        engine, _ = _ready(policy, dtype, device, gpus, buckets, build, config, counter)
+        _step(engine, batches, config, counter)
+    repeated = config.train.accumulation_steps / len(batches)
     return _Found(
         counter.moments,
         counter.peak_host_bytes,
         {name: repeated * number for name, number in counter.work.items()},
     )
+
+
+def _counter(device: Device, shares: Mapping[str, float] | None = None) -> StepCounter:
+    unit, host_unit = (ALLOCATION_BYTES, mmap.PAGESIZE) if device.kind == "cuda" else (1, 1)
+    return StepCounter(unit, shares or {}, host_unit)
+
+
+def _ready(
+    policy: Policy,
+    dtype: torch.dtype,
+    device: Device,
+    gpus: int,
+    buckets: Buckets | None,
+    build: Build,
+    config: Config,
+    counter: StepCounter,
+) -> tuple[NativeEngine, Any]:
+    """An engine and its model, its optimizer's states there, as the counter sees them."""
+    model = build(config, policy, dtype, device, counter)
+    counter.watch_module(model)
+    with record_function(OPTIMIZER_RANGE):
+        engine: NativeEngine
+        if buckets is None:
+            engine = NativeEngine(model, _optimizer(model, config, counter))
+        else:
+            engine = SimulatedZero(model, config, gpus, buckets, counter)
+    for block in model.blocks:
+        next(block.parameters()).register_post_accumulate_grad_hook(counter.block_done)
+    return engine, model
+
+
+def _step(engine: NativeEngine, batches: list[Batch], config: Config, counter: StepCounter) -> None:
+    """Run a step, counted from its start."""
+    counter.reset()
+    train_step(engine, batches, 0.0, config.optimizer.max_grad_norm)
+    counter.end_moment()
+
+
+def _kept_states(engine: NativeEngine, model: Any, counter: StepCounter) -> Callable[..., None]:
+    """A hook before each of torch's updates: the states that the first one makes, to the trace."""
+    blocks = {id(w): index for index, block in enumerate(model.blocks) for w in block.parameters()}
+    _, states = engine.state()
+    owner = {
+        id(states[name]["exp_avg"]): blocks.get(id(parameter))
+        for name, parameter in model.named_parameters()
+    }
+
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        counter.trace.keep(
+            [
+                (owner[id(state["exp_avg"])], tensor.untyped_storage().nbytes())
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+                if parameter.grad is not None
+                for state in [optimizer.state[parameter]]
+                for tensor in state.values()
+                if counter.counts(tensor) and not counter.on_host(tensor)
+            ]
+        )
+
+    return note
 
 
 def _keyed(
@@ -359,24 +429,46 @@ def _local_length(config: Config) -> int:
     return config.data.sequence_length // config.parallel.sequence_parallel
 
 
-def _overhead(allocated_bytes: int, config: Config, device: Device, gpus: int) -> int:
-    if device.kind != "cuda":
-        return 0
+def _policy(config: Config, dtype: torch.dtype, device: Device, whole_blocks: bool) -> Policy:
+    """With its numbers."""
+    return Policy.from_config(config.memory).resolved(
+        config.model,
+        (config.train.micro_batch_size, _local_length(config)),
+        dtype,
+        torch.device(device.kind),
+        whole_blocks=whole_blocks,
+    )
+
+
+def fixed_bytes(config: Config, gpus: int) -> int:
+    """What a GPU holds that torch's allocator does not give out."""
     communication = 0
     if gpus > 1:
         communication = NCCL_BYTES
         if config.parallel.zero_stage == 0:
             communication += COMMUNICATION_BUFFERS * BUCKET_BYTES
-    unusable = int((allocated_bytes + communication) * UNUSABLE_SHARE)
-    return CUDA_CONTEXT_BYTES + CUBLAS_WORKSPACE_BYTES + communication + unusable
+    return CUDA_CONTEXT_BYTES + CUBLAS_WORKSPACE_BYTES + communication
 
 
-def _batch(config: Config, cu_seqlens: Tensor | None) -> Batch:
+def _overhead(allocated_bytes: int, config: Config, device: Device, gpus: int) -> int:
+    if device.kind != "cuda":
+        return 0
+    fixed = fixed_bytes(config, gpus)
+    communication = fixed - CUDA_CONTEXT_BYTES - CUBLAS_WORKSPACE_BYTES
+    return fixed + int((allocated_bytes + communication) * UNUSABLE_SHARE)
+
+
+def _batches(config: Config, cu_seqlens: Tensor | None) -> list[Batch]:
+    """A step's micro-batches: those beyond the second change nothing."""
     shape = (config.train.micro_batch_size, _local_length(config))
-    tokens, labels, positions = (
-        torch.empty(shape, dtype=torch.int64, device="meta") for _ in range(3)
-    )
-    return Batch(tokens, labels, positions, cu_seqlens)
+
+    def batch() -> Batch:
+        tokens, labels, positions = (
+            torch.empty(shape, dtype=torch.int64, device="meta") for _ in range(3)
+        )
+        return Batch(tokens, labels, positions, cu_seqlens)
+
+    return [batch() for _ in range(min(config.train.accumulation_steps, 2))]
 
 
 def _boundaries(config: Config) -> Tensor | None:
@@ -413,13 +505,14 @@ def _attention(name: str, dtype: torch.dtype, device: Device, counter: StepCount
     return without_data(select_attention(name, torch.device(device.kind), dtype), counter)
 
 
-def _optimizer(model: Transformer, config: Config) -> Optimizer:
-    """The run's optimizer, its states as they are after the first step."""
+def _optimizer(model: Transformer, config: Config, counter: StepCounter) -> Optimizer:
+    """The run's optimizer, its states as they are after the first step, which makes them."""
     build = SimulatedHostOptimizer if config.optimizer.offload == "host" else build_optimizer
     optimizer = build(model, config.optimizer, master_weights=config.precision == "bf16_master")
     state = optimizer.state_dict()
     for name, parameter in model.named_parameters():
         state[name] |= dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter.detach())
         state[name]["step"] = torch.ones(())
-    optimizer.load_state_dict(state)
+    with counter.untraced():
+        optimizer.load_state_dict(state)
     return optimizer

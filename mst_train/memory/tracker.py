@@ -219,12 +219,16 @@ class MemoryTracker(TorchDispatchMode):
             self.host_bytes += size
             self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes)
             return
-        held = int(size * self._shares.get(kind, 1))
+        held = self._held(size, kind)
         self.live_bytes += held
         self.breakdown[kind] += held
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes = self.live_bytes
             self.peak_breakdown = self.breakdown.copy()
+
+    def _held(self, size: int, kind: str) -> int:
+        """What of a storage this device holds."""
+        return int(size * self._shares.get(kind, 1))
 
 
 def in_backward() -> bool:

@@ -4,7 +4,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from mst_train.cli.command import run_command
+from mst_train.cli.command import has_expandable_segments, run_command
 from mst_train.config import AUTO
 from mst_train.files import expanded, make_folder
 
@@ -58,7 +58,7 @@ def _plan(config: "PlanConfig") -> tuple[dict[str, Any], str]:
     from mst_train.plan.before import announce
     from mst_train.plan.choose import choose, longest, over_lengths
     from mst_train.plan.config import configured_target
-    from mst_train.plan.predict import predict
+    from mst_train.plan.predict import predict, with_reserved
     from mst_train.plan.show import gib, render
 
     target = configured_target(config)
@@ -80,6 +80,9 @@ def _plan(config: "PlanConfig") -> tuple[dict[str, Any], str]:
             notes += ["", choice.reason]
         else:
             predictions = [predict(config, target)]
+        if not config.plan.sweep:
+            advance("the allocator")
+            predictions = [with_reserved(predictions[0], expandable=has_expandable_segments())]
         best = longest(config, target, advance) if config.plan.search else None
     report = predictions[0].report()
     if config.plan.sweep:

@@ -1,6 +1,6 @@
 """Memory and time of one training step, against what there is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,7 +8,8 @@ import torch
 from mst_train.config import Config
 from mst_train.errors import UserError
 from mst_train.memory.devices import Device, device_bytes
-from mst_train.memory.simulate import Build, Simulation, simulate
+from mst_train.memory.reserved import reserved_bytes
+from mst_train.memory.simulate import Build, Simulation, fixed_bytes, simulate
 from mst_train.memory.tracker import KINDS
 from mst_train.model.flops import parameter_count
 from mst_train.plan.rates import rates
@@ -82,6 +83,7 @@ class Prediction:
             "fits": self.fits,
             "peak_bytes": found.peak_bytes,
             "allocated_bytes": found.allocated_bytes,
+            "reserved_bytes": found.reserved_bytes,
             "budget_bytes": self.target.budget_bytes,
             "host_bytes": found.host_bytes,
             "host_budget_bytes": self.target.host_budget_bytes,
@@ -133,6 +135,32 @@ def predict(config: Config, target: Target, build: Build | None = None) -> Predi
     assert config.memory.policy != "auto"
     simulation = simulate(config, target.device, gpus=target.gpus, build=build)
     return Prediction(config, target, simulation)
+
+
+def with_reserved(prediction: Prediction, *, expandable: bool) -> Prediction:
+    """The same with what torch's allocator reserves; as it is on a CPU and where ZeRO shares out.
+
+    Takes longer than the prediction. What fits is then what the allocator does not run out of on a
+    device with this budget: what is free has gone back to the device before that. expandable:
+    whether its segments can grow.
+    """
+    config, target, found = prediction.config, prediction.target, prediction.simulation
+    if target.device.kind != "cuda":
+        return prediction
+    fixed = fixed_bytes(config, target.gpus)
+    reserved = reserved_bytes(
+        config,
+        target.device,
+        target.budget_bytes - fixed,
+        expandable=expandable,
+        gpus=target.gpus,
+    )
+    if reserved is None:
+        return prediction
+    overhead = fixed + reserved - found.allocated_bytes
+    return replace(
+        prediction, simulation=replace(found, reserved_bytes=reserved, overhead_bytes=overhead)
+    )
 
 
 def _require_weights(config: Config, target: Target) -> None:

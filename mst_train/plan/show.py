@@ -55,6 +55,8 @@ def _one(prediction: Prediction) -> Group:
         table.add_row(LABELS[kind], gib(parts[kind]), bar)
     budget = f"of {gib(target.budget_bytes)}" + (" on each" if target.gpus > 1 else "")
     table.add_row("at the peak", gib(found.peak_bytes), budget)
+    if found.reserved_bytes is not None:
+        table.add_row("reserved by torch", gib(found.reserved_bytes), "of that")
     if found.host_bytes:
         host = target.host_budget_bytes
         of = "" if host is None else f"of {gib(host)}"

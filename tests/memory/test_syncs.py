@@ -45,7 +45,7 @@ def waits_of_a_step(config: Config):
     batches = [Batch(tokens, tokens, positions, None)] * config.train.accumulation_steps
     with Waits() as counter:
         model = build_decoder(config, Policy.from_config(config.memory), dtype, device, counter)
-        engine = NativeEngine(model, simulate_module._optimizer(model, config))
+        engine = NativeEngine(model, simulate_module._optimizer(model, config, counter))
         counter.waits.clear()
         step.train_step(engine, batches, 1e-3, config.optimizer.max_grad_norm)
     return counter.waits

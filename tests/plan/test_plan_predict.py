@@ -236,10 +236,34 @@ def test_json_is_one_object_on_stdout(capsys):
         assert key in report
 
 
+def test_what_torch_reserves_decides_on_a_gpu(capsys, monkeypatch):
+    """By the rules for segments that the environment names; on a CPU there is no such thing."""
+
+    def report(device, segments="expandable_segments:True"):
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", segments)
+        arguments = ["model=llama_tiny", f"plan.device={device}", "plan.output=json"]
+        assert main([*arguments, "data.sequence_length=1024"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    growing, fixed = report("2"), report("2", "expandable_segments:False")
+    for found in (growing, fixed):
+        assert found["allocated_bytes"] < found["reserved_bytes"] < found["peak_bytes"]
+        assert found["peak_bytes"] == sum(found["breakdown"].values())
+        assert found["peak_bytes"] - found["reserved_bytes"] == 544 * 2**20
+    assert growing["allocated_bytes"] == fixed["allocated_bytes"]
+    assert growing["reserved_bytes"] != fixed["reserved_bytes"]
+    short = report((growing["peak_bytes"] - 2**20) / GIB)
+    assert short["reserved_bytes"] < growing["reserved_bytes"] and short["fits"]
+    none = report((growing["allocated_bytes"] + 500 * 2**20) / GIB)
+    assert none["peak_bytes"] > none["budget_bytes"] and not none["fits"]
+    assert report("cpu")["reserved_bytes"] is None
+
+
 def test_table_and_sweep(tmp_path, capsys):
     assert main(["model=llama_tiny", "plan.device=a100_80gb", "precision=bf16"]) == 0
     table = capsys.readouterr().out
     assert "at the peak" in table
+    assert "reserved by torch" in table
     assert "tokens/s" in table
     folder = tmp_path / "sweep"
     arguments = ["model=llama_tiny", "plan.device=a100_80gb", "plan.sweep=[1024,2048,4096]"]
