@@ -172,8 +172,10 @@ def _all_damaged(folder: Path) -> UserError:
     )
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path, setting: str = "run.resume") -> Path:
     """The checkpoint that ``path`` names: itself, or the newest of a run's or checkpoints' folder.
+
+    setting: where it was named.
 
     Raises UserError where there is none.
     """
@@ -186,9 +188,10 @@ def find_checkpoint(path: Path) -> Path:
         complete = complete_checkpoints(folder)
         if complete:
             return complete[-1]
+    also = ", nor auto or never" if setting == "run.resume" else ""
     raise UserError(
-        f"run.resume={path} is neither auto nor never nor a place with a whole checkpoint: give a "
-        f"run's folder, or a folder step_NNNNNNNN that holds a file {MARKER}"
+        f"{setting}={path} is no place with a whole checkpoint{also}: give a run's folder, or a "
+        f"folder step_NNNNNNNN that holds a file {MARKER}"
     )
 
 

@@ -29,7 +29,8 @@ STATES = {"exp_avg", "exp_avg_sq", "step"}
 
 def load_progress(checkpoint: Path) -> dict[str, Any]:
     """The part ``trainer``: ``step``, ``tokens``, ``position`` (sequences consumed), ``summary``,
-    ``config``, ``corpus`` (a fingerprint), ``attention`` (the kernels chosen) and ``bad_steps``.
+    ``config``, ``corpus`` and ``tokenizer`` (fingerprints), ``attention`` (the kernels chosen) and
+    ``bad_steps``.
 
     Raises UserError where it is none, or cannot be read.
     """
@@ -93,6 +94,7 @@ PROGRESS: dict[str, Callable[[Any], bool]] = {
     "tokens": _is_count,
     "position": _is_count,
     "corpus": lambda value: isinstance(value, str),
+    "tokenizer": lambda value: isinstance(value, str),
     "config": _is_group,
     "attention": lambda value: _is_group(value) and all(isinstance(v, str) for v in value.values()),
     "summary": _is_group,
@@ -106,7 +108,7 @@ PROGRESS: dict[str, Callable[[Any], bool]] = {
     "bad_steps.in_a_row": _is_count,
 }
 
-OPTIONAL = ("attention", "summary.loss", "summary.skipped_steps", "bad_steps")
+OPTIONAL = ("tokenizer", "attention", "summary.loss", "summary.skipped_steps", "bad_steps")
 
 
 def _require_progress(found: dict[str, Any]) -> None:

@@ -77,6 +77,11 @@ def _run_problems(config: Config) -> Iterator[str]:
     yield from one_of("logging.wandb.mode", config.logging.wandb.mode, WANDB_MODES)
     yield from _project_problems(config.logging.wandb)
     yield from one_of("logging.wandb.artifacts", config.logging.wandb.artifacts, WANDB_ARTIFACTS)
+    if config.run.init_from is not None and config.run.resume not in (AUTO, "never"):
+        yield (
+            f"run.resume={config.run.resume} continues a run and run.init_from="
+            f"{config.run.init_from} starts a new one: give one of them"
+        )
     yield from at_least("train.steps", train.steps, 1)
     yield from at_least("train.seed", train.seed, 0)
     yield from at_least("train.micro_batch_size", train.micro_batch_size, 1)

@@ -77,6 +77,12 @@ class RunConfig:
     """auto: continue from the newest whole checkpoint, if any. never: refuse a used folder.
     Anything else: a checkpoint folder, or a run's folder, to start from where run.dir has no
     checkpoint of its own yet."""
+    init_from: str | None = None
+    """A checkpoint folder, or a run's folder: a new run starts with the weights of its newest
+    checkpoint, on other data, at another length, with another rope scaling, batch, schedule or
+    number of processes. Where run.dir has a checkpoint of its own, that one is continued."""
+    init_optimizer: bool = True
+    """With init_from: its optimizer's states too; false: AdamW starts anew."""
 
 
 @dataclass(frozen=True)

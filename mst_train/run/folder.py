@@ -12,6 +12,7 @@ wandb/            W&B's own files
 import fcntl
 import logging
 import uuid
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -43,14 +44,19 @@ FIXED = (
 )
 """What a run's weights and its order of data depend on."""
 
+SHAPE = ("precision", "model")
+MAY_GROW = ("model.rope_theta", "model.rope_scaling", "model.max_positions")
+"""What a new run that starts from another's weights has to have as they had, and what of it not."""
+
 log = logging.getLogger(__name__)
 
 
 class RunFolder:
     """The folder of one run. Creating this object only looks; ``open`` writes.
 
-    ``candidates`` are the checkpoints to continue from, the best first; none: a fresh start. Raises
-    UserError where the folder cannot be used with this configuration.
+    ``candidates`` are the checkpoints to continue from, the best first; none: a fresh start, from
+    the weights of the checkpoint ``origin`` if there is one. Raises UserError where the folder
+    cannot be used with this configuration.
     """
 
     def __init__(self, config: Config) -> None:
@@ -73,6 +79,9 @@ class RunFolder:
         if not self._own and config.run.resume not in (AUTO, "never"):
             # Another run's, which may be going on.
             self.candidates = [find_checkpoint(expanded(config.run.resume))]
+        self.origin: Path | None = None
+        if not self.candidates and config.run.init_from is not None:
+            self.origin = find_checkpoint(expanded(config.run.init_from), "run.init_from")
 
     def open(self) -> None:
         """Create the folder, take it for this process alone, and write config.yaml.
@@ -148,7 +157,7 @@ def check_continuation(before: dict[str, Any], config: Config, checkpoint: Path)
         old = lookup(before, key)
         if old == new or key.startswith("run."):
             continue
-        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
+        if _is_among(key, FIXED):
             refused.append(
                 f"{key}={new}, but {checkpoint} was made with {old}: put it back, or start anew "
                 f"with another run.dir"
@@ -157,3 +166,24 @@ def check_continuation(before: dict[str, Any], config: Config, checkpoint: Path)
             log.warning("%s is %s now and was %s at %s", key, new, old, checkpoint)
     if refused:
         raise UserError(refused)
+
+
+def check_beginning(before: dict[str, Any], config: Config, origin: Path) -> None:
+    """Whether a new run can start with the weights of a checkpoint that had these settings.
+
+    Raises UserError where its model is another.
+    """
+    refused = [
+        f"{key}={new}, but run.init_from={origin} was made with {old}: its weights are for that"
+        for key, new in leaves(asdict(config))
+        if _is_among(key, SHAPE)
+        and not _is_among(key, MAY_GROW)
+        and (old := lookup(before, key)) != new
+    ]
+    if refused:
+        raise UserError(refused)
+
+
+def _is_among(key: str, settings: Iterable[str]) -> bool:
+    """Whether a setting is one of these, or in one of these groups."""
+    return any(key == name or key.startswith(f"{name}.") for name in settings)

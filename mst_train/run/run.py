@@ -200,6 +200,7 @@ class Run:
                 "summary": self.summary,
                 "config": dataclasses.asdict(self.config),
                 "corpus": self._data.corpus_fingerprint,
+                "tokenizer": self._data.tokenizer.fingerprint,
                 "attention": choices(),
             }
         self.writer.save(self.step, state)

@@ -28,7 +28,7 @@ from mst_train.plan.predict import Prediction
 from mst_train.precision import weight_type
 from mst_train.rendezvous.dist_env import local_rank
 from mst_train.run.deterministic import choose_algorithms
-from mst_train.run.folder import RunFolder, check_continuation
+from mst_train.run.folder import RunFolder, check_beginning, check_continuation
 from mst_train.run.random_state import restore_random_state, seed_everything
 from mst_train.units import GIB
 
@@ -44,6 +44,8 @@ class Start:
 
     patient: all processes, waiting for each other as long as a set-up may take.
     checkpoint: None for a fresh start.
+    origin: another run's checkpoint, with whose weights a fresh start begins; None: with its own.
+    tokenizer: the fingerprint of the tokenizer that the weights know; None: not known.
     progress: how far the run had come, as its checkpoint says.
     """
 
@@ -52,6 +54,8 @@ class Start:
     patient: Topology
     folder: RunFolder
     checkpoint: Path | None
+    origin: Path | None
+    tokenizer: str | None
     progress: dict[str, Any]
 
 
@@ -76,22 +80,26 @@ class SetUp:
 def find_start(config: Config, topology: Topology) -> Start:
     """Raises UserError where the folder or its checkpoints do not allow such a run."""
     patient = topology.with_timeout(SETTING_UP)
-    found: str | None = None
+    found: list[str] = ["", ""]
     with together(patient):
         check_engine(config, topology.world)
         folder = RunFolder(config)
         if topology.is_rank_zero:
-            undamaged = first_undamaged(folder.candidates)
-            found = None if undamaged is None else str(undamaged)
-    found = patient.from_first(found)
-    checkpoint = None if found is None else Path(found)
+            origins = [] if folder.origin is None else [folder.origin]
+            found = [str(first_undamaged(some) or "") for some in (folder.candidates, origins)]
+    checkpoint, origin = (Path(name) if name else None for name in patient.from_first(found))
     summary = {"val_loss": None}
     progress: dict[str, Any] = {"step": 0, "tokens": 0, "position": 0, "summary": summary}
     with together(patient):
         if checkpoint is not None:
             progress = load_progress(checkpoint)
             check_continuation(progress["config"], config, checkpoint)
-    return Start(config, topology, patient, folder, checkpoint, progress)
+        weights_from = progress
+        if origin is not None:
+            weights_from = load_progress(origin)
+            check_beginning(weights_from["config"], config, origin)
+        tokenizer = weights_from.get("tokenizer")
+    return Start(config, topology, patient, folder, checkpoint, origin, tokenizer, progress)
 
 
 def set_up(start: Start) -> SetUp:
@@ -99,7 +107,8 @@ def set_up(start: Start) -> SetUp:
 
     Raises UserError for what cannot be: then nothing is written.
     """
-    topology, patient, checkpoint = start.topology, start.patient, start.checkpoint
+    topology, patient = start.topology, start.patient
+    checkpoint = start.checkpoint or start.origin
     prediction, config, largest = _predict(start.config, patient)
     data = _load_data(config, patient)
     with together(patient):
@@ -124,10 +133,17 @@ def set_up(start: Start) -> SetUp:
         if checkpoint is not None:
             weights, states = load_weights(checkpoint, model), load_states(checkpoint, model)
     if checkpoint is not None:
+        if start.origin is not None and not config.run.init_optimizer:
+            masters = ("master",)
+            states = {n: {k: s[k] for k in masters if k in s} for n, s in states.items()}
         engine.load(weights, states)
+    if start.checkpoint is not None:
         with together(patient):
-            restore_random_state(load_part(checkpoint, "random"))
+            restore_random_state(load_part(start.checkpoint, "random"))
         log.info("continuing from %s", checkpoint)
+    elif start.origin is not None:
+        what = "weights and optimizer states" if config.run.init_optimizer else "weights"
+        log.info("starting with the %s of %s", what, start.origin)
     return SetUp(start, config, prediction, largest, data, passkeys, model, engine)
 
 
@@ -180,6 +196,12 @@ def _build_model(config: Config, attention: Attention, topology: Topology) -> Tr
 
 
 def _check_data(start: Start, config: Config, data: Data) -> None:
+    if start.origin is not None and start.tokenizer not in (None, data.tokenizer.fingerprint):
+        raise UserError(
+            f"run.init_from={start.origin} was trained with another tokenizer than these data: set "
+            f"data.tokenizer to its file (one that was made for a run is in tokenizers/ in "
+            f"data.cache_dir, and in a folder that mst_train.prepare or export has written)"
+        )
     if data.tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "

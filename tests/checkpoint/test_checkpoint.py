@@ -111,9 +111,7 @@ def test_a_damaged_checkpoint_named_by_hand_is_refused(tmp_path):
 
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path):
-    with pytest.raises(
-        UserError, match="neither auto nor never nor a place with a whole checkpoint"
-    ):
+    with pytest.raises(UserError, match="is no place with a whole checkpoint, nor auto or never"):
         find_checkpoint(tmp_path / "nothing")
 
 
