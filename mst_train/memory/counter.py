@@ -66,13 +66,11 @@ class StepCounter(MemoryTracker):
         self.attention_forward_flops = 0.0
         self.attention_backward_flops = 0.0
         self._elsewhere = False
-        self._tracing = True
         self.reset()
 
     def reset(self) -> None:
         """Count from here."""
         self.reset_peak()
-        self.trace = Trace()
         self.moments: dict[Moment, Numbers] = {}
         self._moment: Moment = (0, "before", 0)
         self.attention_forward_flops = self.attention_backward_flops = 0.0
@@ -94,15 +92,6 @@ class StepCounter(MemoryTracker):
             yield
         finally:
             self._elsewhere = False
-
-    @contextmanager
-    def untraced(self) -> Iterator[None]:
-        """What is taken in this context is not in the trace."""
-        self._tracing = False
-        try:
-            yield
-        finally:
-            self._tracing = True
 
     @property
     def work(self) -> Numbers:
@@ -143,7 +132,6 @@ class StepCounter(MemoryTracker):
         self.end_moment()
         self.peak_host_bytes = host_peak
         self._moment = moment
-        self.trace.begin(moment)
 
     def counts(self, tensor: Tensor) -> bool:
         return tensor.is_meta
@@ -165,15 +153,8 @@ class StepCounter(MemoryTracker):
 
     def _remember(self, tensor: Tensor, size: int, kind: str) -> None:
         super()._remember(tensor, size, kind)
-        if self._tracing and not self.on_host(tensor):
-            storage = self._storages[_key(tensor)]
-            self.trace.allocate(storage, self._held(storage.size, storage.kind))
         if size >= LARGE_BYTES and not self.on_host(tensor):
             self._sums["large_bytes"] += size
-
-    def _forget(self, key: int) -> None:
-        self.trace.free(self._storages[key])
-        super()._forget(key)
 
     def _count_work(self, operation: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
         if operation in _WITHOUT_WORK:
@@ -198,6 +179,41 @@ class StepCounter(MemoryTracker):
             self._sums["link_bytes"] += used[0].numel() * used[0].element_size()
         else:
             self._sums["host_memory_bytes"] += size
+
+
+class TracingCounter(StepCounter):
+    """Records what is taken of the device's memory, and given back, in order: ``trace``."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._tracing = True
+        super().__init__(*arguments)
+
+    def reset(self) -> None:
+        super().reset()
+        self.trace = Trace()
+
+    @contextmanager
+    def untraced(self) -> Iterator[None]:
+        """What is taken in this context is not in the trace."""
+        self._tracing = False
+        try:
+            yield
+        finally:
+            self._tracing = True
+
+    def _begin(self, *moment: Any) -> None:
+        super()._begin(*moment)
+        self.trace.begin(self._moment)
+
+    def _remember(self, tensor: Tensor, size: int, kind: str) -> None:
+        super()._remember(tensor, size, kind)
+        if self._tracing and not self.on_host(tensor):
+            storage = self._storages[_key(tensor)]
+            self.trace.allocate(storage, self._held(storage.size, storage.kind))
+
+    def _forget(self, key: int) -> None:
+        self.trace.free(self._storages[key])
+        super()._forget(key)
 
 
 def _reads_numbers(tensor: Tensor, kwargs: dict[str, Any]) -> bool:

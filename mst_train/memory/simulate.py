@@ -17,6 +17,7 @@ giving it what the step asks for (reserved.py).
 
 import mmap
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -32,7 +33,7 @@ from mst_train.config import AUTO, Config, ModelConfig
 from mst_train.data import Batch
 from mst_train.engine import NativeEngine
 from mst_train.engine.step import train_step
-from mst_train.memory.counter import Numbers, StepCounter, Work
+from mst_train.memory.counter import Numbers, StepCounter, TracingCounter, Work
 from mst_train.memory.devices import Device
 from mst_train.memory.fakes import (
     SimulatedHostOptimizer,
@@ -168,12 +169,12 @@ def recorded(
     dtype = weight_type(config.precision)
     policy = _policy(config, dtype, device, _whole_blocks(config, dtype, device))
     ready = partial(_ready, policy, dtype, device, gpus, None, build_decoder)
-    with _counter(device) as counter, simulated_device(device.kind):
+    with TracingCounter(*_units(device)) as counter, simulated_device(device.kind):
         whole = ready(config, counter)
         before = requests(counter.trace)
     del whole  # what is forgotten from here on is not of the trace
     batches = _batches(shallow, _boundaries(shallow))
-    with _counter(device) as counter, simulated_device(device.kind):
+    with TracingCounter(*_units(device)) as counter, simulated_device(device.kind):
         engine, model = ready(shallow, counter)
         with register_optimizer_step_pre_hook(_kept_states(engine, model, counter)):
             _step(engine, batches, shallow, counter)
@@ -318,7 +319,7 @@ def _run(
     if buckets is not None and config.parallel.zero_stage == 3:
         shares["parameters"] = 1 / gpus
     batches = _batches(config, cu_seqlens)
-    with _counter(device, shares) as counter, simulated_device(device.kind):
+    with StepCounter(*_units(device, shares)) as counter, simulated_device(device.kind):
         engine, _ = _ready(policy, dtype, device, gpus, buckets, build, config, counter)
         _step(engine, batches, config, counter)
     repeated = config.train.accumulation_steps / len(batches)
@@ -329,9 +330,12 @@ def _run(
     )
 
 
-def _counter(device: Device, shares: Mapping[str, float] | None = None) -> StepCounter:
+def _units(
+    device: Device, shares: Mapping[str, float] | None = None
+) -> tuple[int, Mapping[str, float], int]:
+    """A counter's arguments."""
     unit, host_unit = (ALLOCATION_BYTES, mmap.PAGESIZE) if device.kind == "cuda" else (1, 1)
-    return StepCounter(unit, shares or {}, host_unit)
+    return unit, shares or {}, host_unit
 
 
 def _ready(
@@ -365,7 +369,7 @@ def _step(engine: NativeEngine, batches: list[Batch], config: Config, counter: S
     counter.end_moment()
 
 
-def _kept_states(engine: NativeEngine, model: Any, counter: StepCounter) -> Callable[..., None]:
+def _kept_states(engine: NativeEngine, model: Any, counter: TracingCounter) -> Callable[..., None]:
     """A hook before each of torch's updates: the states that the first one makes, to the trace."""
     blocks = {id(w): index for index, block in enumerate(model.blocks) for w in block.parameters()}
     _, states = engine.state()
@@ -513,6 +517,6 @@ def _optimizer(model: Transformer, config: Config, counter: StepCounter) -> Opti
     for name, parameter in model.named_parameters():
         state[name] |= dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter.detach())
         state[name]["step"] = torch.ones(())
-    with counter.untraced():
+    with counter.untraced() if isinstance(counter, TracingCounter) else nullcontext():
         optimizer.load_state_dict(state)
     return optimizer
