@@ -65,6 +65,22 @@ def test_a_cpu_has_one_memory_for_both():
     assert "offloaded" in message
 
 
+@pytest.mark.parametrize(
+    ("precision", "gib"), [("bf16", "44.87"), ("bf16_master", "104.70"), ("fp32", "89.75")]
+)
+def test_without_a_gpu_what_is_for_one_is_refused_at_once(monkeypatch, precision, gib):
+    def never(*arguments):
+        raise AssertionError("a prediction was made")
+
+    monkeypatch.setattr(before, "predict", never)
+    monkeypatch.setattr(before, "device_bytes", lambda device: 24 * GIB)
+    message = refusal("+experiment=llama3_8b_seq60k", f"precision={precision}")
+    assert message.startswith("there is no GPU here, and llama3_8b_seq60k needs one: its weights")
+    assert f"alone take {gib} GiB, and this machine has 24.00 GiB" in message
+    with pytest.raises(AssertionError, match="a prediction"):
+        refusal(*SMALL)
+
+
 @pytest.mark.slow
 def test_a_gpu_may_try_what_is_close(monkeypatch, caplog):
     config = compose(["+experiment=llama3_8b_seq60k"])
