@@ -55,6 +55,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     if config.bench.kind == "none":
         raise UserError(f"no bench is named: add +bench=NAME, one of {', '.join(choices('bench'))}")
+    _require_gpu(config)
     # Packages print to stdout as they please; it is for the result alone.
     with contextlib.redirect_stdout(sys.stderr):
         report, text = _measure(config)
@@ -62,6 +63,23 @@ def _run(arguments: list[str]) -> int:
     if report["problems"]:
         raise TrainingError("; ".join(report["problems"]))
     return 0
+
+
+SMALL = 10**8
+"""Parameters of a model with which a bench for GPUs can be tried on a CPU."""
+
+
+def _require_gpu(config: "BenchConfig") -> None:
+    import torch
+
+    from mst_train.model.flops import parameter_count
+
+    name, for_gpu = config.bench.name, config.bench.name.endswith("_gpu")
+    if for_gpu and not torch.cuda.is_available() and parameter_count(config.model) > SMALL:
+        raise UserError(
+            f"+bench={name} is for a GPU, and there is none here: +bench="
+            f"{name.removesuffix('_gpu')} is the same for a CPU"
+        )
 
 
 def _measure(config: "BenchConfig") -> tuple[dict[str, Any], str]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mst_train.bench import step
+from mst_train.bench.__main__ import main
 from mst_train.bench.config import read
 from mst_train.memory.devices import Device
 
@@ -87,6 +88,15 @@ def test_the_presets_for_gpus_run_here_with_small_dimensions(run_bench, name):
     report, _ = run_bench(name)
     assert report["settings"]["precision"] == "bf16"
     assert all(row["problem"] is None for row in report["rows"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("name", ["step", "short", "peers", "systems", "max_sequence"])
+def test_a_bench_for_a_gpu_says_that_there_is_none(capsys, tmp_path, name):
+    assert main([f"+bench={name}_gpu", f"bench.dir={tmp_path / 'results'}"]) == 2
+    said = capsys.readouterr().err
+    assert f"+bench={name}_gpu is for a GPU, and there is none here: +bench={name} is" in said
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(("budget_gib", "gib"), [(None, 85.0), (2.5, 2.5)])
