@@ -26,6 +26,7 @@ from mst_train.config.schema import (
     PRECISIONS,
     QK_NORMS,
     ROPE_SCALINGS,
+    SCHEDULES,
     WANDB_ARTIFACTS,
     WANDB_MODES,
     ZERO_STAGES,
@@ -263,7 +264,15 @@ def _memory_problems(memory: MemoryConfig) -> Iterator[str]:
 def _optimizer_problems(optimizer: OptimizerConfig) -> Iterator[str]:
     yield from _positive("optimizer.learning_rate", optimizer.learning_rate)
     yield from _positive("optimizer.epsilon", optimizer.epsilon)
+    yield from one_of("optimizer.schedule", optimizer.schedule, SCHEDULES)
     yield from at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0)
+    if optimizer.decay_steps is not None:
+        yield from at_least("optimizer.decay_steps", optimizer.decay_steps, 1)
+        if optimizer.schedule in ("cosine", "constant"):
+            yield (
+                f"optimizer.decay_steps is not used with optimizer.schedule={optimizer.schedule}: "
+                f"set it to null"
+            )
     for name in ("beta1", "beta2"):
         beta = getattr(optimizer, name)
         if not 0 <= beta < 1:

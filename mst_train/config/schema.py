@@ -35,7 +35,7 @@ DECIDED = {
     "gradient_accumulation_steps": "train.accumulation_steps",
     "gradient_clipping": "optimizer.max_grad_norm",
     "optimizer": "the optimizer's settings",
-    "scheduler": "optimizer.warmup_steps and its neighbours",
+    "scheduler": "optimizer.schedule",
     "fp16": "precision",
     "bf16": "precision",
     "data_types": "precision",
@@ -45,6 +45,7 @@ DECIDED = {
 """DeepSpeed's settings that would change a step's result, or have a setting of ours."""
 
 OFFLOADS = ("none", "host")
+SCHEDULES = ("cosine", "wsd", "constant")
 DATA_ATTENTIONS = ("stream", "documents")
 DATA_DOCUMENTS = ("file", "repository")
 PACKINGS = ("stream", "best_fit")
@@ -284,12 +285,18 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with decoupled weight decay, linear warm-up and cosine decay."""
+    """AdamW with decoupled weight decay, and its learning rate's schedule."""
 
     learning_rate: float = 3e-4
+    """The highest."""
+    schedule: str = "cosine"
+    """What follows a linear warm-up. cosine: half a cosine down to the last step. wsd (warm-up,
+    stable, decay): constant, and a linear decay in the last steps. constant: as it is."""
     min_learning_rate_ratio: float = 0.1
-    """The last step's learning rate, as a share of the highest."""
+    """The last step's learning rate, as a share of the highest, where the schedule has a decay."""
     warmup_steps: int = 100
+    decay_steps: int | None = None
+    """Under wsd, the steps of its decay; none: a tenth of the run's."""
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8

@@ -20,7 +20,7 @@ from mst_train.optim.adamw import Optimizer, build_adamw
 from mst_train.optim.build import build_optimizer
 from mst_train.optim.host import HostOptimizer
 from mst_train.optim.in_backward import InBackwardOptimizer
-from mst_train.optim.schedule import learning_rate
+from mst_train.optim.schedule import learning_rate, too_short
 
 __all__ = [
     "HostOptimizer",
@@ -29,4 +29,5 @@ __all__ = [
     "build_adamw",
     "build_optimizer",
     "learning_rate",
+    "too_short",
 ]

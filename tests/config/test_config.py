@@ -46,6 +46,8 @@ def test_defaults_are_valid():
         ("kernel.backend", "cuda", "kernel.backend=cuda is not one of auto, triton, torch"),
         ("memory.device_budget_gib", -1.0, "memory.device_budget_gib=-1.0 must be greater"),
         ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate=nan must be greater"),
+        ("optimizer.schedule", "line", "optimizer.schedule=line is not one of cosine, wsd, const"),
+        ("optimizer.decay_steps", 5, "optimizer.decay_steps is not used with optimizer.schedule=c"),
         ("optimizer.beta2", 1.0, "optimizer.beta2=1.0 must be at least 0 and below 1"),
         ("optimizer.max_grad_norm", 0.0, "optimizer.max_grad_norm=0.0 must be greater than 0"),
         ("optimizer.weight_decay", -0.1, "optimizer.weight_decay=-0.1 must be 0 or more"),
@@ -69,6 +71,14 @@ def test_what_is_refused(change, key, value, message):
     problems = validate(change(Config(), **{key: value}))
     assert len(problems) == 1
     assert problems[0].startswith(message)
+
+
+def test_the_decay_of_wsd(change):
+    config = change(Config(), **{"optimizer.schedule": "wsd"})
+    assert validate(config) == []
+    assert validate(change(config, **{"optimizer.decay_steps": 1})) == []
+    (problem,) = validate(change(config, **{"optimizer.decay_steps": 0}))
+    assert problem == "optimizer.decay_steps=0 must be at least 1"
 
 
 def test_offload_needs_the_method(change):

@@ -1,4 +1,4 @@
-"""The optimizers: schedule, groups, precisions, in the backward, on the host."""
+"""The optimizers: groups, precisions, in the backward, on the host."""
 
 import dataclasses
 import functools
@@ -22,7 +22,6 @@ from mst_train.optim import (
     InBackwardOptimizer,
     Optimizer,
     build_optimizer,
-    learning_rate,
 )
 
 CONFIG = OptimizerConfig(
@@ -63,24 +62,6 @@ def cpu_adam():
         if cpu_adam_problem():
             pytest.skip(cpu_adam_problem())
         yield
-
-
-def test_learning_rate():
-    rates = [learning_rate(step, 110, CONFIG) for step in range(1, 111)]
-    assert rates[0] == pytest.approx(0.001)
-    assert rates[9] == pytest.approx(0.01)
-    assert rates[59] == pytest.approx(0.001 + 0.009 / 2)
-    assert rates[-1] == pytest.approx(0.001)
-    assert rates[:10] == sorted(rates[:10])
-    assert rates[9:] == sorted(rates[9:], reverse=True)
-
-
-def test_learning_rate_without_warm_up_and_with_too_much():
-    none = OptimizerConfig(learning_rate=1.0, warmup_steps=0)
-    assert learning_rate(1, 1, none) == pytest.approx(0.1)
-    assert 0.9 < learning_rate(1, 100, none) <= 1.0
-    long = OptimizerConfig(learning_rate=1.0, warmup_steps=100)
-    assert learning_rate(10, 10, long) == pytest.approx(0.1)
 
 
 def make_model(dtype=torch.float64):

@@ -263,6 +263,61 @@ def test_resume_from_another_run(small_config, change):
     assert list(losses(more)) == [5, 6, 7, 8]
 
 
+@pytest.mark.parametrize("planned", [6, 100])
+@pytest.mark.parametrize("before", ["the same run", "another run"])
+def test_a_decay_begins_at_a_checkpoint_of_a_stable_run(
+    small_config, change, caplog, monkeypatch, planned, before
+):
+    """A wsd run goes on with another length as if it had had that from the start."""
+    wsd = {"optimizer.schedule": "wsd", "optimizer.decay_steps": 2}
+    whole = change(small_config, **wsd, **{"train.steps": 8})
+    train(whole)
+    stable = change(whole, **{"train.steps": planned, "run.dir": f"{whole.run.dir}_stable"})
+    step = training.train_step
+
+    def stop_after_four(*arguments):
+        if len(losses(stable)) == 4:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "train_step", stop_after_four)
+        train(stable)
+    if before == "the same run":
+        goes_on = change(stable, **{"train.steps": 8})
+    else:
+        other = {"run.dir": f"{whole.run.dir}_decay", "run.resume": stable.run.dir}
+        goes_on = change(whole, **other)
+    train(goes_on)
+    assert f"train.steps is 8 now and was {planned} at" in caplog.text
+
+    def exact(config):
+        return {r["step"]: (r["loss"], r["learning_rate"]) for r in records(config) if "loss" in r}
+
+    assert exact(stable) | exact(goes_on) == exact(whole)
+    highest, lowest = 3e-3, 3e-3 * 0.1
+    ends = [highest, pytest.approx((highest + lowest) / 2), lowest]
+    assert [exact(goes_on)[step][1] for step in (6, 7, 8)] == ends
+
+
+def test_the_schedule_may_change_when_a_run_goes_on(small_config, change, caplog):
+    train(change(small_config, **{"optimizer.schedule": "constant"}))
+    wsd = {"optimizer.schedule": "wsd", "optimizer.decay_steps": 2, "train.steps": 8}
+    train(change(small_config, **wsd))
+    assert "optimizer.schedule is wsd now and was constant at" in caplog.text
+    assert "optimizer.decay_steps is 2 now and was None at" in caplog.text
+    rates = [r["learning_rate"] for r in records(small_config) if "loss" in r]
+    assert rates[1:6] == [3e-3] * 5
+    assert rates[6:] == pytest.approx([1.65e-3, 3e-4])
+
+
+def test_a_warm_up_longer_than_the_run_is_warned_of(small_config, change, caplog):
+    train(small_config)
+    assert "does not get to" not in caplog.text
+    train(change(small_config, **{"optimizer.warmup_steps": 9, "train.steps": 8}))
+    assert "the run's 8 steps are fewer than optimizer.warmup_steps=9" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("model.num_layers", 3), ("data.sequence_length", 50), ("precision", "bf16")],
