@@ -87,6 +87,13 @@ def compose_as(
         name: part for name, part in tree.items() if name not in COMMANDS or settings.is_group(name)
     }
     given_values, _ = _resolved(tree, settings, problems)
+    typed = {key for a in given for key, _ in settings.flat({a.key: a.value})}
+    steps, tokens = (given_values.get(f"train.{name}") for name in ("steps", "tokens"))
+    if "train.steps" in typed and tokens is not None:
+        problems.append(
+            f"train.steps={shown(steps)} and train.tokens={shown(tokens)} both say how long the "
+            f"run is: leave one out, or set train.tokens=null"
+        )
     name = given_values.get("model.from_pretrained")
     if name is not None and not problems:
         settings.build([("model.from_pretrained", name)], problems)

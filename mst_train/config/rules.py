@@ -84,6 +84,8 @@ def _run_problems(config: Config) -> Iterator[str]:
             f"{config.run.init_from} starts a new one: give one of them"
         )
     yield from at_least("train.steps", train.steps, 1)
+    if train.tokens is not None:
+        yield from at_least("train.tokens", train.tokens, 1)
     yield from at_least("train.seed", train.seed, 0)
     yield from at_least("train.micro_batch_size", train.micro_batch_size, 1)
     yield from at_least("train.accumulation_steps", train.accumulation_steps, 1)

@@ -89,6 +89,9 @@ class RunConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int = 1000
+    tokens: int | None = None
+    """The run's length in tokens, rounded up to whole steps, in place of steps; none: steps
+    count."""
     seed: int = 0
     deterministic: bool = False
     """On a GPU too, the same numbers each time, to the last digit: sums in a fixed order, attention

@@ -66,9 +66,10 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.environment = self.path / "environment.json"
         self.prediction = self.path / "prediction.json"
+        self.config = config
+        """What ``open`` writes."""
         self.lock = ""
         """What ``open`` has written into the lock file."""
-        self._config = config
         self._lock: TextIO | None = None
         for path in (self.path, self.checkpoints):
             if path.exists() and not path.is_dir():
@@ -112,7 +113,7 @@ class RunFolder:
             self._lock.truncate(0)
             self._lock.write(self.lock)
             self._lock.flush()
-        settings = yaml.safe_dump(asdict(self._config), sort_keys=False)
+        settings = yaml.safe_dump(asdict(self.config), sort_keys=False)
         with writing(self.path / "config.yaml"):
             (self.path / "config.yaml").write_text(settings)
 
@@ -137,7 +138,7 @@ class RunFolder:
             self._lock.close()
 
     def _own_checkpoints(self) -> list[Path]:
-        if self._config.run.resume == "never" and (
+        if self.config.run.resume == "never" and (
             self.metrics.exists() or self.checkpoints.exists()
         ):
             raise UserError(

@@ -28,6 +28,7 @@ from mst_train.plan.before import before_training, largest_parts
 from mst_train.plan.predict import Prediction
 from mst_train.precision import weight_type
 from mst_train.rendezvous.dist_env import local_rank
+from mst_train.run.budget import with_steps
 from mst_train.run.deterministic import choose_algorithms
 from mst_train.run.folder import RunFolder, check_beginning, check_continuation
 from mst_train.run.random_state import restore_random_state, seed_everything
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 class Start:
     """Where a run begins or goes on.
 
+    config: with the steps that train.tokens comes to.
     patient: all processes, waiting for each other as long as a set-up may take.
     checkpoint: None for a fresh start.
     origin: another run's checkpoint, with whose weights a fresh start begins; None: with its own.
@@ -94,6 +96,8 @@ def find_start(config: Config, topology: Topology) -> Start:
     with together(patient):
         if checkpoint is not None:
             progress = load_progress(checkpoint)
+        config = folder.config = with_steps(config, progress, topology.data_parallel)
+        if checkpoint is not None:
             check_continuation(progress["config"], config, checkpoint)
         weights_from = progress
         if origin is not None:

@@ -27,9 +27,12 @@ def train(config: Config) -> dict[str, Any]:
     """
     with init_distributed(config) as topology:
         start = find_start(config, topology)
-        if start.progress["step"] >= config.train.steps:
+        length = start.config.train
+        if start.progress["step"] >= length.steps:
             log.info(
-                "the run in %s is finished: set train.steps higher to go on", start.folder.path
+                "the run in %s is finished: set train.%s higher to go on",
+                start.folder.path,
+                "steps" if length.tokens is None else "tokens",
             )
             return finished_before(start)
         with running(set_up(start)) as run:

@@ -263,6 +263,31 @@ def test_every_setting_takes_or_refuses_every_kind_of_value(schema, key):
             assert str(config) == str(value)
 
 
+@pytest.mark.parametrize("typed", ["1e9", "1_000_000_000", "1000000000", "1.0e9"])
+def test_a_budget_in_tokens(typed):
+    assert compose([f"train.tokens={typed}"]).train.tokens == 10**9
+
+
+def test_a_budget_is_given_once():
+    """Steps of a file give way to tokens; those of the command line contradict them."""
+    assert compose(["+experiment=tiny", "train.tokens=5"]).train.tokens == 5
+    assert compose(["train.steps=3", "train.tokens=null"]).train.steps == 3
+    for arguments in (["train.steps=3", "train.tokens=5"], ["train={steps: 3, tokens: 5}"]):
+        assert problems(*arguments) == [
+            "train.steps=3 and train.tokens=5 both say how long the run is: leave one out, or set "
+            "train.tokens=null"
+        ]
+    assert problems("train.tokens=1.5") == ["train.tokens=1.5 is not a whole number"]
+
+
+def test_a_budget_of_a_file_is_not_overruled_silently(write, copied_configs):
+    (copied_configs / "experiment" / "other.yaml").write_text(f"{HEADER}train: {{tokens: 2e9}}")
+    assert compose(["+experiment=other"]).train.tokens == 2 * 10**9
+    assert compose(["+experiment=other", "train.tokens=5"]).train.tokens == 5
+    (problem,) = problems("+experiment=other", "train.steps=3")
+    assert problem.startswith("train.steps=3 and train.tokens=2000000000.0 both say")
+
+
 def test_a_runs_settings_that_no_run_has_written():
     damaged = {"run": {"name": datetime.date(2020, 1, 1), "dir": "${"}, "model": 3, "train": None}
     with pytest.raises(UserError) as caught:

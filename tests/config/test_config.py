@@ -17,6 +17,7 @@ def test_defaults_are_valid():
         ("run.name", " ", "run.name is empty"),
         ("run.dir", "", "run.dir is empty"),
         ("train.steps", 0, "train.steps=0 must be at least 1"),
+        ("train.tokens", 0, "train.tokens=0 must be at least 1"),
         ("train.seed", -1, "train.seed=-1 must be at least 0"),
         ("train.micro_batch_size", 0, "train.micro_batch_size=0 must be at least 1"),
         ("train.accumulation_steps", 0, "train.accumulation_steps=0 must be at least 1"),

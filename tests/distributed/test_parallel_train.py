@@ -83,6 +83,22 @@ def test_runs_go_on_with_other_processes(alone, place, tmp_path):
     assert {"model.pt", "model-0001.pt", "optimizer-0001.pt"} < files
 
 
+def test_two_processes_train_the_tokens_that_one_has_left(place, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    batch = ["train.micro_batch_size=2", "train.accumulation_steps=2"]  # of 64 tokens
+    assert main([*SETTINGS, *place, *batch, "train.tokens=1000", f"run.dir={one}"]) == 0
+    both = {
+        "world": 2,
+        "port": free_port(),
+        "arguments": [*place, *batch, "train.tokens=2000", f"run.dir={two}", f"run.resume={one}"],
+    }
+    results = run(several, 2, tmp_path / "processes", timeout=600, runs=[both])
+    assert [status for ((status, _),) in results] == [0, 0]
+    tokens = [[r["tokens"] for r in records(folder) if "tokens" in r] for folder in (one, two)]
+    assert tokens == [[256, 512, 768, 1024], [1536, 2048]]
+    assert "  steps: 6\n" in (two / "config.yaml").read_text()
+
+
 def test_shared_weights_are_those_of_a_checkpoint(place, tmp_path):
     settings = ModelConfig(
         vocab_size=512,
