@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted([*ROOT.glob("mst_train/**/*.py"), *ROOT.glob("kernels/mst_kernels/**/*.py")])
 
 LAYERS = (
-    ("mst_kernels", "config", "environment", "errors", "ranges", "rendezvous", "units"),
+    ("mst_kernels", "bar", "config", "environment", "errors", "ranges", "rendezvous", "units"),
     ("deepspeed_adapter", "files", "mst", "precision"),
     ("attention", "data", "optim"),
     ("distributed", "model"),

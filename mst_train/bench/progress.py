@@ -4,14 +4,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tqdm import tqdm
+from mst_train.bar import bar as new_bar
 
 
 @contextmanager
 def progress(runs: int) -> Iterator[Callable[[str], None]]:
     """Counts the runs of a bench; what is given hears of each, by its name, as it begins."""
     begun = 0
-    with tqdm(total=runs, unit="run", disable=None, dynamic_ncols=True) as bar:
+    with new_bar(total=runs, unit="run", disable=None, dynamic_ncols=True) as bar:
 
         def advance(name: str) -> None:
             nonlocal begun

@@ -19,7 +19,6 @@ from mst_train.bench.step import measure_steps, policy_of
 from mst_train.bench.workload import Batch, build, chosen, lengths, missing
 from mst_train.model import Transformer
 from mst_train.model.hf.config import write_config
-from mst_train.model.hf.weights import parameters_by_name
 from mst_train.plan.baseline import enable_checkpointing
 from mst_train.precision import weight_type
 
@@ -196,6 +195,8 @@ def mlp_tiles(tokens: int, hidden_size: int) -> int:
 def _transformers_model(config: BenchConfig, ours: Transformer, device: torch.device) -> Any:
     """transformers' Llama of the same dimensions, over this project's parameters."""
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from mst_train.model.hf.weights import parameters_by_name  # which needs safetensors
 
     values = write_config(config.model, "llama", max(lengths(config)))
     settings = AutoConfig.for_model(**values, attn_implementation="sdpa", use_cache=False)

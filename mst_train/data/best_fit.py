@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from mst_train.bar import bar
 from mst_train.data.checked import CheckedArray, CheckedWriter, Written
 from mst_train.data.corpus import Corpus, Documents, TokenFiles
 from mst_train.data.manifest import inside, parsed
@@ -197,7 +197,7 @@ def _write_index(
     with (
         CheckedWriter(folder / f"{name}.starts") as starts,
         CheckedWriter(folder / f"{name}.pieces") as pieces,
-        tqdm(
+        bar(
             desc=f"packing documents for {name}",
             total=int((spans[:, 1] - spans[:, 0]).sum()),
             unit=" tokens",

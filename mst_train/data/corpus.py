@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from mst_train.bar import bar
 from mst_train.config import DataConfig
 from mst_train.data.build import Plan, build, take, tokenizer_of
 from mst_train.data.checked import CheckedArray
@@ -225,7 +225,7 @@ def verify(folder: Path) -> Iterator[str]:
     manifest = read_manifest(folder)
     tokenizer_of(folder, manifest)
     advice = "restore it from a copy, or delete it and prepare the data again, which makes it anew"
-    for shard in tqdm(manifest.shards, desc="verifying", unit=" shards", disable=None):
+    for shard in bar(manifest.shards, desc="verifying", unit=" shards", disable=None):
         for suffix in (TOKENS, OFFSETS):
             path = inside(folder, shard.name + suffix)
             try:

@@ -5,7 +5,7 @@ import sys
 import time
 from typing import Self
 
-from tqdm import tqdm
+from mst_train.bar import bar
 
 LOG_SECONDS = 60.0
 
@@ -23,7 +23,7 @@ class Rate:
         self._name, self._size = name, size
         self._first = self._done = done
         self._start = self._logged = time.monotonic()
-        self._bar = tqdm(
+        self._bar = bar(
             desc=f"tokenising {name}",
             total=size or None,
             initial=done,

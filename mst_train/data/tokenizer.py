@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import sentencepiece
 from numpy.typing import NDArray
 
 from mst_train.data.pieces import after_newline, between_words, cores
@@ -141,6 +140,8 @@ class Tokenizer(TextTokenizer):
             UserError: not a sentencepiece model, or one without an end-of-sequence id.
         """
         try:
+            import sentencepiece  # measurements on random tokens do without
+
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             vocab_size: int = self._processor.vocab_size()
             if vocab_size == 0:
@@ -260,6 +261,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     model = io.BytesIO()
     try:
+        import sentencepiece
+
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(part.replace(_RESERVED, " ") for part in sample(documents)),
             model_writer=model,

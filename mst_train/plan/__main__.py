@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mst_train.cli.command import has_expandable_segments, run_command
 from mst_train.config import AUTO
 from mst_train.files import expanded, make_folder
+from mst_train.units import GIB
 
 if TYPE_CHECKING:
     from mst_train.plan.config import PlanConfig
@@ -52,21 +53,19 @@ def _run(arguments: list[str]) -> int:
 
 def _plan(config: "PlanConfig") -> tuple[dict[str, Any], str]:
     """The report and what to show of it."""
-    from tqdm import tqdm
-
+    from mst_train.bar import bar as new_bar
     from mst_train.memory.simulate import with_length
     from mst_train.plan.before import announce
     from mst_train.plan.choose import choose, longest, over_lengths
     from mst_train.plan.config import configured_target
     from mst_train.plan.predict import predict, with_reserved
-    from mst_train.plan.show import gib, render
 
     target = configured_target(config)
     if config.plan.sweep:
         make_folder(expanded(config.plan.dir), "plan.dir")
     announce(with_length(config, max(config.plan.sweep, default=config.data.sequence_length)))
     notes: list[str] = []
-    with tqdm(desc="predicting", unit=" step", leave=False, disable=None) as bar:
+    with new_bar(desc="predicting", unit=" step", leave=False, disable=None) as bar:
 
         def advance(what: str) -> None:
             bar.set_postfix_str(what)
@@ -92,9 +91,13 @@ def _plan(config: "PlanConfig") -> tuple[dict[str, Any], str]:
         report["max_sequence_length"] = best.config.data.sequence_length if best else 0
         note = "No sequence of 1,024 tokens or more fits"
         if best:
-            length, peak = report["max_sequence_length"], gib(best.simulation.peak_bytes)
-            note = f"The longest sequence that fits: {length:,} tokens ({peak})"
+            length, peak = report["max_sequence_length"], best.simulation.peak_bytes / GIB
+            note = f"The longest sequence that fits: {length:,} tokens ({peak:.2f} GiB)"
         notes += ["", note]
+    if config.plan.output == "json":
+        return report, ""
+    from mst_train.plan.show import render
+
     return report, render(predictions, notes)
 
 
