@@ -10,8 +10,7 @@ from mst_train.errors import UserError
 from mst_train.memory.devices import device_bytes, this_device
 from mst_train.model.flops import parameter_count
 from mst_train.plan.choose import choose, describe
-from mst_train.plan.predict import Prediction, Target, make_target, predict
-from mst_train.plan.show import LABELS
+from mst_train.plan.predict import LABELS, Prediction, Target, make_target, predict
 from mst_train.units import GIB
 
 log = logging.getLogger(__name__)

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mst_train.plan.predict import Prediction
-from mst_train.plan.show import LABELS
+from mst_train.plan.predict import LABELS, Prediction
 from mst_train.units import GIB
 
 COLORS = {

@@ -19,6 +19,18 @@ from mst_train.precision import weight_type
 from mst_train.rendezvous.dist_env import local_world_size
 from mst_train.units import GIB
 
+LABELS = {
+    "parameters": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer states",
+    "checkpoints": "kept activations",
+    "working_set": "one block's work",
+    "head": "LM head and loss",
+    "other": "other",
+    "overhead": "context, workspace, allocator",
+}
+"""The parts of a peak, in words."""
+
 
 @dataclass(frozen=True)
 class Target:

@@ -10,19 +10,9 @@ from rich.text import Text
 
 from mst_train.memory.tracker import KINDS
 from mst_train.plan.choose import describe
-from mst_train.plan.predict import Prediction
+from mst_train.plan.predict import LABELS, Prediction
 from mst_train.units import GIB
 
-LABELS = {
-    "parameters": "weights",
-    "gradients": "gradients",
-    "optimizer": "optimizer states",
-    "checkpoints": "kept activations",
-    "working_set": "one block's work",
-    "head": "LM head and loss",
-    "other": "other",
-    "overhead": "context, workspace, allocator",
-}
 COLUMNS = ("tokens", "peak", "", "host", "step", "tokens/s", "settings")
 _BAR = 28
 

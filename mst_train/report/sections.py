@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from mst_train.memory.tracker import KINDS
-from mst_train.plan.show import LABELS, duration, short_length
+from mst_train.plan.predict import LABELS
+from mst_train.plan.show import duration, short_length
 from mst_train.report.charts import (
     INK,
     LINES,
