@@ -25,10 +25,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = "mst_train.bench"
 LLAMA3_8B = ("model.num_layers=32", "optimizer=in_backward", "bench.optimizer=true")
+FOUR_LAYERS = ("model.num_layers=4", "memory.device_budget_gib=24")
+"""The longest sequence is some 110K tokens then, and a step some five seconds."""
+ON_THE_HOST = (
+    *("model.num_layers=16", "precision=bf16_master"),
+    *("optimizer.offload=host", "optimizer.in_backward=false"),
+)
 SMALL = (
     *("model.vocab_size=128", "model.hidden_size=32", "model.intermediate_size=64"),
     *("model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2"),
-    *("bench.lengths=[48]", "bench.repetitions=1"),
+    *("bench.lengths=[48]", "bench.repetitions=1", "memory.device_budget_gib=0.004"),
 )
 
 
@@ -57,7 +63,9 @@ PIECES = (
     Piece("policies", BENCH, ("+bench=step_gpu", "bench.lengths=[16384]"), 60),
     Piece("peers", BENCH, ("+bench=peers_gpu", "bench.repetitions=3"), 90),
     step("offload", 81920, "mst_offload", 110, "memory.host_budget_gib=100"),
+    Piece("longest", BENCH, ("+bench=max_sequence_gpu", *FOUR_LAYERS, "bench.variants=[mst]"), 110),
     Piece("systems", BENCH, ("+bench=systems_gpu", "bench.lengths=[16384]"), 90),
+    step("host_optimizer", 16384, "mst", 110, *ON_THE_HOST),
 )
 
 
@@ -135,7 +143,7 @@ def predicted(row: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
     policy, _, rest = row["variant"].partition("_")
     asked = [
         *("model=llama3_8b", "precision=bf16"),  # as step_gpu has them
-        *(a for a in arguments if a.startswith(("model.", "optimizer=", "kernel."))),
+        *(a for a in arguments if a.startswith(("model.", "optimizer", "kernel.", "precision="))),
         f"data.sequence_length={row['tokens']}",
         f"memory.policy={policy}",
         f"memory.keep_attention={str(rest != 'without_keeping').lower()}",
