@@ -84,14 +84,22 @@ def on_cpu(given_up):
     return offloaded_steps(torch.clone, mst_train.mst.offload.Offload(CPU), given_up)
 
 
-def offload_test(module, problem=0):
-    def test(schedule, given_up):
+def late_test(steps, on_cpu, problem=0):
+    """That ``steps(gpu, program)`` come to the CPU's numbers, however late work is done."""
+
+    def test(schedule, program):
         with LateGpu(schedule, problem) as gpu:
-            found = offloaded_steps(gpu.tensor, module.Offload(CUDA), given_up)
-            assert all(map(torch.equal, found, on_cpu(given_up)))
+            assert all(map(torch.equal, steps(gpu, program), on_cpu(program)))
             assert not gpu.cudart.locked
 
     return test
+
+
+def offload_test(module, problem=0):
+    def steps(gpu, given_up):
+        return offloaded_steps(gpu.tensor, module.Offload(CUDA), given_up)
+
+    return late_test(steps, on_cpu, problem)
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
@@ -204,13 +212,10 @@ def hosted_on_cpu(steps):
 
 
 def hosted_test(module, problem=0):
-    def test(schedule, steps):
-        with LateGpu(schedule, problem) as gpu:
-            found = hosted_steps(module, gpu.tensor, steps)
-            assert all(map(torch.equal, found, hosted_on_cpu(steps)))
-            assert not gpu.cudart.locked
+    def steps(gpu, given):
+        return hosted_steps(module, gpu.tensor, given)
 
-    return test
+    return late_test(steps, hosted_on_cpu, problem)
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)

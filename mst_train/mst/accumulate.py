@@ -11,8 +11,6 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-HALF = (torch.bfloat16, torch.float16)
-
 _simulated: ContextVar[str | None] = ContextVar("simulated_device", default=None)
 
 
@@ -69,7 +67,8 @@ class WeightGradient:
         self.needed = needed
         self._weight = weight
         self._several = several
-        self._dtype = torch.float32 if several and weight.dtype in HALF else weight.dtype
+        low_precision = weight.dtype in (torch.bfloat16, torch.float16)
+        self._dtype = torch.float32 if several and low_precision else weight.dtype
         self._total: Tensor | None = None
 
     def add(self, gradient: Tensor) -> None:

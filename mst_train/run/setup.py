@@ -142,8 +142,10 @@ def set_up(start: Start) -> SetUp:
             weights, states = load_weights(checkpoint, model), load_states(checkpoint, model)
     if checkpoint is not None:
         if start.origin is not None and not config.run.init_optimizer:
-            masters = ("master",)
-            states = {n: {k: s[k] for k in masters if k in s} for n, s in states.items()}
+            states = {
+                name: {key: t for key, t in state.items() if key == "master"}
+                for name, state in states.items()
+            }
         engine.load(weights, states)
     if start.checkpoint is not None:
         with together(patient):
