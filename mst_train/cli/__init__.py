@@ -4,6 +4,8 @@ command        what all commands share: errors, exit statuses, logging
 signals        SIGTERM and SIGUSR1, which ask a run to stop, and Ctrl-C
 compose        a command line -> a checked configuration; the one place that knows Hydra
 settings       whether a value fits its setting
+run_name       what a run is called that is given no name
+reference      what each setting means, for --help and docs/settings.md
 config_files   what is wrong with a configuration file, by line
 pretrained     the settings of a run that starts from a Hugging Face checkpoint
 """

@@ -17,17 +17,31 @@ from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mst_train.cli.config_files import DEEPEST, file_problems
+from mst_train.cli.run_name import run_name
 from mst_train.cli.settings import Schema, Settings, nested, shown
-from mst_train.config import Config, validate
+from mst_train.config import AUTO, Config, validate
 from mst_train.errors import UserError
 
 log = logging.getLogger(__name__)
 
 DEFAULT_EXPERIMENT = "tiny"
+
+NAMING = (
+    "experiment",
+    "bench",
+    "model",
+    "model.from_pretrained",
+    "data",
+    "data.source",
+    "data.mixture",
+    "run.init_from",
+    "run.resume",
+)
+"""What says what is trained: with one of these it is not the default experiment."""
 
 COMMANDS = ("bench", "plan", "prepare", "report")
 """The groups of settings that commands have beside those of a run, each the one of its name."""
@@ -63,7 +77,7 @@ def compose_as(
     Args:
         schema: Config or a class of it with that group. Groups of other commands are left out, with
             a warning where the arguments set them.
-        arguments: without a ``+experiment=NAME`` or ``+bench=NAME`` among them, it is the
+        arguments: where none of them names an experiment, a model, data or a checkpoint, it is the
             experiment "tiny".
         rules: what is wrong with the group.
 
@@ -73,21 +87,29 @@ def compose_as(
     folder = config_folder()
     settings = Settings(schema)
     given, problems = _read(folder, settings, _heeded(arguments, settings))
-    if not any(argument.key in ("experiment", "bench") for argument in given):
+    typed = {key: value for a in given for key, value in settings.flat({a.key: a.value})}
+    if not any(typed.get(key) not in (None, AUTO, "never") for key in NAMING):
         given.insert(0, _Argument.choice("experiment", DEFAULT_EXPERIMENT))
     files = ["config", *(f"{argument.key}/{argument.value}" for argument in given if argument.file)]
     broken = [line for file in files for line in file_problems(folder, file, _misread)]
     if broken:
         raise UserError([*problems, *broken])
     try:
-        tree = _compose_tree(folder, [argument.hydra for argument in given])
+        tree, chosen = _compose_tree(folder, [argument.hydra for argument in given])
     except UserError as error:
         raise UserError([*problems, *error.problems]) from error
     tree = {
         name: part for name, part in tree.items() if name not in COMMANDS or settings.is_group(name)
     }
+    problems += [
+        f"{key} has to be given: {key}=VALUE"
+        for key, value in settings.flat(tree)
+        if value == MISSING
+    ]
+    run = tree.setdefault("run", {})
+    if isinstance(run, dict):
+        run.setdefault("name", run_name(tree, chosen, typed))
     given_values, _ = _resolved(tree, settings, problems)
-    typed = {key for a in given for key, _ in settings.flat({a.key: a.value})}
     steps, tokens = (given_values.get(f"train.{name}") for name in ("steps", "tokens"))
     if "train.steps" in typed and tokens is not None:
         problems.append(
@@ -247,11 +269,14 @@ def _levels(text: str) -> int:
     return deepest
 
 
-def _compose_tree(folder: Path, overrides: list[str]) -> Any:
+def _compose_tree(folder: Path, overrides: list[str]) -> tuple[Any, dict[str, str]]:
+    """The settings, and the file of each group that they come from."""
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
-            config = hydra_compose("config", overrides)
-        return OmegaConf.to_container(config)
+            config = hydra_compose("config", overrides, return_hydra_config=True)
+        chosen = OmegaConf.select(config, "hydra.runtime.choices")
+        groups = [str(group) for group in config if group != "hydra"]
+        return OmegaConf.to_container(OmegaConf.masked_copy(config, groups)), dict(chosen)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         # ValueError is Hydra's for a list of defaults that it cannot read.
         raise UserError(f"{', '.join(overrides)}: {_first_line(error)}") from error

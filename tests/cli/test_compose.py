@@ -52,9 +52,9 @@ def test_without_arguments_it_is_the_tiny_experiment():
 )
 def test_every_group_has_choices_that_compose(group):
     assert choices(group)
-    heads_for_all = ["model=llama3_8b"] if group == "parallel" else []
+    others = {"parallel": ["model=llama3_8b"], "experiment": ["model.from_pretrained=null"]}
     for name in choices(group):
-        compose([f"{group}={name}", *heads_for_all])
+        compose([f"{group}={name}", *others.get(group, [])])
 
 
 def test_the_paper_experiment():

@@ -27,6 +27,7 @@ TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MUL
 PLACEHOLDERS = {  # what a page leaves to its reader, and something to compose with
     "+bench=NAME": "+bench=step",
     "+experiment=NAME": "+experiment=tiny",
+    "+experiment=continue_pretraining": "+experiment=tiny",  # which needs a checkpoint
     "model.from_pretrained=FOLDER": "model.rope_scaling.original_length=8192",
     "...": "run.name=other",
     "PIECE": "longest",
@@ -61,10 +62,10 @@ def arguments(words):
     """A command's arguments, without what its reader may add ([key=value ...])."""
     kept = []
     for word in words:
-        if word.startswith("[") or word in ("||", "&&", ";", "|"):
+        if word.startswith("[") or word in ("||", "&&", ";", "|", "--help"):
             break
         kept.append(PLACEHOLDERS.get(word, word))
-    return tuple(word for word in kept if word not in ("--help", "--config"))
+    return tuple(word for word in kept if word != "--config")
 
 
 @functools.cache

@@ -1,0 +1,58 @@
+"""What a run is called that is given no name: what it is, so that two do not meet in one folder."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mst_train.config import AUTO, lookup
+
+LONGEST = 100
+
+
+def run_name(tree: Mapping[str, Any], chosen: Mapping[str, str], given: Mapping[str, Any]) -> str:
+    """The name, of characters that every file system has.
+
+    Args:
+        tree: groups of settings.
+        chosen: the file of each group that is chosen, such as "model".
+        given: settings that were typed, by their keys.
+
+    An experiment gives its own, and that of a checkpoint which it starts from; without one, the
+    model's and the data's. What it goes on from, where that was typed, stands at the end.
+    """
+    name = "-".join(filter(None, map(_plain, _parts(tree, chosen, given))))
+    return name[:LONGEST] or "run"
+
+
+def _parts(
+    tree: Mapping[str, Any], chosen: Mapping[str, str], given: Mapping[str, Any]
+) -> Iterator[str]:
+    experiment = chosen.get("experiment")
+    pretrained = given.get("model.from_pretrained")
+    if experiment is not None:
+        yield experiment
+        yield _last(pretrained)
+    else:
+        yield _last(pretrained) or chosen.get("model", "")
+        mixture = lookup(dict(tree), "data.mixture") or [lookup(dict(tree), "data")]
+        for part in mixture if isinstance(mixture, list) else []:
+            yield _last(part.get("source") if isinstance(part, dict) else None)
+    for key in ("run.init_from", "run.resume"):
+        if given.get(key) not in (None, AUTO, "never"):
+            yield f"from-{_last(given[key])}"
+
+
+def _last(path: Any) -> str:
+    """The last part of a path that is a name: no pattern, and no folder of checkpoints."""
+    if not isinstance(path, str) or not path.strip():
+        return ""
+    parts = [part for part in Path(path).absolute().parts[1:] if not set(part) & set("*?[")]
+    if parts[-2:-1] == ["checkpoints"]:
+        del parts[-2]
+        return "-".join(parts[-2:])
+    return parts[-1] if parts else ""
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", name, flags=re.ASCII).strip("-.")
