@@ -1,21 +1,33 @@
 """python -m mst_train [+experiment=NAME] [key=value ...]: train."""
 
 import sys
+import textwrap
+from importlib.util import find_spec
 
+from mst_train import __version__
 from mst_train.cli.command import run_command
+from mst_train.errors import UserError
 from mst_train.rendezvous.dist_env import rank
 
 HELP = """\
 python -m mst_train [+experiment=NAME] [GROUP=NAME ...] [key=value ...]
 
 Trains a language model. With no arguments: a small one on Python's own source files.
-  --help     this page
-  --config   print the configuration that the arguments make, and stop
+  --help [GROUP]   this page, or a group of settings alone, such as optimizer
+  --config         print the configuration that the arguments make, and stop
+  --version        print the version, and stop
 
-{groups}
+Other commands, python -m mst_train.NAME, each with its own --help:
+  {commands}
 
-Settings and their defaults:
+Files of settings, GROUP=NAME; +experiment=NAME and +bench=NAME set those of several groups:
+{files}
+
+Settings, key=VALUE, with their defaults:
+
 {settings}"""
+
+COMMANDS = ("plan", "prepare", "evaluate", "report", "export", "bench")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +40,10 @@ def _run(arguments: list[str]) -> int:
     from mst_train.cli.compose import compose, describe
 
     if "--help" in arguments or "-h" in arguments:
-        print(_help())
+        print(_help([a for a in arguments if a not in ("--help", "-h")]))
+        return 0
+    if "--version" in arguments:
+        print(f"mst_train {__version__}")
         return 0
     config = compose([a for a in arguments if a != "--config"])
     if "--config" in arguments:
@@ -50,17 +65,31 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _help() -> str:
-    from mst_train.cli.compose import choices, config_folder, describe
+def _help(groups: list[str]) -> str:
+    from mst_train.cli.compose import choices, config_folder
+    from mst_train.cli.reference import as_text, titles
     from mst_train.config import Config
 
-    groups = "\n".join(
-        f"  {path.name:<11} {', '.join(choices(path.name))}"
+    known = [group for group in titles(Config) if group]
+    for group in groups:
+        if group not in known:
+            raise UserError(f"--help {group}: there are {', '.join(known)}")
+    if groups:
+        return "\n\n".join(as_text(Config, group) for group in groups)
+    files = [
+        textwrap.fill(
+            ", ".join(choices(path.name)),
+            100,
+            initial_indent=f"  {path.name:<11} ",
+            subsequent_indent=" " * 14,
+            break_on_hyphens=False,
+        )
         for path in sorted(config_folder().iterdir())
         if path.is_dir()
-    )
-    settings = "\n".join(f"  {line}" for line in describe(Config()).splitlines())
-    return HELP.format(groups=f"Groups:\n{groups}", settings=settings)
+    ]
+    made = [name for name in COMMANDS if find_spec(f"mst_train.{name}")]
+    settings = as_text(Config)
+    return HELP.format(commands=", ".join(made), files="\n".join(files), settings=settings)
 
 
 if __name__ == "__main__":

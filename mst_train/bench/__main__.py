@@ -24,7 +24,8 @@ Measures, and writes results.json, results.md and results.png to bench.dir.
 Benches: {benches}
 {about}
 
-Settings of a bench and their defaults; all settings of training hold too:
+Settings; those of training (python -m mst_train --help) hold too:
+
 {settings}"""
 
 ABOUT = """\
@@ -44,10 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     from mst_train.bench.config import BenchConfig, read
     from mst_train.cli.compose import choices, describe
+    from mst_train.cli.reference import as_text
 
     if "--help" in arguments or "-h" in arguments:
-        settings = describe(BenchConfig()).partition("\nbench:\n")[2].rstrip()
-        print(HELP.format(benches=", ".join(choices("bench")), about=ABOUT, settings=settings))
+        settings, benches = as_text(BenchConfig, "bench"), ", ".join(choices("bench"))
+        print(HELP.format(benches=benches, about=ABOUT, settings=settings))
         return 0
     config = read([a for a in arguments if a != "--config"])
     if "--config" in arguments:

@@ -5,32 +5,34 @@ from dataclasses import dataclass, field
 
 from mst_train.cli.compose import compose_as
 from mst_train.config import Config
-from mst_train.config.rules import at_least, one_of
-from mst_train.config.schema import MOST_PROCESSES, MOST_TOKENS
+from mst_train.config.rules import at_least
+from mst_train.config.schema import MOST_PROCESSES, MOST_TOKENS, choice
 
 BENCHES = ("none", "step", "systems", "peers", "short", "max_sequence")
-OUTPUTS = ("table", "json")
 
 
 @dataclass(frozen=True)
 class BenchSettings:
     """What python -m mst_train.bench measures; dimensions and type are the model's settings."""
 
-    kind: str = "none"
+    kind: str = choice("none", BENCHES)
     """step: memory policies. systems: other implementations of whole steps. peers: other
     implementations of the head and the MLP. short: what the method costs where it is not needed.
     max_sequence: the longest sequences that fit, and what was predicted."""
     name: str = "${bench.kind}"
+    """What the results are called."""
     dir: str = "runs/bench/${bench.name}"
-    output: str = "table"
+    """The folder that results are written to."""
+    output: str = choice("table", ("table", "json"))
     """What is printed. table: a readable one. json: one JSON object."""
     lengths: list[int] = field(default_factory=list)
-    """Tokens in a sequence (peers: tokens), each measured; none: data.sequence_length."""
+    """Tokens in a sequence (peers: tokens), each measured; empty: data.sequence_length."""
     variants: list[str] = field(default_factory=list)
-    """What to compare, by the names in the results; none: everything."""
+    """What to compare, by the names in the results; empty: everything."""
     repetitions: int = 3
+    """Measurements of each, of which the median counts."""
     threads: int | None = None
-    """CPU threads; none: torch's choice."""
+    """CPU threads; null: torch's choice."""
     optimizer: bool = False
     """Make AdamW's step (at a learning rate of zero) part of the step."""
     loss_tile_mib: int = 1024
@@ -49,8 +51,6 @@ def read(arguments: Sequence[str]) -> BenchConfig:
 
 def _problems(config: BenchConfig) -> Iterator[str]:
     bench = config.bench
-    yield from one_of("bench.kind", bench.kind, BENCHES)
-    yield from one_of("bench.output", bench.output, OUTPUTS)
     yield from at_least("bench.repetitions", bench.repetitions, 1)
     yield from at_least("bench.loss_tile_mib", bench.loss_tile_mib, 1)
     if bench.threads is not None:

@@ -2,34 +2,16 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from mst_train.config.schema import (
-    ACTIVATIONS,
-    ATTENTION_BACKENDS,
-    ATTENTION_SPANS,
     AUTO,
-    BAD_STEPS,
-    DATA_ATTENTIONS,
-    DATA_DOCUMENTS,
     DECIDED,
-    KERNEL_BACKENDS,
     LONGEST_PROJECT,
     MOST_MINUTES,
     MOST_TOKENS,
-    NORM_PLACEMENTS,
     NOT_IN_PROJECTS,
-    OFFLOADS,
-    PACKINGS,
-    POLICIES,
-    PRECISIONS,
-    QK_NORMS,
-    ROPE_SCALINGS,
-    SCHEDULES,
-    WANDB_ARTIFACTS,
-    WANDB_MODES,
-    ZERO_STAGES,
     Config,
     DataConfig,
     MemoryConfig,
@@ -44,8 +26,9 @@ from mst_train.config.schema import (
 
 def validate(config: Config) -> list[str]:
     """Every problem of a configuration, one line each; an empty list where there is none."""
-    return [
+    problems = [
         *_empty_texts("", asdict(config)),
+        *choice_problems(config),
         *_run_problems(config),
         *model_problems(config.model),
         *_data_problems(config.data),
@@ -56,6 +39,21 @@ def validate(config: Config) -> list[str]:
         *_parallel_problems(config),
         *_evaluation_problems(config),
     ]
+    return list(dict.fromkeys(problems))
+
+
+def choice_problems(section: Any, prefix: str = "") -> Iterator[str]:
+    """Settings of a group, and of those in it, that are none of their choices."""
+    for setting in fields(section):
+        key, value = prefix + setting.name, getattr(section, setting.name)
+        if is_dataclass(value):
+            yield from choice_problems(value, f"{key}.")
+        choices = setting.metadata.get("choices")
+        if choices is None:
+            continue
+        for item in dict.fromkeys(value if isinstance(value, list) else [value]):
+            if item not in choices:
+                yield f"{key}={item} is not one of {', '.join(map(str, choices))}"
 
 
 def _empty_texts(key: str, value: Any) -> Iterator[str]:
@@ -72,12 +70,7 @@ def _empty_texts(key: str, value: Any) -> Iterator[str]:
 
 def _run_problems(config: Config) -> Iterator[str]:
     train, checkpoint = config.train, config.checkpoint
-    yield from one_of("precision", config.precision, PRECISIONS)
-    yield from one_of("kernel.attention", config.kernel.attention, ATTENTION_BACKENDS)
-    yield from one_of("kernel.backend", config.kernel.backend, KERNEL_BACKENDS)
-    yield from one_of("logging.wandb.mode", config.logging.wandb.mode, WANDB_MODES)
     yield from _project_problems(config.logging.wandb)
-    yield from one_of("logging.wandb.artifacts", config.logging.wandb.artifacts, WANDB_ARTIFACTS)
     if config.run.init_from is not None and config.run.resume not in (AUTO, "never"):
         yield (
             f"run.resume={config.run.resume} continues a run and run.init_from="
@@ -99,7 +92,6 @@ def _run_problems(config: Config) -> Iterator[str]:
         )
     yield from at_least("train.eval_every", train.eval_every, 0)
     yield from at_least("train.eval_sequences", train.eval_sequences, 1)
-    yield from one_of("train.bad_step", train.bad_step, BAD_STEPS)
     yield from at_least("train.max_skipped_steps", train.max_skipped_steps, 1)
     yield from at_least("train.spike_window", train.spike_window, 1)
     if train.spike_factor is not None and not 1 < train.spike_factor < 1e12:
@@ -133,12 +125,10 @@ def model_problems(model: ModelConfig) -> Iterator[str]:
     }
     problems = [line for name, size in sizes.items() for line in at_least(f"model.{name}", size, 1)]
     yield from problems
+    yield from choice_problems(model, "model.")
     yield from _positive("model.rope_theta", model.rope_theta)
     yield from _positive("model.norm_epsilon", model.norm_epsilon)
     yield from _positive("model.initializer_std", model.initializer_std)
-    yield from one_of("model.activation", model.activation, ACTIVATIONS)
-    yield from one_of("model.norm_placement", model.norm_placement, NORM_PLACEMENTS)
-    yield from one_of("model.qk_norm", model.qk_norm, QK_NORMS)
     for name in ("attention_scale", "attention_softcap", "logit_softcap"):
         value = getattr(model, name)
         if value is not None:
@@ -179,8 +169,6 @@ def _window_problems(model: ModelConfig) -> Iterator[str]:
             "model.sliding_window_pattern is empty: list sliding and full, as the first layers "
             "have them"
         )
-    for span in dict.fromkeys(pattern):
-        yield from one_of("model.sliding_window_pattern", span, ATTENTION_SPANS)
     if model.sliding_window is not None:
         yield from at_least("model.sliding_window", model.sliding_window, 1)
         if pattern and "sliding" not in pattern:
@@ -192,7 +180,6 @@ def _window_problems(model: ModelConfig) -> Iterator[str]:
 
 def _rope_scaling_problems(scaling: RopeScalingConfig) -> Iterator[str]:
     key = "model.rope_scaling"
-    yield from one_of(f"{key}.type", scaling.type, ROPE_SCALINGS)
     if not 1 <= scaling.factor < 1e6:
         yield f"{key}.factor={scaling.factor} must be at least 1 and below 10^6"
     elif scaling.type == "none" and scaling.factor != 1:
@@ -226,9 +213,6 @@ def _rope_scaling_problems(scaling: RopeScalingConfig) -> Iterator[str]:
 def _data_problems(data: DataConfig) -> Iterator[str]:
     yield from at_least("data.sequence_length", data.sequence_length, 1)
     yield from at_least("data.tokenizer_vocab_size", data.tokenizer_vocab_size, 300, 2**31 - 1)
-    yield from one_of("data.attention", data.attention, DATA_ATTENTIONS)
-    yield from one_of("data.documents", data.documents, DATA_DOCUMENTS)
-    yield from one_of("data.packing", data.packing, PACKINGS)
     if not 0 <= data.validation_fraction < 1:
         yield (
             f"data.validation_fraction={data.validation_fraction} must be at least 0 and below 1 "
@@ -244,14 +228,12 @@ def _mixture_problems(mixture: Sequence[MixtureConfig]) -> Iterator[str]:
 
 
 def _memory_problems(memory: MemoryConfig) -> Iterator[str]:
-    yield from one_of("memory.policy", memory.policy, POLICIES)
     for name in ("mlp_chunk_tokens", "head_chunk_tokens", "block_chunk_tokens"):
         tokens = getattr(memory, name)
         if isinstance(tokens, str) and tokens != AUTO:
             yield f"memory.{name}={tokens} must be a number of tokens, at least 1, or {AUTO}"
         elif isinstance(tokens, int):
             yield from at_least(f"memory.{name}", tokens, 1)
-    yield from one_of("memory.offload", memory.offload, OFFLOADS)
     if memory.offload != "none" and memory.policy not in ("mst", AUTO):
         yield (
             f"memory.offload={memory.offload} works with memory.policy=mst alone, and it is "
@@ -266,7 +248,6 @@ def _memory_problems(memory: MemoryConfig) -> Iterator[str]:
 def _optimizer_problems(optimizer: OptimizerConfig) -> Iterator[str]:
     yield from _positive("optimizer.learning_rate", optimizer.learning_rate)
     yield from _positive("optimizer.epsilon", optimizer.epsilon)
-    yield from one_of("optimizer.schedule", optimizer.schedule, SCHEDULES)
     yield from at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0)
     if optimizer.decay_steps is not None:
         yield from at_least("optimizer.decay_steps", optimizer.decay_steps, 1)
@@ -294,7 +275,6 @@ def _parallel_problems(config: Config) -> Iterator[str]:
     parallel = config.parallel
     degree = parallel.sequence_parallel
     yield from at_least("parallel.sequence_parallel", degree, 1)
-    yield from one_of("parallel.zero_stage", parallel.zero_stage, ZERO_STAGES)
     if not 0 < parallel.timeout_minutes <= MOST_MINUTES:
         yield (
             f"parallel.timeout_minutes={parallel.timeout_minutes} must be greater than 0 and at "
@@ -343,7 +323,6 @@ def _evaluation_problems(config: Config) -> Iterator[str]:
 def _update_problems(config: Config) -> Iterator[str]:
     """Where and when weights are updated, against what else is asked for."""
     optimizer, accumulation_steps = config.optimizer, config.train.accumulation_steps
-    yield from one_of("optimizer.offload", optimizer.offload, OFFLOADS)
     if optimizer.in_backward and optimizer.max_grad_norm is not None:
         yield (
             f"optimizer.in_backward=true updates weights before the gradient's global norm is "
@@ -366,11 +345,6 @@ def _update_problems(config: Config) -> Iterator[str]:
             "optimizer.offload=host keeps fp32 weights and states on the host, and precision=bf16 "
             "asks for bf16: set precision=bf16_master or optimizer.offload=none"
         )
-
-
-def one_of(key: str, value: object, choices: Sequence[object]) -> Iterator[str]:
-    if value not in choices:
-        yield f"{key}={value} is not one of {', '.join(map(str, choices))}"
 
 
 def at_least(key: str, value: int, smallest: int, largest: int | None = None) -> Iterator[str]:

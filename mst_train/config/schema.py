@@ -5,7 +5,7 @@ experiments. Nothing outside the standard library is imported here, so that ever
 project can.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +23,9 @@ ATTENTION_BACKENDS = (
     "sdpa",
     "reference",
 )
-KERNEL_BACKENDS = ("auto", "triton", "torch")
 ACTIVATIONS = ("silu", "gelu_tanh")
 NORM_PLACEMENTS = ("before", "around", "after")
 QK_NORMS = ("none", "head", "projection")
-ATTENTION_SPANS = ("sliding", "full")
-ROPE_SCALINGS = ("none", "linear", "ntk", "yarn", "llama3")
 DECIDED = {
     "train_batch_size": "train.micro_batch_size and train.accumulation_steps",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -45,14 +42,6 @@ DECIDED = {
 """DeepSpeed's settings that would change a step's result, or have a setting of ours."""
 
 OFFLOADS = ("none", "host")
-SCHEDULES = ("cosine", "wsd", "constant")
-DATA_ATTENTIONS = ("stream", "documents")
-DATA_DOCUMENTS = ("file", "repository")
-PACKINGS = ("stream", "best_fit")
-WANDB_MODES = ("offline", "online", "disabled")
-BAD_STEPS = ("stop", "skip")
-WANDB_ARTIFACTS = ("none", "last", "all")
-ZERO_STAGES = (0, 1, 2, 3)
 AUTO = "auto"
 MOST_TOKENS = 2**31
 """In a step: one process holds their ids on the host, and kernels count them in 32 bits."""
@@ -68,12 +57,20 @@ MOST_PROCESSES = 4096
 """And threads: more than any machine has cores."""
 
 
+def choice(default: Any, choices: Sequence[Any]) -> Any:
+    """A setting that has one of a few values."""
+    return field(default=default, metadata={"choices": choices})
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run lives and whether it continues what is there."""
 
-    name: str = "tiny"
+    name: str = "run"
+    """What the run is called. Where it is not given: as the experiment and the checkpoint that it
+    starts from, or as the model and the data."""
     dir: str = "runs/${run.name}"
+    """The folder of everything that the run writes."""
     resume: str = AUTO
     """auto: continue from the newest whole checkpoint, if any. never: refuse a used folder.
     Anything else: a checkpoint folder, or a run's folder, to start from where run.dir has no
@@ -88,11 +85,15 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """How long a run is and what a step is."""
+
     steps: int = 1000
+    """Optimizer steps in the whole run."""
     tokens: int | None = None
-    """The run's length in tokens, rounded up to whole steps, in place of steps; none: steps
+    """The run's length in tokens, rounded up to whole steps, in place of steps; null: steps
     count."""
     seed: int = 0
+    """Of the first weights and of the order of the data."""
     deterministic: bool = False
     """On a GPU too, the same numbers each time, to the last digit: sums in a fixed order, attention
     by the first kernel that works so. Slower: not yet measured. A CPU is so in any case."""
@@ -104,7 +105,7 @@ class TrainConfig:
     """Steps between validations; 0: never."""
     eval_sequences: int = 16
     """Validation sequences used each time (all of them where there are fewer)."""
-    bad_step: str = "stop"
+    bad_step: str = choice("stop", ("stop", "skip"))
     """What follows a bad step: a loss or gradient that is not finite, or a spike. stop: the run
     ends, with its weights as they were before the step. skip: the step is left out, its data are
     used up, and the weights stay as they were. With optimizer.in_backward a gradient that is not
@@ -113,7 +114,7 @@ class TrainConfig:
     """Bad steps in a row that are left out; at one more the run ends."""
     spike_factor: float | None = None
     """A step whose loss is above this multiple of the median of the last good steps' is a spike;
-    none: no step is."""
+    null: no step is."""
     spike_window: int = 50
     """Good steps whose losses that median is taken of; before there are so many, no step is a
     spike."""
@@ -133,23 +134,26 @@ class MixtureConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """What is read, and how it becomes sequences of tokens."""
+
     source: str = "stdlib"
     """stdlib (Python's own source files), a folder that mst_train.prepare has written, a folder or
     glob of .txt, .jsonl, .parquet and .idx files, or the name of a Hugging Face data set."""
     mixture: list[MixtureConfig] = field(default_factory=list)
-    """Several sources, drawn from by weight; none: data.source alone."""
+    """Several sources, drawn from by weight; empty: data.source alone."""
     sequence_length: int = 1024
-    packing: str = "stream"
+    """Tokens in a sequence."""
+    packing: str = choice("stream", ("stream", "best_fit"))
     """How documents fill sequences. stream: one after the other, cut where a sequence ends.
     best_fit: no document that fits into a sequence is cut; the rest of a sequence is padded."""
-    attention: str = "stream"
+    attention: str = choice("stream", ("stream", "documents"))
     """What a token in a packed sequence sees. stream: all that is before it, other documents too.
     documents: its own document alone, with positions from 0."""
     text_field: str = "text"
     """The field that holds a document in .jsonl, .parquet and data set rows."""
     text_suffixes: list[str] = field(default_factory=lambda: [".txt"])
     """Ends of the names of files that are text as they are (data=code: those of source code)."""
-    documents: str = "file"
+    documents: str = choice("file", ("file", "repository"))
     """What one document is where files are text. file: a file. repository: all files of a folder
     directly below data.source, one after the other, each after a line with its path."""
     split: str = "train"
@@ -159,23 +163,24 @@ class DataConfig:
     validation_fraction: float = 0.01
     """The share of the tokens that is held out for validation; 0: none."""
     tokenizer: str | None = None
-    """A sentencepiece .model file, a tokenizer.json, or a folder with one of them; none: one is
+    """A sentencepiece .model file, a tokenizer.json, or a folder with one of them; null: one is
     trained on the source, once."""
     tokenizer_vocab_size: int = 4096
     """The vocabulary of a tokenizer trained here."""
     cache_dir: str | None = None
-    """Where tokenizers and tokens are kept; none: mst_train in $XDG_CACHE_HOME or ~/.cache."""
+    """Where tokenizers and tokens are kept; null: mst_train in $XDG_CACHE_HOME or ~/.cache."""
 
 
 @dataclass(frozen=True)
 class RopeScalingConfig:
     """How rotary embeddings reach positions beyond those a model was trained on."""
 
-    type: str = "none"
-    """linear: all positions divided by the factor. ntk: theta raised, so that the slowest frequency
-    is divided by the factor and the fastest stays. yarn, llama3: slow frequencies divided by the
-    factor, fast ones kept, a ramp in between."""
+    type: str = choice("none", ("none", "linear", "ntk", "yarn", "llama3"))
+    """none: not at all. linear: all positions divided by the factor. ntk: theta raised, so that the
+    slowest frequency is divided by the factor and the fastest stays. yarn, llama3: slow frequencies
+    divided by the factor, fast ones kept, a ramp in between."""
     factor: float = 1.0
+    """How many times longer the sequences are than those of before."""
     original_length: int | None = None
     """yarn, llama3: the sequence length that the model was trained on before."""
     low_frequency_factor: float = 1.0
@@ -187,7 +192,7 @@ class RopeScalingConfig:
     beta_slow: float = 1.0
     """yarn: frequencies with fewer turns than this in original_length are divided by factor."""
     attention_factor: float | None = None
-    """yarn: multiplies cosines and sines; none: 0.1 ln(factor) + 1."""
+    """yarn: multiplies cosines and sines; null: 0.1 ln(factor) + 1."""
 
 
 @dataclass(frozen=True)
@@ -195,39 +200,51 @@ class ModelConfig:
     """The form of a decoder: Llama's where nothing else is said."""
 
     vocab_size: int = 4096
+    """Rows of the embedding and of the LM head: at least the tokenizer's ids."""
     hidden_size: int = 256
+    """Features of a token between layers."""
     intermediate_size: int = 704
+    """Features inside the MLP."""
     num_layers: int = 4
+    """Decoder blocks."""
     num_heads: int = 4
+    """Query heads."""
     num_kv_heads: int = 2
+    """Key and value heads, each for the same number of query heads."""
     head_size: int | None = None
-    """None: hidden_size / num_heads."""
+    """Features of a head; null: hidden_size / num_heads."""
     rope_theta: float = 10000.0
+    """The base of the rotary embeddings' frequencies."""
     norm_epsilon: float = 1e-5
+    """Added to the mean square inside a norm's root."""
     tie_embeddings: bool = False
+    """The LM head's weight is the embedding's."""
     initializer_std: float = 0.02
+    """The standard deviation of matrices at the start."""
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     max_positions: int | None = None
-    """The longest sequence the model is meant for, as exported checkpoints state it; none: not
+    """The longest sequence the model is meant for, as exported checkpoints state it; null: not
     known. It decides nothing here."""
     qkv_bias: bool = False
     """Biases in the query, key and value projections (Qwen2)."""
-    qk_norm: str = "none"
+    qk_norm: str = choice("none", QK_NORMS)
     """Norms of queries and keys before their rotation. head: each head by itself (Qwen3).
     projection: all heads of a token together (OLMo-2)."""
     sliding_window: int | None = None
-    """Tokens that a query sees, itself and the ones before it; none: all of them."""
-    sliding_window_pattern: list[str] = field(default_factory=lambda: ["sliding"])
+    """Tokens that a query sees, itself and the ones before it; null: all of them."""
+    sliding_window_pattern: list[str] = field(
+        default_factory=lambda: ["sliding"], metadata={"choices": ("sliding", "full")}
+    )
     """Which layers have the window, from the first on and repeated: sliding or full."""
     attention_scale: float | None = None
-    """What attention's scores are multiplied by; none: 1 / sqrt(head size)."""
+    """What attention's scores are multiplied by; null: 1 / sqrt(head size)."""
     attention_softcap: float | None = None
     """Bounds attention's scores: softcap * tanh(score / softcap) (Gemma-2)."""
     logit_softcap: float | None = None
     """Bounds the logits in the same way (Gemma-2)."""
-    activation: str = "silu"
+    activation: str = choice("silu", ACTIVATIONS)
     """The gate's in the MLP: silu, or gelu_tanh (Gemma)."""
-    norm_placement: str = "before"
+    norm_placement: str = choice("before", NORM_PLACEMENTS)
     """Where attention and MLP have their norms. before: on what they read (Llama). after: on their
     result, before it is added (OLMo-2). around: both (Gemma-2)."""
     norm_offset: bool = False
@@ -237,7 +254,7 @@ class ModelConfig:
     from_pretrained: str | None = None
     """A checkpoint in Hugging Face's format to start from (a folder, or owner/name on the Hub). All
     other settings of the model then are the checkpoint's, unless the command line has them, and so
-    is data.tokenizer; none: weights start at random."""
+    is data.tokenizer; null: weights start at random."""
 
     @property
     def head_dim(self) -> int:
@@ -252,22 +269,29 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    policy: str = "mst"
+    """What exists between forward and backward, and where."""
+
+    policy: str = choice("mst", POLICIES)
     """vanilla: keep every intermediate. recompute: keep each block's input, recompute the rest in
     the backward. mst: blocks and LM head in mini-sequences, and recompute only what is read. auto:
     the fastest of these that fits, as predicted, and with it keep_attention, offload and
     optimizer.in_backward."""
     mlp_chunk_tokens: int | str = AUTO
+    """Under mst, tokens of the MLP's mini-sequences where blocks are recomputed whole; auto: as
+    many as bound its intermediates."""
     head_chunk_tokens: int | str = AUTO
+    """Under mst, tokens of the LM head's and the loss's mini-sequences; auto: as many as bound the
+    logits."""
     block_chunk_tokens: int | str = AUTO
+    """Under mst, tokens of a block's mini-sequences; auto: as many as bound its intermediates."""
     keep_attention: bool = True
     """Under mst: keep attention's result and log-sum-exp rather than compute them again."""
-    offload: str = "none"
+    offload: str = choice("none", OFFLOADS)
     """Under mst, where the kept tensors wait. none: on the device. host: in host memory."""
     device_budget_gib: float | None = None
-    """Memory the run may use on its device; none: all of it."""
+    """Memory the run may use on its device, in GiB; null: all of it."""
     host_budget_gib: float | None = None
-    """Host memory that offload may take; none: no bound."""
+    """Host memory that offload may take, in GiB; null: no bound."""
 
 
 @dataclass(frozen=True)
@@ -276,9 +300,9 @@ class ParallelConfig:
 
     sequence_parallel: int = 1
     """Processes that share one sequence."""
-    zero_stage: int = 0
-    """What processes share out instead of holding a copy each. 1: optimizer states. 2: gradients
-    too. 3: weights too."""
+    zero_stage: int = choice(0, (0, 1, 2, 3))
+    """What processes share out instead of holding a copy each. 0: nothing. 1: optimizer states.
+    2: gradients too. 3: weights too."""
     timeout_minutes: float = 10
     """How long a process waits for another in a step before the run ends with an error."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -292,31 +316,38 @@ class OptimizerConfig:
 
     learning_rate: float = 3e-4
     """The highest."""
-    schedule: str = "cosine"
+    schedule: str = choice("cosine", ("cosine", "wsd", "constant"))
     """What follows a linear warm-up. cosine: half a cosine down to the last step. wsd (warm-up,
     stable, decay): constant, and a linear decay in the last steps. constant: as it is."""
     min_learning_rate_ratio: float = 0.1
     """The last step's learning rate, as a share of the highest, where the schedule has a decay."""
     warmup_steps: int = 100
+    """Steps in which the learning rate rises from zero, in a line."""
     decay_steps: int | None = None
-    """Under wsd, the steps of its decay; none: a tenth of the run's."""
+    """Under wsd, the steps of its decay; null: a tenth of the run's."""
     beta1: float = 0.9
+    """AdamW's decay of the mean of gradients."""
     beta2: float = 0.95
+    """AdamW's decay of the mean of their squares."""
     epsilon: float = 1e-8
+    """Added to the root of that mean."""
     weight_decay: float = 0.1
-    """Applied to matrices alone: one-dimensional parameters (norms, biases) have none."""
+    """What matrices lose of themselves in a step, times the learning rate; one-dimensional
+    parameters (norms, biases) lose nothing."""
     max_grad_norm: float | None = 1.0
-    """Clip the gradient to this global norm; none: no clipping."""
+    """Clip the gradient to this global norm; null: no clipping."""
     in_backward: bool = False
     """Update each parameter in the backward and free its gradient, so that all gradients never
     exist together; without clipping and accumulation."""
-    offload: str = "none"
+    offload: str = choice("none", OFFLOADS)
     """Where AdamW's states, master weights and gradients are and the update is computed. none: on
     the device. host: in host memory, by DeepSpeed's CPUAdam."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """What is saved, and when."""
+
     every: int = 500
     """Steps between checkpoints; the last step of a run has one too."""
     keep: int = 2
@@ -334,31 +365,39 @@ class EvaluationConfig:
     """Steps between passkey retrievals: a number hidden in a long text, asked for at its end. 0:
     never."""
     passkey_lengths: list[int] = field(default_factory=list)
-    """Tokens in a passkey's text, each tried; none: data.sequence_length."""
+    """Tokens in a passkey's text, each tried; empty: data.sequence_length."""
     passkey_depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     """Where the number is hidden, from 0 (the beginning) to 1 (the end), each tried."""
 
 
 @dataclass(frozen=True)
 class WandbConfig:
-    mode: str = "offline"
+    """Weights & Biases."""
+
+    mode: str = choice("offline", ("offline", "online", "disabled"))
+    """offline: into the run's folder, to be sent by wandb sync. online: sent as it comes."""
     project: str = "mst_train"
-    artifacts: str = "none"
+    """The project that runs belong to."""
+    artifacts: str = choice("none", ("none", "last", "all"))
     """Checkpoints that go to W&B. last: the newest one when the run ends. all: each as it is
     written; W&B keeps a copy of it on disk until it is sent."""
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
+    """What is recorded beside the run's own files."""
+
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    backend: str = AUTO
+    """What computes."""
+
+    backend: str = choice(AUTO, ("auto", "triton", "torch"))
     """What computes activations, losses, norms and rotary embeddings. auto: triton on CUDA where it
     is installed, torch elsewhere."""
-    attention: str = AUTO
+    attention: str = choice(AUTO, ATTENTION_BACKENDS)
     """auto: on CUDA the fastest that works here, measured at the first step; the others are
     described in attention/select.py. flash_attn, flash_attn_3 and flash_attn_4 need their
     packages."""
@@ -366,9 +405,11 @@ class KernelConfig:
 
 @dataclass(frozen=True)
 class Config:
-    precision: str = "fp32"
-    """fp32; bf16: weights, gradients and optimizer states in bf16; bf16_master: bf16 weights with
-    fp32 master weights and fp32 optimizer states."""
+    """The settings of a run, in groups."""
+
+    precision: str = choice("fp32", PRECISIONS)
+    """fp32, bf16: weights, gradients and optimizer states in that type. bf16_master: bf16 weights
+    and gradients, with fp32 master weights and fp32 optimizer states."""
     run: RunConfig = field(default_factory=RunConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -23,7 +23,8 @@ step itself runs on tensors that have only shapes.
 Devices: {devices};
 auto (this machine's), cpu, or a size in GiB such as 80.
 
-Settings of the plan and their defaults; all settings of training hold too:
+Settings; those of training (python -m mst_train --help) hold too:
+
 {settings}"""
 
 
@@ -34,13 +35,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     from mst_train.cli.compose import describe
+    from mst_train.cli.reference import as_text
     from mst_train.plan.config import PlanConfig, read
 
     if "--help" in arguments or "-h" in arguments:
         from mst_train.memory.devices import DEVICES
 
-        settings = describe(PlanConfig()).partition("\nplan:\n")[2].rstrip()
-        print(HELP.format(devices=", ".join(DEVICES), settings=settings))
+        print(HELP.format(devices=", ".join(DEVICES), settings=as_text(PlanConfig, "plan")))
         return 0
     config = read([a for a in arguments if a != "--config"])
     if "--config" in arguments:

@@ -5,12 +5,10 @@ from dataclasses import dataclass, field
 
 from mst_train.cli.compose import compose_as
 from mst_train.config import AUTO, Config
-from mst_train.config.rules import at_least, one_of
-from mst_train.config.schema import MOST_TOKENS
+from mst_train.config.rules import at_least
+from mst_train.config.schema import MOST_TOKENS, choice
 from mst_train.memory.devices import find_device
 from mst_train.plan.predict import Target, make_target
-
-OUTPUTS = ("table", "json")
 
 
 @dataclass(frozen=True)
@@ -21,14 +19,14 @@ class PlanSettings:
     """A device's name (a100_80gb, h100_80gb, h200, rtx4090_24gb, ...), a size in GiB such as 80,
     cpu, or auto: this machine's."""
     gpus: int | None = None
-    """How many devices share the run; none: parallel.sequence_parallel."""
+    """How many devices share the run; null: parallel.sequence_parallel."""
     search: bool = False
     """Find the longest sequence that fits, in multiples of 1024."""
     sweep: list[int] = field(default_factory=list)
     """Sequence lengths to predict, for a table and a plot of memory against length."""
     dir: str = "runs/plan/${run.name}"
     """Where a sweep's table and plot go."""
-    output: str = "table"
+    output: str = choice("table", ("table", "json"))
     """What is printed. table: a readable one. json: one JSON object."""
 
 
@@ -54,7 +52,6 @@ def configured_target(config: PlanConfig) -> Target:
 
 def _problems(config: PlanConfig) -> Iterator[str]:
     plan = config.plan
-    yield from one_of("plan.output", plan.output, OUTPUTS)
     for length in plan.sweep:
         yield from at_least("plan.sweep", length, 2, MOST_TOKENS - 1)
     if plan.gpus is not None:

@@ -1,6 +1,5 @@
 """python -m mst_train.prepare prepare.output=DIR data.source=... [key=value ...]: tokenise."""
 
-import re
 import sys
 
 from mst_train.cli.command import run_command
@@ -13,7 +12,8 @@ same command continues after an interruption. data/README.md describes sources a
   --help     this page
   --config   print the configuration that the arguments make, and stop
 
-Settings and their defaults:
+Settings:
+
 {settings}"""
 
 
@@ -24,13 +24,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     from mst_train.cli.compose import describe, warn_of_unused
+    from mst_train.cli.reference import as_text
     from mst_train.prepare.config import PrepareConfig, read
 
     if "--help" in arguments or "-h" in arguments:
-        groups = re.findall(
-            r"^(?:data|prepare):\n(?: .*\n)+", describe(PrepareConfig()), re.MULTILINE
-        )
-        print(HELP.format(settings="".join(groups)), end="")
+        groups = [as_text(PrepareConfig, group) for group in ("prepare", "data")]
+        print(HELP.format(settings="\n\n".join(groups)))
         return 0
     config = read([a for a in arguments if a != "--config"])
     if "--config" in arguments:

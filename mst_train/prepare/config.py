@@ -5,10 +5,8 @@ from dataclasses import dataclass, field
 
 from mst_train.cli.compose import compose_as
 from mst_train.config import Config
-from mst_train.config.rules import at_least, one_of
-from mst_train.config.schema import MOST_PROCESSES
-
-MALFORMED = ("fail", "skip")
+from mst_train.config.rules import at_least
+from mst_train.config.schema import MOST_PROCESSES, choice
 
 
 @dataclass(frozen=True)
@@ -18,12 +16,12 @@ class PrepareSettings:
     output: str | None = None
     """The folder to write to; as data.source, it is what training reads."""
     workers: int | None = None
-    """Processes that tokenise; none: one for each CPU core."""
+    """Processes that tokenise; null: one for each CPU core."""
     shard: str = "1/1"
     """i/N: the i-th of N jobs, which can run at the same time; the last one joins the result."""
     shard_mib: int = 256
     """About how much text goes into a file of tokens (MiB); smaller where a source has less."""
-    malformed: str = "fail"
+    malformed: str = choice("fail", ("fail", "skip"))
     """Lines, rows and files that hold no text. fail: stop at the first. skip: leave them out and
     list them in malformed.jsonl."""
     verify: bool = False
@@ -46,7 +44,6 @@ def read(arguments: Sequence[str]) -> PrepareConfig:
 
 def _problems(config: PrepareConfig) -> Iterator[str]:
     prepare = config.prepare
-    yield from one_of("prepare.malformed", prepare.malformed, MALFORMED)
     yield from at_least("prepare.shard_mib", prepare.shard_mib, 1, 2**20)
     if prepare.workers is not None:
         yield from at_least("prepare.workers", prepare.workers, 1, MOST_PROCESSES)

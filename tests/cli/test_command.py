@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 
+import mst_train
 from mst_train.__main__ import main
 from mst_train.bench import __main__ as bench
 from mst_train.cli.command import ALLOCATOR, run_command
@@ -135,7 +136,10 @@ def test_an_empty_corpus_is_refused(tmp_path, monkeypatch, capsys):
 def test_help_and_config(tmp_path):
     help_page = run(tmp_path, "--help").stdout
     assert "llama3_8b_seq60k" in help_page
-    assert "sequence_length: 1024" in help_page
+    assert "optimizer.learning_rate=0.0003" in help_page
+    assert len(run(tmp_path, "--help", "optimizer").stdout) < len(help_page) / 4
+    assert "there are run, train, data" in run(tmp_path, "--help", "optimiser").stderr
+    assert run(tmp_path, "--version").stdout == f"mst_train {mst_train.__version__}\n"
     shown = run(tmp_path, "--config", "train.steps=3").stdout
     assert "steps: 3" in shown
 
