@@ -6,7 +6,7 @@ from typing import Any
 
 from mst_train.paper import sections
 from mst_train.paper.sections import prose
-from mst_train.plan.show import duration
+from mst_train.units import duration
 
 Report = dict[str, Any]
 

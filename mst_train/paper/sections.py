@@ -4,8 +4,8 @@ import textwrap
 from typing import Any
 
 from mst_train.paper.reported import K, short_number
-from mst_train.plan.show import duration, gib, markdown
-from mst_train.units import GIB
+from mst_train.plan.show import gib, markdown
+from mst_train.units import GIB, duration
 
 Report = dict[str, Any]
 

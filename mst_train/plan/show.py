@@ -11,7 +11,7 @@ from rich.text import Text
 from mst_train.memory.tracker import KINDS
 from mst_train.plan.choose import describe
 from mst_train.plan.predict import LABELS, Prediction
-from mst_train.units import GIB
+from mst_train.units import GIB, duration
 
 COLUMNS = ("tokens", "peak", "", "host", "step", "tokens/s", "settings")
 _BAR = 28
@@ -107,10 +107,3 @@ def gib(size: float) -> str:
 def short_length(tokens: int) -> str:
     """A length in tokens: 4096 as 4K, where it is a whole multiple of 1024."""
     return f"{tokens // 1024}K" if tokens >= 1024 and tokens % 1024 == 0 else f"{tokens:,}"
-
-
-def duration(seconds: float) -> str:
-    """A time for people."""
-    if seconds >= 120:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"

@@ -8,7 +8,7 @@ import yaml
 
 from mst_train.memory.tracker import KINDS
 from mst_train.plan.predict import LABELS
-from mst_train.plan.show import duration, short_length
+from mst_train.plan.show import short_length
 from mst_train.report.charts import (
     INK,
     LINES,
@@ -18,7 +18,7 @@ from mst_train.report.charts import (
     smooth,
 )
 from mst_train.report.read import Run, curve, group
-from mst_train.units import GIB
+from mst_train.units import GIB, duration
 
 Report = dict[str, Any]
 
@@ -30,7 +30,7 @@ FIGURES: tuple[tuple[str, Callable[[Run], str | None]], ...] = (
     ("tokens per second", lambda run: _or_none(run.median("tokens_per_second"), "{:,.0f}")),
     ("of the device's FLOP/s", lambda run: _or_none(run.median(MFU), "{:.1%}")),
     ("peak memory", lambda run: _size(run.last("peak_memory_bytes"))),
-    ("time in steps", lambda run: _time(run.seconds)),
+    ("time in steps", lambda run: duration(run.seconds)),
     ("passkey digits right", lambda run: _or_none(run.passkey_accuracy, "{:.0%}")),
 )
 MFU = "model_flops_utilization"
@@ -286,7 +286,3 @@ def _size(size: float | None) -> str | None:
     if size is None:
         return None
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 7200 else duration(seconds)

@@ -3,6 +3,7 @@
 train          the run as a whole: the loop over steps
 setup          what comes before the loop and may refuse it
 budget         how many steps train.tokens comes to
+header         what a run says of itself before its first step
 run            what the loop asks for, what it records and saves, and how it ends
 folder         who may write to a run's folder, and how it goes on
 bad_steps      spikes; whether a bad step is left out or ends the run

@@ -42,6 +42,7 @@ from mst_train.mst import HostBudgetError
 from mst_train.plan.predict import Prediction
 from mst_train.run.bad_steps import BadSteps
 from mst_train.run.folder import RunFolder
+from mst_train.run.header import header
 from mst_train.run.random_state import random_state
 from mst_train.run.setup import SetUp, Start
 from mst_train.tracking.metrics import Metrics, Progress
@@ -100,6 +101,8 @@ class Run:
         with self._guard.deferred():
             if made.prediction is not None:
                 self._describe(made.prediction)
+                for line in header(config, made.prediction, made.data, self.step):
+                    self.progress.say(line)
 
     # --- a step -------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,7 +15,7 @@ from mst_train.config import Config
 from mst_train.errors import TrainingError
 from mst_train.files import is_at, replace_text, writing
 from mst_train.tracking.wandb_run import WandbRun, start_wandb
-from mst_train.units import GIB
+from mst_train.units import GIB, duration
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,8 @@ class Progress:
     """A progress bar on a terminal, and a line now and then elsewhere; nothing unless ``shown``."""
 
     def __init__(self, step: int, steps: int, *, shown: bool = True) -> None:
-        self._steps = steps
+        self._first, self._steps = step, steps
+        self._started = time.monotonic()
         self._shown = shown
         self._every = min(max(steps // 20, 1), 100)
         self._terminal = shown and sys.stderr.isatty()
@@ -119,7 +121,10 @@ class Progress:
             self._bar.update()
         step = record["step"]
         if not self._terminal and (step == 1 or step % self._every == 0 or step == self._steps):
-            self.say(f"step {step}/{self._steps}: {shown}")
+            elapsed = time.monotonic() - self._started
+            left = elapsed / (step - self._first) * (self._steps - step)
+            to_come = f", {duration(left)} left" if left else ""
+            self.say(f"step {step}/{self._steps}: {shown}, {duration(elapsed)} so far{to_come}")
 
     def say(self, line: str) -> None:
         """Print a line without breaking the bar."""

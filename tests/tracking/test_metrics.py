@@ -69,11 +69,16 @@ def test_a_wandb_that_fails_does_not_end_the_run(path, small_config, monkeypatch
     assert caplog.text.count("W&B fails (Connection lost): the run goes on without it") == 1
 
 
-def test_off_a_terminal_progress_is_some_lines(capsys):
-    progress = Progress(0, 100)
-    for step in range(1, 101):
+def test_off_a_terminal_progress_is_some_lines(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("mst_train.tracking.metrics.time.monotonic", lambda: now)
+    progress = Progress(50, 150)
+    for step in range(51, 151):
+        now += 60
         progress.update({**RECORD, "step": step})
     progress.close()
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 21
-    assert lines[-1] == "step 100/100: loss 0.3000, 10 tokens/s, peak 1.00 GiB"
+    assert len(lines) == 15
+    shown = "loss 0.3000, 10 tokens/s, peak 1.00 GiB"
+    assert lines[4] == f"step 84/150: {shown}, 34.0 min so far, 66.0 min left"
+    assert lines[-1] == f"step 150/150: {shown}, 100.0 min so far"
