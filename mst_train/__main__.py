@@ -27,7 +27,7 @@ Settings, key=VALUE, with their defaults:
 
 {settings}"""
 
-COMMANDS = ("plan", "prepare", "evaluate", "report", "export", "bench")
+COMMANDS = ("plan", "prepare", "evaluate", "generate", "report", "export", "bench")
 
 
 def main(arguments: list[str] | None = None) -> int:

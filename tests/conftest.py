@@ -1,6 +1,8 @@
 """What tests share: a small corpus and a configuration that trains on it in moments."""
 
 import dataclasses
+import io
+import json
 import os
 import random
 
@@ -21,6 +23,8 @@ from mst_train.config import (
     TrainConfig,
     WandbConfig,
 )
+from mst_train.data import load_tokenizer
+from mst_train.data.tokenizer import Tokenizer
 
 if not torch.cuda.is_available():
     # Read when triton is first imported, which other packages do as well.
@@ -67,6 +71,48 @@ def corpus(tmp_path_factory):
 def cache(tmp_path_factory):
     """Tokenizers and tokens, made once for all tests."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def like_llama(corpus):
+    """A sentencepiece model with a space before, and a token at the beginning of, each text."""
+    import sentencepiece  # which tests on a GPU do without
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(path.read_text() for path in corpus.iterdir()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        add_dummy_prefix=True,
+        bos_id=2,
+        eos_id=1,
+        unk_id=0,
+        minloglevel=4,
+    )
+    return Tokenizer(model.getvalue(), "like llama")
+
+
+@pytest.fixture(scope="session")
+def bytes_with_bos(tmp_path_factory):
+    """A tokenizer.json of bytes alone, with a token at the beginning of each text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {symbol: 2 + number for number, symbol in enumerate(sorted(alphabet))}
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={"<bos>": 0, "<eos>": 1, **vocabulary}, merges=[])
+    )
+    made.add_special_tokens(["<bos>", "<eos>"])
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 0)]
+    )
+    folder = tmp_path_factory.mktemp("bytes")
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    return load_tokenizer(folder / "tokenizer.json")
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ LAYERS = (
     ("distributed", "model"),
     ("cli", "engine", "integrations"),
     ("checkpoint", "memory", "prepare"),
-    ("evaluate", "export", "plan", "tracking"),
+    ("evaluate", "export", "generate", "plan", "tracking"),
     ("bench", "paper", "report", "run"),
     ("__main__",),
 )

@@ -3,4 +3,5 @@
 files    checkpoints as folders of files: written, found, checked, read
 form     whether what they hold is what a run takes over
 writer   a thread that writes them while training goes on
+trained  the model of one, or of a Hugging Face checkpoint, for commands that only read it
 """

@@ -173,7 +173,13 @@ def _all_damaged(folder: Path) -> UserError:
 
 
 def find_checkpoint(path: Path, setting: str = "run.resume") -> Path:
-    """The checkpoint that ``path`` names: itself, or the newest of a run's or checkpoints' folder.
+    """The first of ``find_checkpoints``."""
+    return find_checkpoints(path, setting)[0]
+
+
+def find_checkpoints(path: Path, setting: str) -> list[Path]:
+    """The checkpoints that ``path`` names: itself, or those of a run's or checkpoints' folder, the
+    newest first.
 
     setting: where it was named.
 
@@ -183,11 +189,11 @@ def find_checkpoint(path: Path, setting: str = "run.resume") -> Path:
         problem = _problem(path)
         if problem:
             raise UserError(f"the checkpoint {path} is not whole: {problem}; choose another one")
-        return path
+        return [path]
     for folder in (path, path / "checkpoints"):
         complete = complete_checkpoints(folder)
         if complete:
-            return complete[-1]
+            return complete[::-1]
     also = ", nor auto or never" if setting == "run.resume" else ""
     raise UserError(
         f"{setting}={path} is no place with a whole checkpoint{also}: give a run's folder, or a "

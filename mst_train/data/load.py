@@ -15,6 +15,7 @@ from mst_train.data.mixture import MixedSequences
 from mst_train.data.packing import PackedSequences, Sequences
 from mst_train.data.splitting import long_documents, split_corpus
 from mst_train.data.tokenizer import Vocabulary
+from mst_train.data.tokenizer_file import load_tokenizer
 from mst_train.errors import UserError
 
 Ints = NDArray[np.int64]
@@ -60,6 +61,19 @@ def load_data(data: DataConfig) -> Data:
         validation=MixedSequences(validations, weights) if validations else None,
         corpus_fingerprint=digest("mixture", [part.corpus_fingerprint for part in parts], weights),
     )
+
+
+def load_vocabulary(data: DataConfig) -> Vocabulary:
+    """The tokenizer alone of what ``load_data`` gives.
+
+    Raises:
+        UserError: what the configuration names cannot be used.
+    """
+    if data.tokenizer is not None:
+        return load_tokenizer(data.tokenizer)
+    if data.mixture:
+        data = replace(data, source=data.mixture[0].source, mixture=[])
+    return load_corpus(data).tokenizer
 
 
 def load_source(data: DataConfig, min_document_tokens: int = 0) -> Data:

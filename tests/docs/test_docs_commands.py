@@ -14,6 +14,7 @@ import yaml
 from mst_train.cli.compose import COMMANDS as COMMANDS_WITH_SETTINGS
 from mst_train.cli.compose import compose
 from mst_train.export import KEYS
+from mst_train.generate.__main__ import KEYS as GENERATE_KEYS
 from mst_train.paper.__main__ import _parser
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +63,7 @@ def arguments(words):
     """A command's arguments, without what its reader may add ([key=value ...])."""
     kept = []
     for word in words:
-        if word.startswith("[") or word in ("||", "&&", ";", "|", "--help"):
+        if word.startswith("[") or word in ("||", "&&", ";", "|", "<", "--help"):
             break
         kept.append(PLACEHOLDERS.get(word, word))
     return tuple(word for word in kept if word != "--config")
@@ -92,6 +93,10 @@ def check(words):
             _parser().parse_args(given)
         elif words[at] == "mst_train.export":
             assert {word.partition("=")[0] for word in given} <= set(KEYS)
+        elif words[at] in ("mst_train.evaluate", "mst_train.generate"):
+            # Nor the length in the checkpoint's place, which only a stretched one has.
+            others = (*GENERATE_KEYS, "model.rope_scaling.original_length")
+            read(words[at], tuple(w for w in given if w.partition("=")[0] not in others))
         elif words[at] not in ("mst_train.bench.plot", "mst_train.plan.trial"):  # given a file
             read(words[at], given)
     elif words[:1] == ["python"] and len(words) > 1 and words[1].endswith(".py"):

@@ -1,17 +1,14 @@
 """Passkey retrieval: its texts, its scores, and the command that evaluates a checkpoint."""
 
-import io
 import json
 import re
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 
 from mst_train.config import EvaluationConfig
 from mst_train.data import Vocabulary, load_data
-from mst_train.data.tokenizer import Tokenizer
 from mst_train.errors import UserError
 from mst_train.evaluate.__main__ import main
 from mst_train.evaluate.passkey import make_probe, make_probes, passkey_record
@@ -31,48 +28,6 @@ def config(small_config, change):
 @pytest.fixture
 def ours(config):
     return load_data(config.data).tokenizer
-
-
-@pytest.fixture(scope="session")
-def like_llama(corpus):
-    """A sentencepiece model with a space before, and a token at the beginning of, each text."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(path.read_text() for path in corpus.iterdir()),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=True,
-        add_dummy_prefix=True,
-        bos_id=2,
-        eos_id=1,
-        unk_id=0,
-        minloglevel=4,
-    )
-    return Tokenizer(model.getvalue(), "like llama")
-
-
-@pytest.fixture(scope="session")
-def bytes_with_bos(tmp_path_factory):
-    """A tokenizer.json of bytes alone, with a token at the beginning of each text."""
-    tokenizers = pytest.importorskip("tokenizers")
-    from mst_train.data import load_tokenizer
-
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    vocabulary = {symbol: 2 + number for number, symbol in enumerate(sorted(alphabet))}
-    made = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab={"<bos>": 0, "<eos>": 1, **vocabulary}, merges=[])
-    )
-    made.add_special_tokens(["<bos>", "<eos>"])
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", 0)]
-    )
-    folder = tmp_path_factory.mktemp("bytes")
-    made.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
-    return load_tokenizer(folder / "tokenizer.json")
 
 
 @pytest.mark.parametrize("which", ["ours", "like_llama", "bytes_with_bos"])

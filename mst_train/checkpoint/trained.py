@@ -1,0 +1,136 @@
+"""A trained model, for commands that only read it: a run's, or one in Hugging Face's format."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mst_train.attention import Attention, select_kernels
+from mst_train.checkpoint.files import find_checkpoints, held
+from mst_train.checkpoint.form import load_progress, load_weights
+from mst_train.cli.compose import compose, recompose
+from mst_train.config import Config
+from mst_train.data import Vocabulary
+from mst_train.errors import UserError
+from mst_train.files import expanded
+from mst_train.model import Policy, Transformer, build_model
+from mst_train.model.hf.weights import copy_weights, find_weights
+from mst_train.model.transformer import materialize
+from mst_train.precision import weight_type
+
+WEIGHTS = ("model", "precision")
+"""Settings that a run's checkpoint decides."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """Which model it is, before its weights are read.
+
+    config: the run's settings, or those of a run that would start from ``model.from_pretrained``.
+    checkpoint: the run's; None: the model is ``config.model.from_pretrained``.
+    progress: how far the run had come; empty where there was none.
+    """
+
+    config: Config
+    checkpoint: Path | None = None
+    progress: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Where its weights are."""
+        return str(self.checkpoint or self.config.model.from_pretrained)
+
+    def check_tokenizer(self, tokenizer: Vocabulary) -> None:
+        """Warn of a tokenizer that is not the run's; UserError where the model lacks its ids."""
+        if tokenizer.vocab_size > self.config.model.vocab_size:
+            raise UserError(
+                f"{self.name} knows {self.config.model.vocab_size} token ids, and the tokenizer "
+                f"has {tokenizer.vocab_size}: set data.tokenizer to the one it was trained with"
+            )
+        if self.progress.get("tokenizer") not in (None, tokenizer.fingerprint):
+            log.warning("%s was trained with another tokenizer than this one", self.name)
+
+    def load(
+        self,
+        device: torch.device,
+        attending: Callable[[Attention], Attention] = lambda attention: attention,
+    ) -> Transformer:
+        """The model with its weights, in mini-sequences whatever its policy.
+
+        attending: makes what the model attends with of the kernels that the settings ask for.
+        """
+        config = self.config
+        dtype = weight_type(config.precision)
+        model = build_model(
+            config.model,
+            policy=Policy.from_config(replace(config.memory, policy="mst", offload="none")),
+            attention=attending(select_kernels(config.kernel, device, dtype)),
+            device="meta",
+            dtype=dtype,
+        )
+        if self.checkpoint is not None:
+            weights = load_weights(self.checkpoint, model)
+            materialize(model, device)
+            model.load_state_dict(weights)
+            return model
+        assert config.model.from_pretrained is not None
+        files = find_weights(config.model, config.model.from_pretrained)
+        materialize(model, device)
+        copy_weights(files, model)
+        return model
+
+
+@contextmanager
+def trained_model(arguments: Sequence[str]) -> Iterator[TrainedModel]:
+    """The model that a command's arguments name, and that stays while this lasts.
+
+    It is ``model.from_pretrained`` where that is among them, and ``run.dir`` otherwise: the newest
+    undamaged checkpoint of a run's folder, or a checkpoint's folder. Other arguments are settings
+    in place of the run's own.
+
+    Raises UserError where there is none, or the arguments cannot be used.
+    """
+    keys = [argument.lstrip("+").partition("=")[0] for argument in arguments]
+    if "model.from_pretrained" in keys:
+        yield _pretrained(arguments)
+        return
+    changed = [
+        argument
+        for argument, key in zip(arguments, keys, strict=True)
+        if key.partition(".")[0] in WEIGHTS
+    ]
+    if changed:
+        raise UserError(
+            f"cannot use {' '.join(changed)}: the model and its type are the checkpoint's"
+        )
+    names_run = ("run.", "experiment=")
+    run = expanded(compose([a for a in arguments if a.lstrip("+").startswith(names_run)]).run.dir)
+    with held(lambda: find_checkpoints(run, "run.dir")) as checkpoint:
+        assert checkpoint is not None
+        progress = load_progress(checkpoint)
+        yield TrainedModel(recompose(progress["config"], arguments), checkpoint, progress)
+
+
+def _pretrained(arguments: Sequence[str]) -> TrainedModel:
+    of_run = [argument for argument in arguments if argument.lstrip("+").startswith("run.")]
+    if of_run:
+        raise UserError(
+            f"{' '.join(of_run)} and model.from_pretrained both say which model: leave one out"
+        )
+    config = compose(arguments)
+    if config.model.from_pretrained is None:
+        raise UserError(
+            "model.from_pretrained=null names no checkpoint: give its folder, or run.dir=DIR"
+        )
+    return TrainedModel(config)
+
+
+def best_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
