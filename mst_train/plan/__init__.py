@@ -3,7 +3,8 @@
 config     the settings of this command, and the devices that they name
 predict    memory and time of a step of a configuration on a device
 speed      the time of a step; rates: how fast devices are; trial: how fast the one here is
-choose     memory.policy=auto: the fastest settings that fit, at a length or at the longest
+candidates what memory.policy=auto chooses from, and what would help beyond that
+choose     the fastest of these that fit, at a length or at the longest
 search     the longest sequence that fits
 before     what the training command asks of it before it starts
 baseline   the same for transformers' own models

@@ -1,26 +1,17 @@
-"""memory.policy=auto: the fastest settings that fit, as predicted.
-
-The choice is among settings that give the same result. Plain recomputation is not among them: the
-mini-sequence policy takes less memory and less time at every length.
-
-Settings are tried in groups, and a group is looked at where nothing before it fits: with the
-configured optimizer; each parameter updated in the backward, where neither clipping nor
-accumulation forbids it; the optimizer on the host; and small chunks.
-"""
+"""memory.policy=auto: the fastest settings that fit, as predicted."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
 
 from mst_train.config import AUTO, Config
 from mst_train.errors import UserError
 from mst_train.memory.simulate import Build, with_length
+from mst_train.plan.candidates import leanest, levers, settings
 from mst_train.plan.predict import Prediction, Target, predict
 from mst_train.plan.search import STEP, longest_fitting
-from mst_train.units import GIB
-
-SMALL_BLOCK_CHUNK = 1024
+from mst_train.units import GIB, duration
 
 
 @dataclass(frozen=True)
@@ -32,15 +23,14 @@ class Choice:
 
     @property
     def reason(self) -> str:
-        """One line: what was chosen and why."""
-        chosen = self.chosen
-        parts = [f"memory.policy=auto chose {describe(chosen)}: {_figures(chosen)}"]
-        for why, fits in (("slower", True), ("too large", False)):
-            others = [p for p in self.compared if p is not chosen and p.fits == fits]
-            if others:
-                names = ", ".join(f"{describe(p)} ({_figures(p)})" for p in others)
-                parts.append(f"{why}: {names}")
-        return "; ".join(parts)
+        """What was chosen and what else was looked at, a line each."""
+        rows = [
+            (describe(p), _figures(p), "chosen" if p is self.chosen else _verdict(p))
+            for p in sorted(self.compared, key=lambda p: p is not self.chosen)
+        ]
+        wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, wide)).rstrip() for row in rows]
+        return "\n  ".join(["memory.policy=auto:", *lines])
 
 
 def choose(
@@ -53,24 +43,29 @@ def choose(
     Raises UserError with the nearest settings that work where none fits.
     """
     compared: list[Prediction] = []
+
+    def predicted(candidate: Config) -> Prediction:
+        prediction = predict(candidate, target)
+        advance(describe(prediction))
+        compared.append(prediction)
+        return prediction
+
     for group in settings(config, target.gpus):
-        found = []
-        for candidate in group:
-            prediction = predict(candidate, target)
-            advance(describe(prediction))
-            found.append(prediction)
-        compared += found
-        fitting = [prediction for prediction in found if prediction.fits]
+        if not _may_fit(group, target):
+            continue
+        fitting = [found for found in map(predicted, group) if found.fits]
         if fitting:
             return Choice(min(fitting, key=_cost), compared)
-    raise UserError(_nothing_fits(config, target, compared))
+    raise UserError(_nothing_fits(config, target, compared, advance))
 
 
-def leanest(config: Config, gpus: int = 1) -> list[Config]:
-    """Of the settings to choose from, those that can reach the longest sequences."""
-    last = list(settings(config, gpus))[-1]
-    keeping = any(c.memory.keep_attention for c in last)
-    return [c for c in last if not (keeping and c.memory.keep_attention)]
+def _may_fit(group: list[Config], target: Target) -> bool:
+    """Whether a group's leanest settings fit at a length that takes little time to predict."""
+    short = math.lcm(STEP, group[0].parallel.sequence_parallel)
+    if group[0].data.sequence_length <= short:
+        return True
+    last = {candidate.memory.offload: candidate for candidate in group}
+    return any(predict(with_length(some, short), target).fits for some in last.values())
 
 
 def describe(prediction: Prediction) -> str:
@@ -89,54 +84,15 @@ def describe(prediction: Prediction) -> str:
 
 
 def _cost(prediction: Prediction) -> tuple[float, float]:
-    seconds = prediction.seconds
+    seconds, found = prediction.seconds, prediction.simulation
     if seconds is None:  # unknown rates: the least work, then the fewest copies
-        work = prediction.simulation.work
-        return work.flops, work.link_bytes
-    return seconds, prediction.simulation.peak_bytes
+        return found.work.flops, found.work.link_bytes
+    one_memory = prediction.target.device.kind == "cpu"
+    return seconds, found.peak_bytes + (found.host_bytes if one_memory else 0)
 
 
-def settings(config: Config, gpus: int = 1) -> Iterator[list[Config]]:
-    """What to choose from, in groups: a later one where nothing of those before fits.
-
-    gpus: how many processes train; the optimizers of several go to their hosts with ZeRO alone.
-    """
-    optimizer = config.optimizer
-    yield _policies(config)
-    in_backward = config
-    if (
-        not optimizer.in_backward
-        and optimizer.max_grad_norm is None
-        and optimizer.offload == "none"
-        and config.train.accumulation_steps == 1
-        and config.parallel.zero_stage == 0
-    ):
-        in_backward = replace(config, optimizer=replace(optimizer, in_backward=True))
-        yield _policies(in_backward)
-    host_works = gpus == 1 or config.parallel.zero_stage > 0
-    if optimizer.offload == "none" and config.precision != "bf16" and host_works:
-        on_host = replace(optimizer, in_backward=False, offload="host")
-        yield _policies(replace(config, optimizer=on_host))
-    if config.memory.block_chunk_tokens == AUTO:
-        small = replace(in_backward.memory, block_chunk_tokens=SMALL_BLOCK_CHUNK)
-        candidates = _policies(replace(in_backward, memory=small))
-        yield [c for c in candidates if c.memory.policy == "mst"]
-
-
-def _policies(config: Config) -> list[Config]:
-    """The memory settings that "auto" may take, the rest as configured."""
-
-    def with_memory(**changes: Any) -> Config:
-        return replace(config, memory=replace(config.memory, **changes))
-
-    offloads = ["host"] if config.memory.offload == "host" else ["none", "host"]
-    keeps = [True, False] if config.memory.keep_attention else [False]
-    plain = [with_memory(policy="vanilla")] if "none" in offloads else []
-    return plain + [
-        with_memory(policy="mst", keep_attention=keep, offload=offload)
-        for offload in offloads
-        for keep in keeps
-    ]
+def _verdict(prediction: Prediction) -> str:
+    return "slower" if prediction.fits else "too large"
 
 
 def _figures(prediction: Prediction) -> str:
@@ -144,27 +100,51 @@ def _figures(prediction: Prediction) -> str:
     if prediction.simulation.host_bytes:
         peak += f" and {prediction.simulation.host_bytes / GIB:.2f} GiB of the host"
     seconds = prediction.seconds
-    return peak if seconds is None else f"{peak}, {seconds:.3g} s"
+    return peak if seconds is None else f"{peak}, {duration(seconds)}"
 
 
-def _nothing_fits(config: Config, target: Target, compared: list[Prediction]) -> str:
-    least = min(compared, key=lambda p: p.simulation.peak_bytes)
+def _nothing_fits(
+    config: Config, target: Target, compared: list[Prediction], advance: Callable[[str], None]
+) -> str:
     host = target.host_budget_bytes
     has = f"{target.budget_bytes / GIB:.2f} GiB of device memory"
     if host is not None:
         has += f" and {host / GIB:.2f} GiB of host memory"
     text = (
         f"no setting of memory.policy=auto fits {has} at "
-        f"data.sequence_length={config.data.sequence_length}: the leanest ({describe(least)}) "
-        f"needs {_figures(least)}. "
+        f"data.sequence_length={config.data.sequence_length}"
     )
-    nearest = longest(config, target)
+    if compared:
+        least = min(compared, key=lambda p: p.simulation.peak_bytes)
+        text += f": the leanest ({describe(least)}) needs {_figures(least)}"
+    nearest = longest(config, target, advance) if compared else None
     if nearest is None:
-        return text + "No shorter sequence fits either: take a larger device or a smaller model"
-    return text + (
-        f"The nearest that fits: data.sequence_length={nearest.config.data.sequence_length} with "
-        f"{describe(nearest)}"
-    )
+        ways = ["No shorter sequence fits either"]
+    else:
+        ways = [
+            f"The nearest that fits: data.sequence_length={nearest.config.data.sequence_length} "
+            f"with {describe(nearest)}"
+        ]
+    for words, other in levers(config):
+        found = _first_fitting(other, target, advance)
+        if found is not None:
+            ways.append(f"It fits with {words}: {describe(found)}, {_figures(found)}")
+    if nearest is None and len(ways) == 1:
+        ways[0] += ": take a larger device or a smaller model"
+    return ". ".join([text, *ways])
+
+
+def _first_fitting(
+    config: Config, target: Target, advance: Callable[[str], None]
+) -> Prediction | None:
+    """The first of the settings to choose from that fit."""
+    groups = (group for group in settings(config, target.gpus) if _may_fit(group, target))
+    for candidate in chain.from_iterable(groups):
+        prediction = predict(candidate, target)
+        advance(describe(prediction))
+        if prediction.fits:
+            return prediction
+    return None
 
 
 def longest(

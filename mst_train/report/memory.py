@@ -9,7 +9,8 @@ from mst_train.config import Config
 from mst_train.errors import UserError
 from mst_train.memory.devices import find_device
 from mst_train.model.flops import parameter_count
-from mst_train.plan.choose import SMALL_BLOCK_CHUNK, at_length
+from mst_train.plan.candidates import SMALL_BLOCK_CHUNK
+from mst_train.plan.choose import at_length
 from mst_train.plan.predict import make_target
 from mst_train.report.read import Run
 

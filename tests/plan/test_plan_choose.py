@@ -2,8 +2,10 @@
 
 import pytest
 
+from mst_train.config import validate
 from mst_train.errors import UserError
 from mst_train.memory.tracker import MemoryTracker
+from mst_train.plan.candidates import levers, settings
 from mst_train.plan.choose import choose, describe
 from mst_train.plan.config import configured_target, read
 from mst_train.plan.predict import predict
@@ -33,7 +35,11 @@ def test_a_budget_that_only_the_method_meets():
     found = choice("data.sequence_length=4096", f"memory.device_budget_gib={between}")
     assert found.chosen.config.memory.policy == "mst"
     assert found.chosen.fits
-    assert "too large: vanilla" in found.reason
+    title, *lines = found.reason.splitlines()
+    assert title == "memory.policy=auto:" and lines[0].startswith("  mst")
+    assert lines[0].endswith("chosen")
+    assert [line.split()[0] for line in lines if line.endswith("too large")] == ["vanilla"]
+    assert len(lines) == len(found.compared)
 
 
 @pytest.mark.slow
@@ -50,20 +56,62 @@ def test_nothing_fits_names_what_would():
     choice(*small, f"data.sequence_length={length}")
 
 
+@pytest.mark.slow
+def test_what_auto_may_not_change_is_named_where_it_helps():
+    """States of 30 GiB on a device of 24: no length fits, nor any memory setting."""
+    arguments = ["+experiment=llama3_8b_auto", "plan.device=24", "data.sequence_length=4096"]
+    config = read(arguments)
+    seen = []
+    with pytest.raises(UserError) as caught:
+        choose(config, configured_target(config), seen.append)
+    message = str(caught.value)
+    assert "No shorter sequence fits either. It fits with precision=bf16_master " in message
+    words = message.partition("It fits with ")[2].partition(":")[0].split()
+    other = read([*arguments, *words])
+    chosen = choose(other, configured_target(other)).chosen
+    assert chosen.fits and describe(chosen) in message
+    assert len(seen) <= 5  # none at full length of settings that cannot hold the states
+
+
+def test_levers_are_configurations_that_can_be():
+    config = read([*AUTO, "train.micro_batch_size=2", "data.sequence_length=64"])
+    found = dict(levers(config))
+    assert list(found) == [
+        "train.micro_batch_size=1 train.accumulation_steps=2",
+        "optimizer.max_grad_norm=null",
+        "precision=bf16_master",
+        "precision=bf16",
+    ]
+    for words, other in found.items():
+        assert not validate(other)
+        assert other == read(
+            [*AUTO, "train.micro_batch_size=2", "data.sequence_length=64", *words.split()]
+        )
+    bf16 = read([*AUTO, "precision=bf16", "optimizer=in_backward"])
+    assert [words for words, _ in levers(bf16)] == [
+        "precision=bf16_master optimizer.offload=host optimizer.in_backward=false"
+    ]
+    on_host = read([*AUTO, "precision=bf16_master", "optimizer.offload=host"])
+    assert [words for words, _ in levers(on_host)] == []
+
+
+@pytest.mark.parametrize("host", ["1e-9", "null"])
+def test_offload_that_cannot_be_does_not_hide_what_fits(host):
+    found = choice("data.sequence_length=2048", f"memory.host_budget_gib={host}")
+    assert found.chosen.fits
+
+
 def test_updates_in_the_backward_only_where_they_are_allowed():
-    def settings(*arguments):
-        config = read([*AUTO, *arguments])
-        from mst_train.plan.choose import settings
+    def among(*arguments):
+        return [c for group in settings(read([*AUTO, *arguments])) for c in group]
 
-        return [c for group in settings(config) for c in group]
-
-    assert not any(c.optimizer.in_backward for c in settings())  # clipping
-    assert any(c.optimizer.in_backward for c in settings(*IN_BACKWARD))
-    accumulating = settings(*IN_BACKWARD, "train.accumulation_steps=2")
+    assert not any(c.optimizer.in_backward for c in among())  # clipping
+    assert any(c.optimizer.in_backward for c in among(*IN_BACKWARD))
+    accumulating = among(*IN_BACKWARD, "train.accumulation_steps=2")
     assert not any(c.optimizer.in_backward for c in accumulating)
-    asked = settings("memory.keep_attention=false")
+    asked = among("memory.keep_attention=false")
     assert not any(c.memory.keep_attention for c in asked)
-    assert all(c.memory.offload == "host" for c in settings("memory.offload=host"))
+    assert all(c.memory.offload == "host" for c in among("memory.offload=host"))
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from mst_train.cli.compose import compose
 from mst_train.errors import UserError
 from mst_train.memory.devices import find_device
 from mst_train.memory.tracker import KINDS
-from mst_train.plan.choose import settings
+from mst_train.plan.candidates import settings
 from mst_train.plan.predict import make_target, predict
 from mst_train.report import charts
 from mst_train.report.__main__ import main
