@@ -4,16 +4,15 @@ import json
 import logging
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mst_train.cli.command import run_command
 from mst_train.errors import UserError
 from mst_train.files import expanded
 
 if TYPE_CHECKING:
-    from mst_train.config import Config, DataConfig
+    from mst_train.config import DataConfig
 
 HELP = """\
 python -m mst_train.export checkpoint=DIR output=DIR [key=value ...]
@@ -80,12 +79,12 @@ def export(
             is left behind then.
         TrainingError: no room.
     """
-    from mst_train.checkpoint.files import held
+    from mst_train.checkpoint.files import find_checkpoints, held
 
     output = expanded(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"output={output} is there already: name a new folder, or empty it")
-    with held(lambda: _candidates(expanded(checkpoint))) as found:
+    with held(lambda: find_checkpoints(expanded(checkpoint), "checkpoint")) as found:
         assert found is not None
         return found, _export(found, output, model_type, tokenizer)
 
@@ -95,12 +94,13 @@ def _export(
 ) -> int:
     """As ``export``, of an undamaged checkpoint; returns its step."""
     from mst_train.checkpoint.form import load_progress, load_weights
+    from mst_train.checkpoint.trained import run_settings
     from mst_train.model import build_model
     from mst_train.model.hf.weights import save_pretrained
     from mst_train.precision import weight_type
 
     trainer = load_progress(checkpoint)
-    config = _config(trainer["config"], checkpoint)
+    config = run_settings(trainer["config"], checkpoint)
     model = build_model(config.model, device="meta", dtype=weight_type(config.precision))
     model.load_state_dict(load_weights(checkpoint, model), assign=True)
     if config.model.tie_embeddings:
@@ -117,37 +117,6 @@ def _export(
         )
     step: int = trainer["step"]
     return step
-
-
-def _candidates(path: Path) -> list[Path]:
-    """The whole checkpoints that a path names, the best first."""
-    from mst_train.checkpoint.files import MARKER, complete_checkpoints, find_checkpoint
-
-    if (path / MARKER).exists():
-        return [find_checkpoint(path)]
-    complete = complete_checkpoints(path) or complete_checkpoints(path / "checkpoints")
-    if not complete:
-        raise UserError(
-            f"checkpoint={path} holds no whole checkpoint: give a run's folder, or a folder "
-            f"step_NNNNNNNN with a file {MARKER}"
-        )
-    return complete[::-1]
-
-
-def _config(settings: dict[str, Any], checkpoint: Path) -> "Config":
-    """A run's settings, as a checkpoint has them; what this version lacks in a model is refused."""
-    from mst_train.cli.compose import recompose
-    from mst_train.cli.settings import Settings
-    from mst_train.config import Config, leaves
-
-    model = {"model": settings.get("model", {})}
-    unknown = sorted({key for key, _ in leaves(model)} - set(Settings(Config)))
-    if unknown:
-        raise UserError(
-            f"{checkpoint} has {unknown[0]}, which this version does not know: export it with the "
-            f"version that made it"
-        )
-    return recompose(settings, [])
 
 
 def _tokenizer(
@@ -170,14 +139,12 @@ def _tokenizer(
 
 def _run_tokenizer(data: "DataConfig", temporary: Path) -> Path | None:
     """The tokenizer that a run's tokens were made with, as a file; None where it is gone."""
-    from mst_train.data import load_corpus
+    from mst_train.data import load_vocabulary
 
     if data.tokenizer is not None:
         return Path(data.tokenizer)
-    if data.mixture:
-        data = replace(data, source=data.mixture[0].source, mixture=[])
     try:
-        tokenizer = load_corpus(data).tokenizer
+        tokenizer = load_vocabulary(data)
     except UserError as error:
         log.warning("the run's tokenizer is left out: %s", error.problems[0])
         return None

@@ -13,7 +13,8 @@ from mst_train.attention import Attention, select_kernels
 from mst_train.checkpoint.files import find_checkpoints, held
 from mst_train.checkpoint.form import load_progress, load_weights
 from mst_train.cli.compose import compose, recompose
-from mst_train.config import Config
+from mst_train.cli.settings import Settings
+from mst_train.config import Config, leaves
 from mst_train.data import Vocabulary
 from mst_train.errors import UserError
 from mst_train.files import expanded
@@ -33,11 +34,13 @@ class TrainedModel:
     """Which model it is, before its weights are read.
 
     config: the run's settings, or those of a run that would start from ``model.from_pretrained``.
-    checkpoint: the run's; None: the model is ``config.model.from_pretrained``.
+    run: the folder that was named; None: the model is ``config.model.from_pretrained``.
+    checkpoint: the run's, in that folder.
     progress: how far the run had come; empty where there was none.
     """
 
     config: Config
+    run: Path | None = None
     checkpoint: Path | None = None
     progress: dict[str, Any] = field(default_factory=dict)
 
@@ -114,7 +117,23 @@ def trained_model(arguments: Sequence[str]) -> Iterator[TrainedModel]:
     with held(lambda: find_checkpoints(run, "run.dir")) as checkpoint:
         assert checkpoint is not None
         progress = load_progress(checkpoint)
-        yield TrainedModel(recompose(progress["config"], arguments), checkpoint, progress)
+        config = run_settings(progress["config"], checkpoint, arguments)
+        yield TrainedModel(config, run, checkpoint, progress)
+
+
+def run_settings(before: dict[str, Any], checkpoint: Path, arguments: Sequence[str] = ()) -> Config:
+    """A run's settings ``before``, as its checkpoint has them, with those of the arguments.
+
+    Raises UserError where this version lacks one of its model's, or the arguments cannot be used.
+    """
+    model = {"model": before.get("model", {})}
+    unknown = sorted({key for key, _ in leaves(model)} - set(Settings(Config)))
+    if unknown:
+        raise UserError(
+            f"{checkpoint} has {unknown[0]}, which this version does not know: use the version "
+            f"that made it"
+        )
+    return recompose(before, arguments)
 
 
 def _pretrained(arguments: Sequence[str]) -> TrainedModel:

@@ -1,6 +1,6 @@
 """What a model has learned, and whether it uses its context: python -m mst_train.evaluate.
 
-checkpoint   a run's newest checkpoint, evaluated without its training
+checkpoint   a run's checkpoint, or a Hugging Face one, evaluated without training
 passkey      a number hidden in a long text, asked for at its end
 show         both as tables
 

@@ -16,7 +16,9 @@ def render(result: dict[str, Any]) -> str:
         parts += ["", _passkeys(result)]
     with console.capture() as shown:
         console.print(Group(*parts))
-    head = f"{result['checkpoint']}, after {result['step']:,} steps"
+    head = result["checkpoint"]
+    if result["step"] is not None:
+        head += f", after {result['step']:,} steps"
     return "\n".join([head, *(line.rstrip() for line in shown.get().splitlines())])
 
 

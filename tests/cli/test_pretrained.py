@@ -126,7 +126,10 @@ def test_what_export_refuses(exported, tmp_path, capsys):
         ([], "checkpoint is missing"),
         (["checkpoint=x"], "output is missing"),
         (["checkpoint=x", "output=y", "what=1"], "cannot use 'what=1'"),
-        (["checkpoint=x", f"output={tmp_path / 'y'}"], "no whole checkpoint"),
+        (
+            ["checkpoint=x", f"output={tmp_path / 'y'}"],
+            "checkpoint=x is no place with a whole checkpoint",
+        ),
         ([f"checkpoint={config.run.dir}", f"output={folder}"], "is there already"),
         (
             [f"checkpoint={config.run.dir}", f"output={tmp_path / 'y'}", "model_type=gpt9"],

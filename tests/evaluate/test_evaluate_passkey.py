@@ -153,13 +153,19 @@ def test_the_run_records_it_and_the_command_says_the_same(config, change, capsys
     result = json.loads((folder / "evaluation.json").read_text())
     assert {probe["length"] for probe in result["passkey"]} == {450}
 
+    earlier = folder / "checkpoints" / "step_00000002"
+    assert main([f"run.dir={earlier}"]) == 0
+    result = json.loads((earlier / "evaluation.json").read_text())
+    (validated,) = [r for r in records if r["step"] == 2 and "val_loss" in r]
+    assert (result["step"], result["val_loss"]) == (2, validated["val_loss"])
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "holds no whole checkpoint"),
+        ([], "is no place with a whole checkpoint"),
         (["model.num_layers=3"], "cannot use model.num_layers=3: the model and its type are"),
-        (["run.dir=/nowhere/at/all"], "run.dir=/nowhere/at/all is no folder"),
+        (["run.dir=/nowhere/at/all"], "run.dir=/nowhere/at/all is no place with a whole"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(tmp_path, capsys, arguments, message):
