@@ -15,6 +15,7 @@ python -m mst_train [+experiment=NAME] [GROUP=NAME ...] [key=value ...]
 Trains a language model. With no arguments: a small one on Python's own source files.
   --help [GROUP]   this page, or a group of settings alone, such as optimizer
   --config         print the configuration that the arguments make, and stop
+  --config-dir DIR use files of your own too: DIR/model/mine.yaml is model=mine (or MST_CONFIG_DIR)
   --version        print the version, and stop
 
 Other commands, python -m mst_train.NAME, each with its own --help:
@@ -66,7 +67,8 @@ def _run(arguments: list[str]) -> int:
 
 
 def _help(groups: list[str]) -> str:
-    from mst_train.cli.compose import choices, config_folder
+    from mst_train.cli.config_folders import choices, config_folders
+    from mst_train.cli.config_folders import groups as folder_groups
     from mst_train.cli.reference import as_text, titles
     from mst_train.config import Config
 
@@ -78,14 +80,13 @@ def _help(groups: list[str]) -> str:
         return "\n\n".join(as_text(Config, group) for group in groups)
     files = [
         textwrap.fill(
-            ", ".join(choices(path.name)),
+            ", ".join(choices(group)),
             100,
-            initial_indent=f"  {path.name:<11} ",
+            initial_indent=f"  {group:<11} ",
             subsequent_indent=" " * 14,
             break_on_hyphens=False,
         )
-        for path in sorted(config_folder().iterdir())
-        if path.is_dir()
+        for group in folder_groups(config_folders())
     ]
     made = [name for name in COMMANDS if find_spec(f"mst_train.{name}")]
     settings = as_text(Config)

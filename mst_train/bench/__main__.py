@@ -44,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     from mst_train.bench.config import BenchConfig, read
-    from mst_train.cli.compose import choices, describe
+    from mst_train.cli.compose import describe
+    from mst_train.cli.config_folders import choices
     from mst_train.cli.reference import as_text
 
     if "--help" in arguments or "-h" in arguments:

@@ -6,6 +6,7 @@ compose        a command line -> a checked configuration; the one place that kno
 settings       whether a value fits its setting
 run_name       what a run is called that is given no name
 reference      what each setting means, for --help and docs/settings.md
+config_folders where they are: this project's, and the user's
 config_files   what is wrong with a configuration file, by line
 pretrained     the settings of a run that starts from a Hugging Face checkpoint
 """

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from mst_train.cli.config_folders import take_option
 from mst_train.cli.signals import interruptible_once
 from mst_train.errors import (
     LostContact,
@@ -75,7 +76,7 @@ def run_command(
     try:
         _require_working_folder()
         with interruptible_once():
-            status = command(sys.argv[1:] if arguments is None else arguments)
+            status = command(take_option(sys.argv[1:] if arguments is None else arguments))
             print(end="", flush=True)
             return status
     except UserError as error:

@@ -6,7 +6,6 @@ Hydra reads ``configs/``; the result is checked leaf by leaf against the datacla
 
 import difflib
 import logging
-import sysconfig
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mst_train.cli.config_files import DEEPEST, file_problems
+from mst_train.cli.config_folders import choices, config_folders, groups
 from mst_train.cli.run_name import run_name
 from mst_train.cli.settings import Schema, Settings, nested, shown
 from mst_train.config import AUTO, Config, validate
@@ -84,18 +84,18 @@ def compose_as(
     Raises UserError with every problem found: in keys and types, or where these are right, in what
     the values say together.
     """
-    folder = config_folder()
+    folders = config_folders()
     settings = Settings(schema)
-    given, problems = _read(folder, settings, _heeded(arguments, settings))
+    given, problems = _read(folders, settings, _heeded(arguments, settings))
     typed = {key: value for a in given for key, value in settings.flat({a.key: a.value})}
     if not any(typed.get(key) not in (None, AUTO, "never") for key in NAMING):
         given.insert(0, _Argument.choice("experiment", DEFAULT_EXPERIMENT))
     files = ["config", *(f"{argument.key}/{argument.value}" for argument in given if argument.file)]
-    broken = [line for file in files for line in file_problems(folder, file, _misread)]
+    broken = [line for file in files for line in file_problems(folders, file, _misread)]
     if broken:
         raise UserError([*problems, *broken])
     try:
-        tree, chosen = _compose_tree(folder, [argument.hydra for argument in given])
+        tree, chosen = _compose_tree(folders, [argument.hydra for argument in given])
     except UserError as error:
         raise UserError([*problems, *error.problems]) from error
     tree = {
@@ -133,7 +133,7 @@ def recompose(before: dict[str, Any], arguments: Sequence[str]) -> Config:
     found.
     """
     settings = Settings(Config)
-    given, problems = _read(config_folder(), settings, _heeded(arguments, settings))
+    given, problems = _read(config_folders(), settings, _heeded(arguments, settings))
     problems += [
         f"cannot use {argument.hydra}: a run keeps its own settings; change them one by one"
         for argument in given
@@ -150,24 +150,11 @@ def warn_of_unused(arguments: Sequence[str], used: tuple[str, ...]) -> None:
     used: how the keys of settings begin that it reads, and of groups.
     """
     settings = Settings(Config)
-    given, _ = _read(config_folder(), settings, arguments)
+    given, _ = _read(config_folders(), settings, arguments)
     for argument in given:
         for key, _ in settings.flat({argument.key: argument.value}):
             if not key.startswith((*used, "experiment")):
                 log.warning("%s does nothing in this command", argument.hydra.lstrip("+"))
-
-
-def config_folder() -> Path:
-    """The folder of configuration files: the checkout's, or the installed copy."""
-    beside = Path(__file__).parents[2]
-    installed = Path("share", "mst_train", "configs")
-    places = [beside / "configs", beside / installed, Path(sysconfig.get_path("data")) / installed]
-    return next((place for place in places if place.is_dir()), places[0])
-
-
-def choices(group: str) -> list[str]:
-    """The names of a configuration group's files."""
-    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
 
 
 def describe(config: Config) -> str:
@@ -193,15 +180,15 @@ def _heeded(arguments: Sequence[str], settings: Settings[Schema]) -> list[str]:
 
 
 def _read(
-    folder: Path, settings: Settings[Schema], arguments: Sequence[str]
+    folders: list[Path], settings: Settings[Schema], arguments: Sequence[str]
 ) -> tuple[list[_Argument], list[str]]:
     """The arguments that can be used, and what is wrong with the others."""
-    groups = {path.name for path in folder.iterdir() if path.is_dir()}
+    known = groups(folders)
     parser = OverridesParser.create()
     given, problems = [], []
     for argument in arguments:
         try:
-            given.append(_read_one(parser, groups, settings, argument))
+            given.append(_read_one(parser, known, settings, argument))
         except UserError as error:
             problems += error.problems
     return given, problems
@@ -269,17 +256,24 @@ def _levels(text: str) -> int:
     return deepest
 
 
-def _compose_tree(folder: Path, overrides: list[str]) -> tuple[Any, dict[str, str]]:
+def _compose_tree(folders: list[Path], overrides: list[str]) -> tuple[Any, dict[str, str]]:
     """The settings, and the file of each group that they come from."""
     try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            config = hydra_compose("config", overrides, return_hydra_config=True)
+        own, *others = (str(folder) for folder in folders)
+        searched = [f"hydra.searchpath=[{','.join(map(_quoted, others))}]"] if others else []
+        with initialize_config_dir(own, version_base="1.3"):
+            config = hydra_compose("config", [*overrides, *searched], return_hydra_config=True)
         chosen = OmegaConf.select(config, "hydra.runtime.choices")
         groups = [str(group) for group in config if group != "hydra"]
         return OmegaConf.to_container(OmegaConf.masked_copy(config, groups)), dict(chosen)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         # ValueError is Hydra's for a list of defaults that it cannot read.
         raise UserError(f"{', '.join(overrides)}: {_first_line(error)}") from error
+
+
+def _quoted(folder: str) -> str:
+    escaped = folder.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'file://{escaped}'"
 
 
 def _misread(value: object) -> str | None:

@@ -5,7 +5,7 @@ no text, or includes itself.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -33,23 +33,25 @@ _MISLEADING = re.compile(r"[-+]?0[0-9_]+|.*:.*")
 
 
 def file_problems(
-    folder: Path, name: str, text_problem: Callable[[str], str | None]
+    folders: Sequence[Path], name: str, text_problem: Callable[[str], str | None]
 ) -> Iterator[str]:
-    """Every problem of ``folder/name.yaml`` and of the files that it includes.
+    """Every problem of ``name.yaml``, in the first of these folders that has it, and of the files
+    that it includes.
 
     text_problem: says what is wrong with the interpolations of a text, if anything.
     """
-    yield from _problems(folder, name, (), text_problem)
+    yield from _problems(folders, name, (), text_problem)
 
 
 def _problems(
-    folder: Path,
+    folders: Sequence[Path],
     name: str,
     includers: tuple[str, ...],
     text_problem: Callable[[str], str | None],
 ) -> Iterator[str]:
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
+    paths = [folder / f"{name}.yaml" for folder in folders]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
         return  # Hydra says who includes it
     if name in includers:
         yield f"{path} includes itself, by way of {' and '.join(includers)}: take that out"
@@ -85,7 +87,7 @@ def _problems(
     yield from found
     if not found:
         for included in _included(node, name):
-            yield from _problems(folder, included, (*includers, name), text_problem)
+            yield from _problems(folders, included, (*includers, name), text_problem)
 
 
 class _Reader:

@@ -11,13 +11,12 @@ import pytest
 import mst_train.cli.compose
 from mst_train.bench import config as bench
 from mst_train.cli.compose import (
-    choices,
     compose,
-    config_folder,
     describe,
     recompose,
     warn_of_unused,
 )
+from mst_train.cli.config_folders import choices, config_folders
 from mst_train.cli.settings import Settings
 from mst_train.config import Config, validate
 from mst_train.errors import UserError
@@ -25,6 +24,7 @@ from mst_train.plan import config as plan
 from mst_train.prepare import config as prepare
 from mst_train.report import config as report
 
+(CONFIGS,) = config_folders()
 RUNS = Settings(Config)
 """A run's."""
 
@@ -46,7 +46,7 @@ def test_without_arguments_it_is_the_tiny_experiment():
     "group",
     [
         pytest.param(p.name, marks=[pytest.mark.slow] if p.name == "experiment" else [])
-        for p in config_folder().iterdir()
+        for p in CONFIGS.iterdir()
         if p.is_dir()
     ],
 )
@@ -81,7 +81,7 @@ def test_every_group_is_installed():
     """Not only in a checkout."""
     project = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())
     installed = project["tool"]["setuptools"]["data-files"]
-    for folder in config_folder().iterdir():
+    for folder in CONFIGS.iterdir():
         if folder.is_dir():
             group = folder.name
             assert installed[f"share/mst_train/configs/{group}"] == [f"configs/{group}/*.yaml"]
@@ -320,7 +320,7 @@ def test_what_a_command_does_not_read_is_said(caplog):
 @pytest.fixture(scope="module")
 def copied_configs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("copied") / "configs"
-    shutil.copytree(config_folder(), folder)
+    shutil.copytree(CONFIGS, folder)
     return folder
 
 
@@ -328,7 +328,7 @@ def copied_configs(tmp_path_factory):
 def write(copied_configs, monkeypatch):
     """Writes an experiment, mine.yaml, among the others; returns the problems of composing it."""
     folder = copied_configs
-    monkeypatch.setattr(mst_train.cli.compose, "config_folder", lambda: folder)
+    monkeypatch.setattr(mst_train.cli.compose, "config_folders", lambda: [folder])
 
     def problems_of(text, name="mine"):
         path = folder / "experiment" / f"{name}.yaml"

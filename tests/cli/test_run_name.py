@@ -3,7 +3,8 @@
 import pytest
 
 from mst_train.bench import config as bench
-from mst_train.cli.compose import choices, compose
+from mst_train.cli.compose import compose
+from mst_train.cli.config_folders import choices
 from mst_train.cli.run_name import LONGEST, run_name
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mst_train.attention import select_attention
-from mst_train.cli.compose import choices, compose
+from mst_train.cli.compose import compose
+from mst_train.cli.config_folders import choices
 from mst_train.generate.decode import CachedAttention, continuation
 from mst_train.model import build_model
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mst_train.attention import select_attention
-from mst_train.cli.compose import choices, compose
+from mst_train.cli.compose import compose
+from mst_train.cli.config_folders import choices
 from mst_train.config import Config, ModelConfig, RopeScalingConfig, validate
 from mst_train.errors import UserError
 from mst_train.model import Policy, build_model

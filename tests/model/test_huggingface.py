@@ -612,7 +612,8 @@ def test_the_family_is_found_by_the_settings(changes, family):
 
 
 def test_every_presets_configuration_survives_the_way_out_and_back():
-    from mst_train.cli.compose import choices, compose
+    from mst_train.cli.compose import compose
+    from mst_train.cli.config_folders import choices
 
     families = set()
     for preset in choices("model"):
