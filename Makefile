@@ -47,6 +47,7 @@ paper: $(INSTALLED)  ## Predict and measure what the paper reports, into docs/pa
 	$(BIN)/python -m mst_train.paper $(ARGS)
 
 check: $(INSTALLED)  ## Lint, check the format and the types
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
