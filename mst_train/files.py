@@ -139,6 +139,13 @@ def expanded(path: str | Path) -> Path:
         raise UserError(f"{path}: there is no such home folder: write the whole path") from error
 
 
+def name_of(path: str) -> str:
+    """What a path is called, in characters that every file system has: its last part that is no
+    pattern; empty where there is none."""
+    parts = [part for part in Path(path).absolute().parts[1:] if not set(part) & set("*?[")]
+    return re.sub(r"[^\w.+-]+", "-", parts[-1], flags=re.ASCII).strip("-.") if parts else ""
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a small file so that it is there whole or not at all.
 

@@ -1,11 +1,11 @@
 """What a run is called that is given no name: what it is, so that two do not meet in one folder."""
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mst_train.config import AUTO, lookup
+from mst_train.files import name_of
 
 LONGEST = 100
 
@@ -21,7 +21,7 @@ def run_name(tree: Mapping[str, Any], chosen: Mapping[str, str], given: Mapping[
     An experiment gives its own, and that of a checkpoint which it starts from; without one, the
     model's and the data's. What it goes on from, where that was typed, stands at the end.
     """
-    name = "-".join(filter(None, map(_plain, _parts(tree, chosen, given))))
+    name = "-".join(filter(None, _parts(tree, chosen, given)))
     return name[:LONGEST] or "run"
 
 
@@ -44,15 +44,10 @@ def _parts(
 
 
 def _last(path: Any) -> str:
-    """The last part of a path that is a name: no pattern, and no folder of checkpoints."""
+    """The last part of a path; of a checkpoint, its run's and its own."""
     if not isinstance(path, str) or not path.strip():
         return ""
-    parts = [part for part in Path(path).absolute().parts[1:] if not set(part) & set("*?[")]
-    if parts[-2:-1] == ["checkpoints"]:
-        del parts[-2]
-        return "-".join(parts[-2:])
-    return parts[-1] if parts else ""
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^\w.+-]+", "-", name, flags=re.ASCII).strip("-.")
+    folder = Path(path).absolute()
+    if folder.parent.name == "checkpoints":
+        return f"{name_of(str(folder.parent.parent))}-{folder.name}"
+    return name_of(path)

@@ -1,6 +1,7 @@
 """What must hold of settings and between them, beyond their types: each rule in one place."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from mst_train.config.schema import (
     ModelConfig,
     OptimizerConfig,
     RopeScalingConfig,
+    ValidationSetConfig,
     WandbConfig,
     leaves,
 )
@@ -33,6 +35,7 @@ def validate(config: Config) -> list[str]:
         *model_problems(config.model),
         *_data_problems(config.data),
         *_mixture_problems(config.data.mixture),
+        *_validation_set_problems(config.data.validation_sets),
         *_memory_problems(config.memory),
         *_optimizer_problems(config.optimizer),
         *_update_problems(config),
@@ -225,6 +228,16 @@ def _mixture_problems(mixture: Sequence[MixtureConfig]) -> Iterator[str]:
         key = f"data.mixture[{index}]"
         yield from _positive(f"{key}.weight", part.weight)
         yield from at_least(f"{key}.min_document_tokens", part.min_document_tokens, 0)
+
+
+def _validation_set_problems(sets: Sequence[ValidationSetConfig]) -> Iterator[str]:
+    names = [part.name for part in sets]
+    for index, name in enumerate(names):
+        key = f"data.validation_sets[{index}].name={name}"
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) or name == "by_position":
+            yield f"{key} cannot be a name: use letters, digits, _, . and -, at most 64"
+        elif name in names[:index]:
+            yield f"{key} is there twice: give each set a name of its own"
 
 
 def _memory_problems(memory: MemoryConfig) -> Iterator[str]:

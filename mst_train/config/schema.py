@@ -133,6 +133,16 @@ class MixtureConfig:
 
 
 @dataclass(frozen=True)
+class ValidationSetConfig:
+    """Texts with a validation loss of their own."""
+
+    name: str = ""
+    """What the loss is called: val_loss_NAME."""
+    source: str = ""
+    """As data.source; all of it is for validation."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What is read, and how it becomes sequences of tokens."""
 
@@ -140,7 +150,11 @@ class DataConfig:
     """stdlib (Python's own source files), a folder that mst_train.prepare has written, a folder or
     glob of .txt, .jsonl, .parquet and .idx files, or the name of a Hugging Face data set."""
     mixture: list[MixtureConfig] = field(default_factory=list)
-    """Several sources, drawn from by weight; empty: data.source alone."""
+    """Several sources, drawn from by weight; empty: data.source alone. Each has a validation loss
+    of its own too, val_loss_SOURCE."""
+    validation_sets: list[ValidationSetConfig] = field(default_factory=list)
+    """Other texts whose loss every validation tells as well, for example
+    [{name: books, source: books/}]; they need the same tokenizer."""
     sequence_length: int = 1024
     """Tokens in a sequence."""
     packing: str = choice("stream", ("stream", "best_fit"))

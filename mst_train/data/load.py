@@ -1,6 +1,7 @@
 """Everything a run reads, from what its configuration names."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from mst_train.data.splitting import long_documents, split_corpus
 from mst_train.data.tokenizer import Vocabulary
 from mst_train.data.tokenizer_file import load_tokenizer
 from mst_train.errors import UserError
+from mst_train.files import name_of
 
 Ints = NDArray[np.int64]
 
@@ -32,6 +34,8 @@ class Data:
     """None where ``data.validation_fraction`` is 0."""
     corpus_fingerprint: str
     """Stands for the tokens of the corpus, their tokenizer and how they become sequences."""
+    validation_sets: Mapping[str, Sequences] = field(default_factory=dict)
+    """By names: what is held out of each source of a mixture, and ``data.validation_sets``."""
 
 
 def load_data(data: DataConfig) -> Data:
@@ -41,26 +45,59 @@ def load_data(data: DataConfig) -> Data:
         UserError: what the configuration names cannot be used, or is too short for
             ``data.sequence_length``.
     """
-    if not data.mixture:
-        return load_source(data)
+    loaded = _load_mixture(data) if data.mixture else load_source(data)
+    sets = dict(loaded.validation_sets)
+    for settings in data.validation_sets:
+        if settings.name in sets:
+            raise UserError(
+                f"data.validation_sets: {settings.name} is the name of a source of data.mixture: "
+                f"give the set another"
+            )
+        whole = replace(data, source=settings.source, mixture=[], validation_fraction=0.0)
+        part = load_source(whole)
+        _require_same_tokenizer(part, loaded, f"data.validation_sets: {settings.source} has")
+        sets[settings.name] = part.training
+    return replace(loaded, validation_sets=sets)
+
+
+def _load_mixture(data: DataConfig) -> Data:
     parts = [
         load_source(replace(data, source=part.source, mixture=[]), part.min_document_tokens)
         for part in data.mixture
     ]
     for part, settings in zip(parts, data.mixture, strict=True):
-        if part.tokenizer.fingerprint != parts[0].tokenizer.fingerprint:
-            raise UserError(
-                f"data.mixture has sources with different tokenizers ({data.mixture[0].source} and "
-                f"{settings.source}): set data.tokenizer, or prepare them with the same one"
-            )
+        _require_same_tokenizer(part, parts[0], f"data.mixture: {settings.source} has")
     weights = [part.weight for part in data.mixture]
     validations = [part.validation for part in parts if part.validation is not None]
+    names = _names([part.source for part in data.mixture])
     return Data(
         tokenizer=parts[0].tokenizer,
         training=MixedSequences([part.training for part in parts], weights),
         validation=MixedSequences(validations, weights) if validations else None,
         corpus_fingerprint=digest("mixture", [part.corpus_fingerprint for part in parts], weights),
+        validation_sets=dict(zip(names, validations, strict=True)) if len(validations) > 1 else {},
     )
+
+
+def _names(sources: Iterable[str]) -> list[str]:
+    """What the sources of a mixture are called: by their last parts, and numbers where these are
+    the same."""
+    names = list[str]()
+    for source in sources:
+        name = name_of(source)
+        if name in ("", "by_position"):  # the latter is another record's
+            name = "source"
+        same = sum(other.rpartition("_")[0] == name or other == name for other in names)
+        names.append(f"{name}_{same + 1}" if same else name)
+    return names
+
+
+def _require_same_tokenizer(part: Data, first: Data, which: str) -> None:
+    if part.tokenizer.fingerprint != first.tokenizer.fingerprint:
+        raise UserError(
+            f"{which} another tokenizer than what is before it: set data.tokenizer, or prepare "
+            f"them with the same one"
+        )
 
 
 def load_vocabulary(data: DataConfig) -> Vocabulary:

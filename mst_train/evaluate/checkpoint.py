@@ -8,11 +8,11 @@ from typing import Any
 from mst_train.checkpoint.trained import WEIGHTS, TrainedModel, best_device, trained_model
 from mst_train.cli.compose import warn_of_unused
 from mst_train.config import Config
-from mst_train.data import Vocabulary, fixed_batches, load_data
-from mst_train.engine.step import evaluate
+from mst_train.data import Vocabulary, load_data
 from mst_train.environment import describe
 from mst_train.errors import UserError
 from mst_train.evaluate.passkey import Probe, make_probes, passkey_record
+from mst_train.evaluate.validation import validate, validation_batches
 
 USED = (
     *("run.", "data.", "evaluation.", "memory.", "kernel."),
@@ -55,12 +55,10 @@ def _evaluate(trained: TrainedModel) -> dict[str, Any]:
     probes = _probes(config, data.tokenizer)
     model = trained.load(best_device())
     record: dict[str, Any] = {"val_loss": None, "val_loss_by_position": None, "val_tokens": None}
-    if data.validation is not None:
-        limit = config.train.eval_sequences
-        batches = fixed_batches(data.validation, config.train.micro_batch_size, limit)
-        found = evaluate(model, batches)
-        tokens = {str(bucket.start): bucket.tokens for bucket in found.buckets}
-        record |= {**found.record(), "val_tokens": tokens}
+    found, losses = validate(model, validation_batches(data, config.train))
+    record |= losses
+    if found is not None:
+        record["val_tokens"] = {str(bucket.start): bucket.tokens for bucket in found.buckets}
     passkeys = passkey_record(model, probes) if probes else dict.fromkeys(PASSKEY)
     return {"checkpoint": trained.name, "step": trained.progress.get("step"), **record, **passkeys}
 

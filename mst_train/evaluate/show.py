@@ -12,6 +12,13 @@ def render(result: dict[str, Any]) -> str:
     parts: list[RenderableType] = []
     if result["val_loss"] is not None:
         parts += ["", _positions(result)]
+    sets = {
+        key.removeprefix("val_loss_"): value
+        for key, value in result.items()
+        if key.startswith("val_loss_") and key != "val_loss_by_position"
+    }
+    if sets:
+        parts += ["", _sets(sets)]
     if result["passkey"] is not None:
         parts += ["", _passkeys(result)]
     with console.capture() as shown:
@@ -28,6 +35,13 @@ def _positions(result: dict[str, Any]) -> Table:
         table.add_row(f"{int(start):,}", f"{loss:.4f}", f"{result['val_tokens'][start]:,}")
     tokens = sum(result["val_tokens"].values())
     table.add_row("all", f"{result['val_loss']:.4f}", f"{tokens:,}")
+    return table
+
+
+def _sets(losses: dict[str, float]) -> Table:
+    table = _table("of", "validation loss")
+    for name, loss in losses.items():
+        table.add_row(name, f"{loss:.4f}")
     return table
 
 

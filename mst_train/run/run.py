@@ -22,7 +22,7 @@ from mst_train import environment
 from mst_train.attention import choices
 from mst_train.checkpoint.writer import CheckpointWriter
 from mst_train.cli.signals import StopSignals
-from mst_train.data import Batch, Loader, fixed_batches
+from mst_train.data import Batch, Loader
 from mst_train.distributed import (
     WAITING,
     Guard,
@@ -32,9 +32,10 @@ from mst_train.distributed import (
     together,
     told_once,
 )
-from mst_train.engine.step import BadStep, evaluate
+from mst_train.engine.step import BadStep
 from mst_train.errors import DataError, Stopped, TrainingError, UserError, memory_ran_out
 from mst_train.evaluate.passkey import passkey_record
+from mst_train.evaluate.validation import validate, validation_batches
 from mst_train.files import write_json
 from mst_train.memory.tracker import process_peak_bytes
 from mst_train.model.flops import training_flops
@@ -162,19 +163,23 @@ class Run:
         return every > 0 and (self.step % every == 0 or self.step == self.config.train.steps)
 
     def validate(self) -> None:
-        """The validation loss, where there are validation data."""
-        if not self._data.validation:
-            return
-        train, batches = self.config.train, list[Batch]()
+        """The validation losses, where there are validation data."""
+        batches: dict[str, list[Batch]] = {}
         with together(self.topology), _reading():
-            held_out = self._data.validation
-            batches = list(fixed_batches(held_out, train.micro_batch_size, train.eval_sequences))
+            batches = validation_batches(self._data, self.config.train)
+        if not batches:
+            return
         try:
-            record = evaluate(self.model, batches, self.topology).record()
+            _, record = validate(self.model, batches, self.topology)
         except TrainingError as error:
             raise told_once(error, self.topology) from None
         self._record({"step": self.step, **record})
-        self.progress.say(f"step {self.step}: validation loss {record['val_loss']:.4f}")
+        losses = (
+            f"{key.removeprefix('val_loss').removeprefix('_')} {value:.4f}".strip()
+            for key, value in record.items()
+            if isinstance(value, float)
+        )
+        self.progress.say(f"step {self.step}: validation loss {', '.join(losses)}")
         self.summary |= record
 
     def retrieve(self) -> None:

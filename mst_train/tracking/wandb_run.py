@@ -51,6 +51,8 @@ def grouped(record: Mapping[str, Any]) -> dict[str, float]:
     for key, value in record.items():
         if key == "val_loss_by_position":
             values |= {f"val_loss/position_{int(at):04d}": loss for at, loss in value.items()}
+        elif key.startswith("val_loss_"):
+            values[f"val/loss_{key.removeprefix('val_loss_')}"] = value
         elif key == "passkey":
             for probe in value:
                 place = f"{probe['length']}_depth_{100 * probe['depth']:03.0f}"

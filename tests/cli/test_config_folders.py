@@ -61,5 +61,5 @@ def test_mistakes_are_told(folder, arguments, message, monkeypatch, capsys):
 
 def test_a_file_of_the_projects_is_not_replaced(folder):
     (folder / "model" / "llama3_8b.yaml").write_text("num_layers: 1\n")
-    with pytest.raises(UserError, match="llama3_8b.yaml has the name of a file in"):
+    with pytest.raises(UserError, match=r"llama3_8b\.yaml has the name of a file in"):
         compose([])

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mst_train.cli.compose import compose
-from mst_train.config import DataConfig, MixtureConfig
+from mst_train.config import DataConfig, MixtureConfig, ValidationSetConfig
 from mst_train.data import Loader, load_data
 from mst_train.data.mixture import MixedSequences
-from mst_train.data.packing import PackedSequences
+from mst_train.data.packing import PackedSequences, Sequences
 from mst_train.errors import UserError
 
 Configure = Callable[..., DataConfig]
@@ -129,8 +129,41 @@ def test_long_documents_alone(two: DataConfig) -> None:
         load_data(replace(two, mixture=[replace(mixture[1], min_document_tokens=99_999)]))
 
 
-def test_tokenizers_must_agree(two: DataConfig) -> None:
-    with pytest.raises(UserError, match=r"data.mixture has sources with different tokenizers"):
+def rows(sequences: Sequences) -> list[list[int]]:
+    return [sequences[number].tokens.tolist() for number in range(len(sequences))]
+
+
+def test_sources_and_other_texts_have_validation_sets(two: DataConfig, tmp_path: Path) -> None:
+    first, second = (replace(two, mixture=[], source=part.source) for part in two.mixture)
+    sets = [ValidationSetConfig("whole", second.source)]
+    found = load_data(replace(two, validation_sets=sets)).validation_sets
+    assert list(found) == [Path(first.source).name, "other", "whole"]
+    alone = [load_data(data).validation for data in (first, second)]
+    assert alone[0] is not None and alone[1] is not None
+    assert [rows(some) for some in found.values()] == [
+        rows(alone[0]),
+        rows(alone[1]),
+        rows(load_data(replace(second, validation_fraction=0.0)).training),
+    ]
+    assert not load_data(first).validation_sets
+    assert not load_data(replace(two, mixture=two.mixture[:1])).validation_sets
+    twice = replace(two, mixture=[two.mixture[1]] * 2)
+    assert list(load_data(twice).validation_sets) == ["other", "other_2"]
+    alike = replace(two, validation_sets=[ValidationSetConfig("other", second.source)])
+    with pytest.raises(UserError, match=r"other is the name of a source of data\.mixture"):
+        load_data(alike)
+    data = load_data(first)
+    assert load_data(replace(first, validation_sets=sets)).corpus_fingerprint == (
+        data.corpus_fingerprint
+    )
+
+
+def test_tokenizers_must_agree(two: DataConfig, tmp_path: Path) -> None:
+    alone = replace(two, mixture=[], tokenizer=None)
+    sets = [ValidationSetConfig("b", str(tmp_path / "other"))]
+    with pytest.raises(UserError, match=r"data.validation_sets: .*other has another tokenizer"):
+        load_data(replace(alone, validation_sets=sets))
+    with pytest.raises(UserError, match=r"data.mixture: .*other has another tokenizer"):
         load_data(replace(two, tokenizer=None))
 
 
@@ -142,6 +175,9 @@ def test_mixture_on_the_command_line() -> None:
         ("data.mixture=[{weight:1}]", "data.mixture[0].source is empty"),
         ("data.mixture=[{source:a,min_document_tokens:-1}]", "tokens=-1 must be at least 0"),
         ("data.mixture=[{sauce:a}]", "data.mixture[0].sauce is not a setting: "),
+        ("data.validation_sets=[{name: a/b, source: c}]", "[0].name=a/b cannot be a name"),
+        ("data.validation_sets=[{name: by_position, source: c}]", "cannot be a name"),
+        ("data.validation_sets=[{name: a, source: c},{name: a, source: d}]", "[1].name=a is there"),
         ("data.mixture=3", "data.mixture=3 is not a list"),
     ):
         with pytest.raises(UserError) as caught:

@@ -66,7 +66,7 @@ def test_the_command_writes_what_is_read(monkeypatch, tmp_path, capsys):
     assert trial.main([str(path)]) == 0
     (name, written), *_ = json.loads(path.read_text()).items()
     assert name == "cpu"
-    assert written["rates"]["products"] > 1e8
+    assert written["rates"]["products"] > 0
     assert {"date", "git_commit", "hardware", "versions"} < written.keys()
     monkeypatch.setenv(FILE_VARIABLE, str(path))
     assert rates(DEVICES["h100_80gb"], BF16).source.startswith("assumed: ")
@@ -89,4 +89,5 @@ def test_a_gpu_is_measured_at_a_chunk_of_llama3_8b(monkeypatch, tmp_path):
     assert measured == [("cuda", BF16, 8192, 14336)]
     assert json.loads(path.read_text())["NVIDIA H200"]["command"] == "mst_train.plan.trial"
     monkeypatch.setenv(FILE_VARIABLE, str(path))
-    assert rates(DEVICES["h200"], BF16).products > 1e9
+    written = json.loads(path.read_text())["NVIDIA H200"]["rates"]
+    assert rates(DEVICES["h200"], BF16).products == written["products"] > 0

@@ -96,6 +96,7 @@ def only_file(folder):
 def test_names_are_grouped_and_sizes_in_gib():
     record = {
         **RECORD,
+        "val_loss_books": 4.0,
         "val_loss_by_position": {"0": 3.0, "256": 2.5, "16384": 2.0},
         "passkey": [{"length": 4096, "depth": 0.5, "accuracy": 0.75, "loss": 1.0}],
         "skipped": "the loss is nan",
@@ -104,6 +105,7 @@ def test_names_are_grouped_and_sizes_in_gib():
         "train/loss": RECORD["loss"],
         "speed/tokens_per_second": 10.0,
         "memory/peak_gib": 0.5,
+        "val/loss_books": 4.0,
         "val_loss/position_0000": 3.0,
         "val_loss/position_0256": 2.5,
         "val_loss/position_16384": 2.0,
