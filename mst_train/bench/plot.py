@@ -170,11 +170,14 @@ def _label_ends(axes: Any, ends: Sequence[tuple[Any, ...]]) -> None:
 
 def _caption(report: dict[str, Any]) -> str:
     model = report["settings"]["model"]
-    return (
+    text = (
         f"{subject(report)}hidden {model['hidden_size']}, intermediate "
         f"{model['intermediate_size']}, vocabulary {model['vocab_size']}; torch "
-        f"{report['versions']['torch']}\nMedians; ratios to {compared(report['bench'])}"
+        f"{report['versions']['torch']}"
     )
+    if report["bench"] != "max_sequence":
+        text += f"\nMedians; ratios to {compared(report['bench'])}"
+    return text
 
 
 def main(arguments: list[str] | None = None) -> int:

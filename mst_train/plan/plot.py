@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mst_train.plan.predict import LABELS, Prediction
+from mst_train.plan.show import short_length
 from mst_train.units import GIB
 
 COLORS = {
@@ -21,14 +22,31 @@ INK = "#2b2f36"
 
 
 def draw_memory(predictions: Sequence[Prediction], path: Path, title: str) -> None:
-    """Stacked areas of the peak's parts against length, with the device's limit as a line."""
-    figure = new_figure(8, 4.5)
-    axes = figure.subplots()
-    stack(axes, [prediction.report() for prediction in predictions])
-    axes.set_title(title, loc="left", fontsize=12, color=INK)
-    axes.legend(loc="upper left", fontsize=8, frameon=False, reverse=True)
-    axes.set_ylabel("GiB on each device at the peak", color=INK)
+    """Draw ``memory_figure`` into an image file."""
+    figure = memory_figure([prediction.report() for prediction in predictions], title)
     figure.savefig(path, dpi=160, facecolor="white")
+
+
+def memory_figure(reports: Sequence[dict[str, Any]], title: str) -> Any:
+    """Stacked areas of the peak's parts against length, with the device's limit as a line.
+
+    reports: as ``Prediction.report`` gives them, in any order; each has a dot and a tick.
+    """
+    figure = new_figure(9, 4.5)
+    axes = figure.subplots()
+    reports = sorted(reports, key=lambda report: report["sequence_length"])
+    stack(axes, reports)
+    lengths = [report["sequence_length"] / 1024 for report in reports]
+    peaks = [report["peak_bytes"] / GIB for report in reports]
+    axes.plot(lengths, peaks, "o", color=INK, markersize=4, clip_on=False)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [short_length(report["sequence_length"]) for report in reports])
+    axes.minorticks_off()
+    axes.set_xlabel("tokens in a sequence", color=INK)
+    axes.set_title(title, loc="left", fontsize=12, color=INK)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False, reverse=True)
+    axes.set_ylabel("GiB on each device at the peak", color=INK)
+    return figure
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -88,6 +88,13 @@ def test_it_draws(tmp_path, lengths):
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("bench", plot.TITLES)
+def test_the_caption_tells_of_ratios_where_times_are_drawn(bench):
+    caption = plot._caption(results(bench=bench))
+    assert "hidden 512" in caption
+    assert ("ratios" in caption) == (bench != "max_sequence")
+
+
 def test_nothing_measured_still_draws(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     plot.draw(results(row("mst", None, None)), tmp_path / "x.png")

@@ -17,7 +17,8 @@ from mst_train.mst import attention_chunk
 from mst_train.plan.__main__ import main
 from mst_train.plan.choose import longest
 from mst_train.plan.config import configured_target, read
-from mst_train.plan.predict import predict
+from mst_train.plan.plot import memory_figure
+from mst_train.plan.predict import LABELS, predict
 from mst_train.plan.rates import rates
 from mst_train.plan.speed import seconds
 
@@ -271,3 +272,21 @@ def test_table_and_sweep(tmp_path, capsys):
     assert (folder / "sweep.png").stat().st_size > 10_000
     assert len(json.loads((folder / "sweep.json").read_text())) == 3
     assert (folder / "sweep.md").read_text().count("fits") == 3
+
+
+def test_a_sweeps_picture_has_a_tick_and_a_dot_for_each_length():
+    lengths = (1024, 1536, 65536, 524288)
+    reports = []
+    for number, length in enumerate(lengths, 1):
+        parts = dict.fromkeys(LABELS, number * GIB)
+        peak = {"peak_bytes": sum(parts.values()), "budget_bytes": 20 * GIB, "device": "a GPU"}
+        reports.append({"sequence_length": length, "breakdown": parts, **peak})
+    figure = memory_figure(reports[::-1], "a model")
+    figure.draw_without_rendering()
+    (axes,), (legend,) = figure.axes, figure.legends
+    dots = next(line for line in axes.lines if line.get_marker() == "o")
+    assert [tick * 1024 for tick in axes.get_xticks()] == list(lengths)
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1K", "1,536", "64K", "512K"]
+    assert [x * 1024 for x in dots.get_xdata()] == list(lengths)
+    assert list(dots.get_ydata()) == [8, 16, 24, 32]
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
