@@ -402,6 +402,9 @@ class LoggingConfig:
     """What is recorded beside the run's own files."""
 
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
+    """Write the same numbers for TensorBoard, to tensorboard/ in the run's folder (the package
+    tensorboard is needed)."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from mst_train.run.budget import with_steps
 from mst_train.run.deterministic import choose_algorithms
 from mst_train.run.folder import RunFolder, check_beginning, check_continuation
 from mst_train.run.random_state import restore_random_state, seed_everything
+from mst_train.tracking.tensorboard_run import check_tensorboard
 from mst_train.units import GIB
 
 SETTING_UP = timedelta(days=1)
@@ -86,6 +87,7 @@ def find_start(config: Config, topology: Topology) -> Start:
     found: list[str] = ["", ""]
     with together(patient):
         check_engine(config, topology.world)
+        check_tensorboard(config)
         folder = RunFolder(config)
         if topology.is_rank_zero:
             origins = [] if folder.origin is None else [folder.origin]

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, summary.json, W&B and the terminal."""
+"""What a run reports: metrics.jsonl, W&B, TensorBoard and the terminal."""
 
 import contextlib
 import json
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from mst_train.config import Config
 from mst_train.errors import TrainingError
 from mst_train.files import is_at, replace_text, writing
+from mst_train.tracking.tensorboard_run import TensorBoardRun
 from mst_train.tracking.wandb_run import WandbRun, start_wandb
 from mst_train.units import GIB, duration
 
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Metrics:
-    """The records of a run, appended to a file and sent to W&B.
+    """The records of a run, appended to a file and sent to W&B and TensorBoard.
 
     A run that continues after ``step`` drops the records of later steps first: they belong to work
     that was lost and is about to be done again. A fresh start (None) sets a file that is there
@@ -35,7 +36,7 @@ class Metrics:
     ) -> None:
         self._path = path
         self._file: TextIO | None = None
-        self._wandb: WandbRun | None = None
+        self._others: list[WandbRun | TensorBoardRun] = []
         if not writes:
             return
         with writing(path):
@@ -44,7 +45,10 @@ class Metrics:
             else:
                 _drop_after(path, step)
             self._file = path.open("a")
-        self._wandb = start_wandb(path.parent, config)
+        wandb = start_wandb(path.parent, config)
+        self._others = [] if wandb is None else [wandb]
+        if config.logging.tensorboard:
+            self._others.append(TensorBoardRun(path.parent, step))
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one record; it has a ``step``. Raises TrainingError where it cannot be written."""
@@ -54,27 +58,27 @@ class Metrics:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         self._require_there()
-        self._tell_wandb(lambda run: run.log(record))
+        self._tell(lambda run: run.log(record))
 
     def predicted(self, breakdown: dict[str, int]) -> None:
-        """Send the planner's breakdown of the peak (bytes by kind) to W&B."""
-        self._tell_wandb(lambda run: run.predicted(breakdown))
+        """Send the planner's breakdown of the peak (bytes by kind) to W&B and TensorBoard."""
+        self._tell(lambda run: run.predicted(breakdown))
 
     def checkpoints(self) -> None:
         """Send new checkpoints to W&B, where logging.wandb.artifacts asks for all of them."""
-        self._tell_wandb(lambda run: run.checkpoints())
+        self._tell(lambda run: run.checkpoints())
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Send the summary to W&B. Raises TrainingError where the records are gone by now."""
         self._require_there()
-        self._tell_wandb(lambda run: run.finish(summary))
+        self._tell(lambda run: run.finish(summary))
 
     def close(self, exit_code: int) -> None:
-        """Close the file and W&B's run."""
+        """Close the file, and W&B's run and TensorBoard's."""
         if self._file is not None:
             with contextlib.suppress(OSError):  # of a record that could not be written
                 self._file.close()
-        self._tell_wandb(lambda run: run.close(exit_code))
+        self._tell(lambda run: run.close(exit_code))
 
     def _require_there(self) -> None:
         """An open file takes records although nobody will find it where it was."""
@@ -84,16 +88,20 @@ class Metrics:
                 f"was, and the same command continues from the last checkpoint"
             )
 
-    def _tell_wandb(self, tell: Callable[[WandbRun], None]) -> None:
-        """Nothing that goes wrong in W&B, a process of its own, ends a run: it goes on without."""
-        if self._wandb is None:
-            return
-        try:
-            tell(self._wandb)
-        except Exception as error:  # whatever W&B and the network raise
-            reason = str(error) or type(error).__name__
-            log.warning("W&B fails (%s): the run goes on without it, see %s", reason, self._path)
-            self._wandb = None
+    def _tell(self, tell: Callable[[WandbRun | TensorBoardRun], None]) -> None:
+        """Nothing that goes wrong in these ends a run: it goes on without."""
+        for run in list(self._others):
+            try:
+                tell(run)
+            except Exception as error:  # whatever W&B, the network and the disk raise
+                reason = str(error) or type(error).__name__
+                log.warning(
+                    "%s fails (%s): the run goes on without it, see %s",
+                    run.name,
+                    reason,
+                    self._path,
+                )
+                self._others.remove(run)
 
 
 class Progress:

@@ -19,52 +19,20 @@ from typing import Any
 from mst_train.checkpoint.files import complete_checkpoints
 from mst_train.config import Config
 from mst_train.files import replace_text
+from mst_train.tracking.names import grouped
 from mst_train.units import GIB
 
 START_SECONDS = 30.0
 """How long W&B may take to reach its server, or to be given a key at a terminal, before the run
 begins; for the former, W&B's own WANDB_INIT_TIMEOUT goes before."""
 
-NAMES = {
-    "loss": "train/loss",
-    "learning_rate": "train/learning_rate",
-    "grad_norm": "train/grad_norm",
-    "tokens": "train/tokens",
-    "val_loss": "val/loss",
-    "tokens_per_second": "speed/tokens_per_second",
-    "step_seconds": "speed/step_seconds",
-    "model_flops_utilization": "speed/model_flops_utilization",
-    "communication_share": "speed/communication_share",
-    "peak_memory_bytes": "memory/peak_gib",
-    "peak_memory_process": "memory/peak_process",
-    "passkey_accuracy": "passkey/accuracy",
-    "passkey_loss": "passkey/loss",
-}
-"""What a record's numbers are called in W&B; others are "train/" and their own name."""
-
 log = logging.getLogger(__name__)
-
-
-def grouped(record: Mapping[str, Any]) -> dict[str, float]:
-    """A record's numbers as W&B gets them, by "group/name"; sizes in GiB."""
-    values: dict[str, float] = {}
-    for key, value in record.items():
-        if key == "val_loss_by_position":
-            values |= {f"val_loss/position_{int(at):04d}": loss for at, loss in value.items()}
-        elif key.startswith("val_loss_"):
-            values[f"val/loss_{key.removeprefix('val_loss_')}"] = value
-        elif key == "passkey":
-            for probe in value:
-                place = f"{probe['length']}_depth_{100 * probe['depth']:03.0f}"
-                values[f"passkey/accuracy_{place}"] = probe["accuracy"]
-        elif isinstance(value, int | float) and not isinstance(value, bool) and key != "step":
-            scale = GIB if key.endswith("_bytes") else 1
-            values[NAMES.get(key, f"train/{key}")] = value / scale if scale != 1 else value
-    return values
 
 
 class WandbRun:
     """One process's part of a run; a run that continues is the same run in W&B."""
+
+    name = "W&B"
 
     def __init__(self, folder: Path, config: Config, mode: str) -> None:
         """Start it; raises whatever W&B, its process, the network and the disk raise.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import mst_train.cli.compose
+import mst_train.cli.config_folders
 from mst_train.bench import config as bench
 from mst_train.cli.compose import (
     compose,
@@ -328,7 +328,7 @@ def copied_configs(tmp_path_factory):
 def write(copied_configs, monkeypatch):
     """Writes an experiment, mine.yaml, among the others; returns the problems of composing it."""
     folder = copied_configs
-    monkeypatch.setattr(mst_train.cli.compose, "config_folders", lambda: [folder])
+    monkeypatch.setattr(mst_train.cli.config_folders, "_own_folder", lambda: folder)
 
     def problems_of(text, name="mine"):
         path = folder / "experiment" / f"{name}.yaml"

@@ -56,6 +56,8 @@ def test_continuing_drops_what_came_after(path, small_config):
 
 def test_a_wandb_that_fails_does_not_end_the_run(path, small_config, monkeypatch, caplog):
     class Failing:
+        name = "W&B"
+
         def log(self, record):
             raise ConnectionResetError("Connection lost")
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from mst_train.tracking.metrics import Metrics
-from mst_train.tracking.wandb_run import NAMES, START_SECONDS, WandbRun, grouped
+from mst_train.tracking.names import NAMES, grouped
+from mst_train.tracking.wandb_run import START_SECONDS, WandbRun
 from mst_train.units import GIB
 
 RECORD = {

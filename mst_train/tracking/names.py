@@ -1,0 +1,41 @@
+"""What a record's numbers are called outside of metrics.jsonl."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mst_train.units import GIB
+
+NAMES = {
+    "loss": "train/loss",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "tokens": "train/tokens",
+    "val_loss": "val/loss",
+    "tokens_per_second": "speed/tokens_per_second",
+    "step_seconds": "speed/step_seconds",
+    "model_flops_utilization": "speed/model_flops_utilization",
+    "communication_share": "speed/communication_share",
+    "peak_memory_bytes": "memory/peak_gib",
+    "peak_memory_process": "memory/peak_process",
+    "passkey_accuracy": "passkey/accuracy",
+    "passkey_loss": "passkey/loss",
+}
+"""What a record's numbers are called there; others are "train/" and their own name."""
+
+
+def grouped(record: Mapping[str, Any]) -> dict[str, float]:
+    """A record's numbers as W&B and TensorBoard get them, by "group/name"; sizes in GiB."""
+    values: dict[str, float] = {}
+    for key, value in record.items():
+        if key == "val_loss_by_position":
+            values |= {f"val_loss/position_{int(at):04d}": loss for at, loss in value.items()}
+        elif key.startswith("val_loss_"):
+            values[f"val/loss_{key.removeprefix('val_loss_')}"] = value
+        elif key == "passkey":
+            for probe in value:
+                place = f"{probe['length']}_depth_{100 * probe['depth']:03.0f}"
+                values[f"passkey/accuracy_{place}"] = probe["accuracy"]
+        elif isinstance(value, int | float) and not isinstance(value, bool) and key != "step":
+            scale = GIB if key.endswith("_bytes") else 1
+            values[NAMES.get(key, f"train/{key}")] = value / scale if scale != 1 else value
+    return values
