@@ -95,6 +95,13 @@ def _run_problems(config: Config) -> Iterator[str]:
         )
     yield from at_least("train.eval_every", train.eval_every, 0)
     yield from at_least("train.eval_sequences", train.eval_sequences, 1)
+    if train.profile and not (
+        len(train.profile) == 2 and 1 <= train.profile[0] <= train.profile[1]
+    ):
+        yield (
+            f"train.profile={train.profile} has to be [FROM,TO]: the first and the last step to "
+            f"profile, from 1 on"
+        )
     yield from at_least("train.max_skipped_steps", train.max_skipped_steps, 1)
     yield from at_least("train.spike_window", train.spike_window, 1)
     if train.spike_factor is not None and not 1 < train.spike_factor < 1e12:

@@ -105,6 +105,9 @@ class TrainConfig:
     """Steps between validations; 0: never."""
     eval_sequences: int = 16
     """Validation sequences used each time (all of them where there are fewer)."""
+    profile: list[int] = field(default_factory=list)
+    """[FROM, TO]: torch's profile of these steps, in the run's folder as
+    profile_FROM_TO_rankN.json.gz, for Perfetto or chrome://tracing; they take longer."""
     bad_step: str = choice("stop", ("stop", "skip"))
     """What follows a bad step: a loss or gradient that is not finite, or a spike. stop: the run
     ends, with its weights as they were before the step. skip: the step is left out, its data are

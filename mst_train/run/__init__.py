@@ -8,5 +8,6 @@ run            what the loop asks for, what it records and saves, and how it end
 folder         who may write to a run's folder, and how it goes on
 bad_steps      spikes; whether a bad step is left out or ends the run
 deterministic  sums in the same order each time, on a GPU too
+profile        torch's profile of some steps
 random_state   random number generators, seeded or restored
 """

@@ -44,6 +44,7 @@ from mst_train.plan.predict import Prediction
 from mst_train.run.bad_steps import BadSteps
 from mst_train.run.folder import RunFolder
 from mst_train.run.header import header
+from mst_train.run.profile import StepProfile
 from mst_train.run.random_state import random_state
 from mst_train.run.setup import SetUp, Start
 from mst_train.tracking.metrics import Metrics, Progress
@@ -97,6 +98,8 @@ class Run:
         opened.callback(self._stop.restore)
         self.stopped_by: Signals | None = None
         """The signal that any of the processes got."""
+        self._profile = StepProfile(config.train.profile, self.folder.path, topology)
+        opened.callback(self._profile.close)
         self.writer = CheckpointWriter(self.folder.checkpoints, config.checkpoint, patient)
         opened.callback(self.writer.close)
         with self._guard.deferred():
@@ -123,6 +126,7 @@ class Run:
         if any(signals):
             self.stopped_by = Signals(next(filter(None, signals)))
             return None
+        self._profile.before(self.step + 1)
         return [self.topology.part_of(batch) for batch in batches]
 
     def leave_out(self, problem: BadStep) -> dict[str, Any]:
@@ -153,6 +157,8 @@ class Run:
             **self._of_all_processes(seconds),
         }
         self._record(record)
+        with self._guard.deferred():
+            self._profile.after(self.step)
         self.progress.update(record)
         self.summary |= {key: value for key, value in record.items() if key != "skipped"}
 
