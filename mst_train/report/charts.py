@@ -5,7 +5,9 @@ that one drawing serves the light and the dark page.
 """
 
 import io
+import math
 import re
+from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -28,13 +30,16 @@ VARIABLES = {
 }
 """Which variable of the page each colour stands for."""
 
-SIZE = (4.6, 2.7)
+SIZE = (5.0, 2.8)
 POINTS = 1200
 """About the most points of a curve."""
 
 _SETTINGS = {
     "svg.fonttype": "none",
-    "font.size": 9,
+    "font.size": 10,
+    "axes.labelsize": 10,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
     "text.color": INK,
     "axes.edgecolor": GRID,
     "axes.labelcolor": FAINT,
@@ -49,7 +54,7 @@ _SETTINGS = {
 
 _STYLES: dict[str, dict[str, Any]] = {
     "line": {"linewidth": 1.7},
-    "faint": {"linewidth": 0.8, "alpha": 0.3},
+    "medians": {"linewidth": 0.8, "alpha": 0.35},
     "points": {"marker": "o", "linewidth": 1.1, "markersize": 4},
     "rings": {"marker": "o", "linestyle": "", "markersize": 4.5, "markerfacecolor": "none"},
 }
@@ -59,7 +64,8 @@ _STYLES: dict[str, dict[str, Any]] = {
 class Curve:
     """Values ``y`` at ``x``.
 
-    style: line, faint (what a line smooths), points (dots, joined) or rings (not joined).
+    style: line, medians (a faint line, and its running medians), points (dots, joined) or rings
+    (not joined).
     """
 
     x: Sequence[float]
@@ -84,8 +90,11 @@ def line_chart(
     def draw(axes: Any) -> None:
         for curve in curves:
             x, y = thin(curve.x, curve.y)
-            alone = len(x) == 1 and curve.style == "line"
+            alone = len(x) == 1 and curve.style in ("line", "medians")
             axes.plot(x, y, color=curve.color, **_STYLES["points" if alone else curve.style])
+            if curve.style == "medians":
+                smooth = thin(curve.x, medians(curve.y))
+                axes.plot(*smooth, color=curve.color, **_STYLES["line"])
         if ticks is None:
             axes.xaxis.set_major_formatter(lambda value, _: short(value))
         else:
@@ -105,6 +114,8 @@ def memory_chart(
     reports: as ``Prediction.report`` gives them, by length. measured: (length, GiB, colour).
     """
 
+    from matplotlib.ticker import MultipleLocator
+
     def draw(axes: Any) -> None:
         lengths = [report["sequence_length"] for report in reports]
         if len(reports) > 1:
@@ -116,19 +127,27 @@ def memory_chart(
         axes.set_xticks(ticks, [short_length(tick) for tick in ticks])
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
+        step = 2 ** math.floor(math.log2(axes.get_ylim()[1] / 4))  # so that MiB are whole, too
+        axes.yaxis.set_major_locator(MultipleLocator(step))
+        axes.yaxis.set_major_formatter(lambda gib, _: memory_size(gib))
         axes.set_xlabel("tokens in a sequence")
 
     return _svg(name, draw)
 
 
-def smooth(values: Sequence[float]) -> list[float]:
-    """The mean of the values around each; a twentieth of them all, at least 5."""
+def medians(values: Sequence[float]) -> list[float]:
+    """The median of the values around each; a twentieth of them all, at least 5."""
     half = max(len(values) // 40, 2)
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    ends = [(max(i - half, 0), min(i + half + 1, len(values))) for i in range(len(values))]
-    return [(sums[b] - sums[a]) / (b - a) for a, b in ends]
+    around = sorted(values[:half])
+    found = []
+    for place in range(len(values)):
+        if place + half < len(values):
+            insort(around, values[place + half])
+        if place > half:
+            del around[bisect_left(around, values[place - half - 1])]
+        middle = len(around) // 2
+        found.append((around[middle] + around[-middle - 1]) / 2)
+    return found
 
 
 def thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -149,6 +168,11 @@ def short(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:g}{unit}"
     return f"{value:.6g}"
+
+
+def memory_size(gib: float) -> str:
+    """A number of GiB for an axis."""
+    return f"{gib:g} GiB" if gib >= 1 else f"{1024 * gib:g} MiB" if gib else "0"
 
 
 def _svg(name: str, draw: Callable[[Any], None]) -> str:

@@ -44,18 +44,20 @@ section{margin-top:1.25rem}
 .card{padding:.7rem .9rem}
 .card b{display:block;font-size:1.2rem;font-weight:600;font-variant-numeric:tabular-nums}
 .card span{color:var(--faint);font-size:.8rem}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr));gap:1rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr));gap:1rem}
 figure{margin:0;padding:.9rem 1rem;min-width:0}
 figure svg{display:block;width:100%;height:auto;margin-top:.4rem}
 svg *{stroke-linejoin:round}
 .key{display:flex;flex-wrap:wrap;gap:.1rem .9rem;font-size:.85rem}
-.dot{display:inline-block;width:.65em;height:.65em;border-radius:50%;margin-right:.4em}
+.run{display:inline-flex;align-items:baseline}
+.dot{flex:none;width:.65em;height:.65em;border-radius:50%;margin-right:.4em}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--grid)}
 th{font-weight:500}
+td{min-width:4.5rem;overflow-wrap:anywhere}
 .parts{width:100%;margin-top:.5rem}
-.parts td{white-space:nowrap}
+.parts td{min-width:0;white-space:nowrap}
 .number{text-align:right}
 .bar{width:45%}
 .bar i{display:block;height:.7rem;min-width:1px;border-radius:3px}
@@ -64,6 +66,7 @@ background:color-mix(in srgb,var(--line-2) calc(var(--share)*45%),transparent)}
 details{margin-top:.75rem;padding:.6rem 1rem}
 summary{cursor:pointer;font-weight:500}
 pre{margin:.6rem 0 0;overflow-x:auto;font-size:.8rem;line-height:1.45}
+@media(max-width:600px){main{padding:1rem .5rem 2rem}figure{padding:.8rem .6rem}}
 """
 
 

@@ -1,5 +1,6 @@
 """The parts of the page, each a piece of HTML."""
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
@@ -15,7 +16,6 @@ from mst_train.report.charts import (
     Curve,
     line_chart,
     memory_chart,
-    smooth,
 )
 from mst_train.report.read import Run, curve, group
 from mst_train.units import GIB, duration
@@ -90,14 +90,9 @@ def charts(runs: Sequence[Run], predictions: Sequence[Report]) -> str:
                 found.append(Curve(x, values, color(number), style))
         return found
 
-    def smoothed(key: str) -> list[Curve]:
-        lines = drawn(key)
-        faint = [Curve(line.x, line.y, line.color, "faint") for line in lines]
-        return faint + [Curve(line.x, smooth(line.y), line.color) for line in lines]
-
     validation = drawn("val_loss", kind="validation", style="points")
-    loss = smoothed("loss")
-    around, rings = "bold: the mean around a step", ""
+    loss = drawn("loss", style="medians")
+    around, rings = "bold: the median around a step", ""
     if len(runs) == 1 and validation:
         rings = "; rings: validation"
         loss += [Curve(line.x, line.y, INK, "rings") for line in validation]
@@ -105,8 +100,8 @@ def charts(runs: Sequence[Run], predictions: Sequence[Report]) -> str:
         ("Training loss", around + rings, loss),
         ("Validation loss", "over the same sequences each time", validation),
         ("Learning rate", "", drawn("learning_rate")),
-        ("Gradient norm", f"before clipping; {around}", smoothed("grad_norm")),
-        ("Tokens per second", around, smoothed("tokens_per_second")),
+        ("Gradient norm", f"before clipping; {around}", drawn("grad_norm", style="medians")),
+        ("Tokens per second", around, drawn("tokens_per_second", style="medians")),
         ("Peak memory", "GiB, the highest so far", drawn("peak_memory_bytes", GIB)),
     ]
     parts = [
@@ -145,14 +140,16 @@ def memory(runs: Sequence[Run], predictions: Sequence[Report]) -> list[str]:
             measured.append((run.sequence_length, peak / GIB, color(number)))
     if not predictions and len(measured) < 2:
         return []
-    title = "Memory against length"
-    chart = memory_chart(title, predictions, measured)
-    notes = ["GiB; dots: measured peaks"] if measured else ["GiB"]
+    title, notes = "Memory against length", []
     if len(predictions) > 1:
         notes.append(f"areas: predicted for {runs[0].name}, by kind")
-    if measured and runs[0].prediction.get("device") == "cpu":
-        notes.append("a CPU process's peak has Python and torch in it as well")
-    parts = [_figure(title, "; ".join(notes), chart, runs)]
+        if measured and runs[0].prediction["device"] == "cpu":
+            notes.append("not the measured peak, which has all of Python and torch in it on a CPU")
+            measured = []
+    if measured:
+        notes.append("dots: measured peaks")
+    chart = memory_chart(title, predictions, measured)
+    parts = [_figure(title, "; ".join(notes), chart, runs if measured else ())]
     if runs[0].prediction:
         parts.append(_breakdown(runs[0].prediction))
     return parts
@@ -185,7 +182,8 @@ def details(runs: Sequence[Run]) -> str:
     parts = [_differences(runs)] if len(runs) > 1 else []
     for run in runs:
         of = f" of {run.name}" if len(runs) > 1 else ""
-        for title, content in (("Configuration", run.settings), ("Environment", run.environment)):
+        contents = ("Configuration", _read_ones(run.settings)), ("Environment", run.environment)
+        for title, content in contents:
             if content:
                 text = escape(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
                 parts.append(
@@ -207,13 +205,15 @@ def swatch(number: int) -> str:
 def _figure(title: str, note: str, content: str, runs: Sequence[Run] = ()) -> str:
     """runs: those that the content compares, where there are several."""
     caption = f"<p class=faint>{escape(note)}</p>" if note else ""
-    names = "".join(f"<span>{name}</span>" for name in _named(runs)) if len(runs) > 1 else ""
-    key = f"<p class=key>{names}</p>" if names else ""
+    key = f"<p class=key>{''.join(_named(runs))}</p>" if len(runs) > 1 else ""
     return f"<figure><h2>{escape(title)}</h2>{caption}{key}{content}</figure>"
 
 
 def _named(runs: Sequence[Run]) -> list[str]:
-    return [f"{swatch(number)}{escape(run.name)}" for number, run in enumerate(runs)]
+    return [
+        f"<span class=run>{swatch(number)}{escape(run.name)}</span>"
+        for number, run in enumerate(runs)
+    ]
 
 
 def _table(runs: Sequence[Run], rows: Iterable[tuple[str, Sequence[str | None]]]) -> str:
@@ -245,17 +245,34 @@ def _breakdown(prediction: dict[str, Any]) -> str:
 
 
 def _differences(runs: Sequence[Run]) -> str:
-    flat = [dict(_leaves(run.settings)) for run in runs]
+    flat = [dict(_leaves(_read_ones(run.settings))) for run in runs]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     rows = []
     for key in keys:
-        values = [settings.get(key) for settings in flat]
+        values = [settings.get(key, []) for settings in flat]
         ours = key.partition(".")[0] not in OF_OTHER_COMMANDS
         if ours and any(value != values[0] for value in values):
-            rows.append((key, [str(value) for value in values]))
+            rows.append((key, [_written(value) for value in values]))
     if not rows:
         return ""
     return f"<h2>Settings that differ</h2><div class=scroll>{_table(runs, rows)}</div>"
+
+
+def _read_ones(settings: Report) -> Report:
+    """The settings without ``data.source`` where the sources of a mixture were read instead."""
+    data = group(settings, "data")
+    if not data.get("mixture"):
+        return settings
+    return settings | {"data": {key: data[key] for key in data if key != "source"}}
+
+
+def _written(value: Any) -> str:
+    """A setting's value in a line, as it is typed; nothing for an empty list."""
+    if isinstance(value, list):
+        return ", ".join(_written(part) for part in value)
+    if isinstance(value, dict):
+        return " ".join(f"{key}={_written(part)}" for key, part in value.items())
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _share(share: float | None) -> str:

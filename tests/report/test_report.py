@@ -10,6 +10,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -235,11 +236,42 @@ def test_thin_keeps_what_sticks_out():
     assert charts.thin([1, 2, 3], [3.0, 2.0, 1.0]) == ([1, 2, 3], [3.0, 2.0, 1.0])
 
 
-def test_smooth_is_the_mean_around():
-    assert charts.smooth([0.0, 0.0, 5.0, 0.0, 0.0, 0.0]) == pytest.approx(
-        [5 / 3, 5 / 4, 1.0, 1.0, 5 / 4, 0.0]
-    )
-    assert charts.smooth([2.0]) == [2.0]
+def test_a_spike_is_no_plateau_of_medians():
+    assert charts.medians([1.0, 1.0, 1.0, 90.0, 1.0, 1.0, 1.0]) == 7 * [1.0]
+    assert charts.medians([1.0, 1.0, 1.0, 4.0, 4.0, 4.0]) == [1.0, 1.0, 1.0, 4.0, 4.0, 4.0]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 6, 150])
+def test_medians_are_those_of_the_values_around(count):
+    values = [step * 7919 % 151 / 4 for step in range(count)]
+    half = max(count // 40, 2)
+    around = [values[max(step - half, 0) : step + half + 1] for step in range(count)]
+    assert charts.medians(values) == [median(part) for part in around]
+
+
+def test_memory_on_a_cpu_is_drawn_without_the_process(run):
+    """Areas of some MiB, which a process's peak would press flat."""
+    text = written(run)
+    drawing = re.search(r'<svg role="img" aria-label="Memory against length".*?</svg>', text, re.S)
+    ticks = [float(tick) for tick in re.findall(r">([\d.]+) MiB<", drawing[0])]
+    report = json.loads((run / "prediction.json").read_text())
+    assert 3 <= len(ticks) <= 8
+    assert max(ticks) < 4 * report["peak_bytes"] / 2**20
+    assert "var(--line-0)" not in drawing[0]
+    assert "not the measured peak" in text
+
+
+def test_a_mixture_is_listed_with_the_sources_it_read(tmp_path):
+    mixture = [{"source": "books/", "weight": 2.0}, {"source": "code/", "weight": 1.0}]
+    data = {"source": "stdlib", "sequence_length": 64, "mixture": mixture}
+    one = make_run(tmp_path / "one", data={**data, "mixture": []})
+    mixed = make_run(tmp_path / "mixed", data=data)
+    assert main([f"run.dir={mixed}", f"report.compare=[{one}]"]) == 0
+    texts = Page(written(mixed)).texts
+    assert "source=books/ weight=2.0, source=code/ weight=1.0" in texts
+    assert texts[texts.index("data.source") + 1] == "stdlib"  # the other's, so they differ
+    (settings,) = [text for text in texts if "source: code/" in text]
+    assert "stdlib" not in settings
 
 
 @pytest.mark.parametrize(
@@ -280,7 +312,7 @@ def quick(monkeypatch):
     def draw(name, curves, label, **settings):
         values = [value for curve in curves for value in (*curve.x, *curve.y)]
         assert all(abs(float(value)) < 1e101 for value in values)
-        return f"<svg {charts.smooth(values)[:1]}></svg>"
+        return f"<svg {charts.medians(values)[:1]}></svg>"
 
     def draw_memory(name, reports, measured):
         kinds = charts.AREAS
