@@ -13,6 +13,7 @@ HELP = """\
 python -m mst_train [+experiment=NAME] [GROUP=NAME ...] [key=value ...]
 
 Trains a language model. With no arguments: a small one on Python's own source files.
+  key=a,b          a run for each value, one after the other
   --help [GROUP]   this page, or a group of settings alone, such as optimizer
   --config         print the configuration that the arguments make, and stop
   --config-dir DIR use files of your own too: DIR/model/mine.yaml is model=mine (or MST_CONFIG_DIR)
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     from mst_train.cli.compose import compose, describe
+    from mst_train.cli.sweep import points, run_all
 
     if "--help" in arguments or "-h" in arguments:
         print(_help([a for a in arguments if a not in ("--help", "-h")]))
@@ -46,6 +48,9 @@ def _run(arguments: list[str]) -> int:
     if "--version" in arguments:
         print(f"mst_train {__version__}")
         return 0
+    swept = points([a for a in arguments if a != "--config"])
+    if swept and "--config" not in arguments:
+        return run_all(swept)
     config = compose([a for a in arguments if a != "--config"])
     if "--config" in arguments:
         print(describe(config), end="")

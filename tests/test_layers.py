@@ -34,7 +34,7 @@ LEAN = {
 """What these packages import besides the standard library."""
 
 HOMES = {
-    "hydra": ("mst_train.cli.compose",),
+    "hydra": ("mst_train.cli.compose", "mst_train.cli.sweep"),
     "wandb": ("mst_train.tracking.wandb_run",),
     "datasets": ("mst_train.data.huggingface",),
     "flash_attn": ("mst_train.attention.cuda",),

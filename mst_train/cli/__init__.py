@@ -2,9 +2,10 @@
 
 command        what all commands share: errors, exit statuses, logging
 signals        SIGTERM and SIGUSR1, which ask a run to stop, and Ctrl-C
-compose        a command line -> a checked configuration; the one place that knows Hydra
+compose        a command line -> a checked configuration, by Hydra
 settings       whether a value fits its setting
 run_name       what a run is called that is given no name
+sweep          settings with several values, a run for each
 reference      what each setting means, for --help and docs/settings.md
 config_folders where they are: this project's, and the user's
 config_files   what is wrong with a configuration file, by line

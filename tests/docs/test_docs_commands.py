@@ -13,6 +13,7 @@ import yaml
 
 from mst_train.cli.compose import COMMANDS as COMMANDS_WITH_SETTINGS
 from mst_train.cli.compose import compose
+from mst_train.cli.sweep import points
 from mst_train.export import KEYS
 from mst_train.generate.__main__ import KEYS as GENERATE_KEYS
 from mst_train.paper.__main__ import _parser
@@ -74,7 +75,8 @@ def read(module, given):
     """The configuration that a command makes of its arguments."""
     if module.removeprefix("mst_train.") in COMMANDS_WITH_SETTINGS:
         return importlib.import_module(f"{module}.config").read(given)
-    return compose(given)
+    swept = points(given)
+    return [point.config for point in swept] or compose(given)
 
 
 def check(words):
