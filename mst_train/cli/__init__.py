@@ -7,6 +7,7 @@ settings       whether a value fits its setting
 run_name       what a run is called that is given no name
 sweep          settings with several values, a run for each
 reference      what each setting means, for --help and docs/settings.md
+settings_file  the settings of a run, to begin another one with
 config_folders where they are: this project's, and the user's
 config_files   what is wrong with a configuration file, by line
 pretrained     the settings of a run that starts from a Hugging Face checkpoint

@@ -6,7 +6,7 @@ Hydra reads ``configs/``; the result is checked leaf by leaf against the datacla
 
 import difflib
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from mst_train.cli.config_files import DEEPEST, file_problems
 from mst_train.cli.config_folders import choices, config_folders, groups
 from mst_train.cli.run_name import run_name
 from mst_train.cli.settings import Schema, Settings, nested, shown
+from mst_train.cli.settings_file import another_run, settings_file
 from mst_train.config import AUTO, Config, validate
 from mst_train.errors import UserError
 
@@ -78,12 +79,16 @@ def compose_as(
         schema: Config or a class of it with that group. Groups of other commands are left out, with
             a warning where the arguments set them.
         arguments: where none of them names an experiment, a model, data or a checkpoint, it is the
-            experiment "tiny".
+            experiment "tiny". An experiment that is a path is a run's folder, or a file such as its
+            config.yaml.
         rules: what is wrong with the group.
 
     Raises UserError with every problem found: in keys and types, or where these are right, in what
     the values say together.
     """
+    path, arguments = settings_file(arguments)
+    if path is not None:
+        return recompose(another_run(path, arguments, _misread), arguments, schema, rules)
     folders = config_folders()
     settings = Settings(schema)
     given, problems = _read(folders, settings, _heeded(arguments, settings))
@@ -110,12 +115,7 @@ def compose_as(
     if isinstance(run, dict):
         run.setdefault("name", run_name(tree, chosen, typed))
     given_values, _ = _resolved(tree, settings, problems)
-    steps, tokens = (given_values.get(f"train.{name}") for name in ("steps", "tokens"))
-    if "train.steps" in typed and tokens is not None:
-        problems.append(
-            f"train.steps={shown(steps)} and train.tokens={shown(tokens)} both say how long the "
-            f"run is: leave one out, or set train.tokens=null"
-        )
+    problems += _length_problems(tree, typed)
     name = given_values.get("model.from_pretrained")
     if name is not None and not problems:
         settings.build([("model.from_pretrained", name)], problems)
@@ -126,13 +126,18 @@ def compose_as(
     return _checked(tree, settings, problems, rules)
 
 
-def recompose(before: dict[str, Any], arguments: Sequence[str]) -> Config:
+def recompose(
+    before: Mapping[str, Any],
+    arguments: Sequence[str],
+    schema: type[Schema] = Config,  # type: ignore[assignment]
+    rules: Callable[[Schema], Iterable[str]] = lambda config: (),
+) -> Schema:
     """A run's settings ``before`` (groups of them), with those of the arguments in their place.
 
     Settings of a run that are unknown today are left out. Raises UserError with every problem
     found.
     """
-    settings = Settings(Config)
+    settings = Settings(schema)
     given, problems = _read(config_folders(), settings, _heeded(arguments, settings))
     problems += [
         f"cannot use {argument.hydra}: a run keeps its own settings; change them one by one"
@@ -141,7 +146,19 @@ def recompose(before: dict[str, Any], arguments: Sequence[str]) -> Config:
     ]
     known = [(key, value) for key, value in settings.flat(before) if key in settings]
     changed = [(argument.key, argument.value) for argument in given if not argument.file]
-    return _checked(nested([*known, *changed]), settings, problems)
+    tree = nested([*known, *changed])
+    problems += _length_problems(tree, {key for key, _ in changed})
+    return _checked(tree, settings, problems, rules)
+
+
+def _length_problems(tree: Mapping[str, Any], typed: Collection[str]) -> Iterator[str]:
+    """What would leave a run's length as it is, although its steps were typed."""
+    train = tree.get("train")
+    if isinstance(train, dict) and train.get("tokens") is not None and "train.steps" in typed:
+        yield (
+            f"train.steps={shown(train.get('steps'))} and train.tokens={shown(train['tokens'])} "
+            f"both say how long the run is: leave one out, or set train.tokens=null"
+        )
 
 
 def warn_of_unused(arguments: Sequence[str], used: tuple[str, ...]) -> None:
