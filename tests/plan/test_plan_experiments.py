@@ -17,9 +17,15 @@ BEYOND_80_GB = {  # at the paper's lengths, by what today's transformers takes i
 }
 
 
+def arguments(name):
+    """Of a command for an experiment, with what it leaves to the user."""
+    open_ones = {"continue_pretraining": ["model.from_pretrained=null"]}
+    return [f"+experiment={name}", *open_ones.get(name, [])]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_experiment_is_valid(name):
-    config = read([f"+experiment={name}"])
+    config = read(arguments(name))
     assert config.run.name == name
     assert configured_target(config).budget_bytes > 0
 
@@ -27,9 +33,9 @@ def test_experiment_is_valid(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("ablation")])
 def test_experiment_can_be_planned(name):
-    config = read([f"+experiment={name}"])
+    config = read(arguments(name))
     if config.memory.policy == "auto":
-        config = read([f"+experiment={name}", "plan.device=a100_80gb"])
+        config = read([*arguments(name), "plan.device=a100_80gb"])
         assert choose(config, configured_target(config)).chosen.fits
         return
     target = configured_target(config)
