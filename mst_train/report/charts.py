@@ -1,16 +1,19 @@
 """Line charts and stacked areas as SVG that takes its colours and its font from the page.
 
 matplotlib draws with colours that stand for the page's CSS variables and are replaced by them, so
-that one drawing serves the light and the dark page.
+that one drawing serves the light and the dark page. A chart of lines has its values in its
+attribute data-chart, from which charts.js, in the page, tells and draws them anew.
 """
 
 import io
+import json
 import math
 import re
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from mst_train.memory.tracker import KINDS
@@ -32,7 +35,10 @@ VARIABLES = {
 
 SIZE = (5.0, 2.8)
 POINTS = 1200
-"""About the most points of a curve."""
+"""About the most points of a curve that is drawn."""
+HELD = 4000
+"""About the most points of a curve whose values the page holds."""
+SCRIPT = Path(__file__).with_suffix(".js").read_text("utf-8")
 
 _SETTINGS = {
     "svg.fonttype": "none",
@@ -62,7 +68,7 @@ _STYLES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Curve:
-    """Values ``y`` at ``x``.
+    """Values ``y`` at ``x``, which ascends; name: whose they are, where that is not plain.
 
     style: line, medians (a faint line, and its running medians), points (dots, joined) or rings
     (not joined).
@@ -72,6 +78,7 @@ class Curve:
     y: Sequence[float]
     color: str
     style: str = "line"
+    name: str = ""
 
 
 def line_chart(
@@ -103,7 +110,8 @@ def line_chart(
         if from_zero:
             axes.set_ylim(0, 1.1 * max(max(curve.y) for curve in curves) or 1)
 
-    return _svg(name, draw)
+    held = {"label": x_label, "zero": from_zero, "curves": [_held(curve) for curve in curves]}
+    return _svg(name, draw, held | ({"ticks": list(ticks)} if ticks else {}))
 
 
 def memory_chart(
@@ -151,15 +159,38 @@ def medians(values: Sequence[float]) -> list[float]:
 
 
 def thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most about POINTS points: the lowest and the highest of each stretch, in their order."""
-    stretch = -(-2 * len(x) // POINTS)
-    if stretch <= 2:
-        return list(x), list(y)
-    kept: list[int] = []
-    for start in range(0, len(x), stretch):
-        places = range(start, min(start + stretch, len(x)))
-        kept += sorted({min(places, key=y.__getitem__), max(places, key=y.__getitem__)})
+    """At most about POINTS of the points."""
+    kept = _sticking_out(y, POINTS)
     return [x[place] for place in kept], [y[place] for place in kept]
+
+
+def _sticking_out(y: Sequence[float], points: int) -> Sequence[int]:
+    """Places of at most about so many values: the lowest and the highest of each stretch."""
+    stretch = -(-2 * len(y) // points)
+    if stretch <= 2:
+        return range(len(y))
+    kept: list[int] = []
+    for start in range(0, len(y), stretch):
+        places = range(start, min(start + stretch, len(y)))
+        kept += sorted({min(places, key=y.__getitem__), max(places, key=y.__getitem__)})
+    return kept
+
+
+def _held(curve: Curve) -> dict[str, Any]:
+    """A curve as charts.js reads it; values have six digits."""
+    kept = _sticking_out(curve.y, HELD)
+
+    def some(values: Sequence[float]) -> list[float]:
+        return [float(f"{values[place]:.6g}") for place in kept]
+
+    return {
+        "name": curve.name,
+        "style": curve.style,
+        "color": curve.color,
+        "x": [curve.x[place] for place in kept],
+        "y": some(curve.y),
+        "medians": some(medians(curve.y)) if curve.style == "medians" else None,
+    }
 
 
 def short(value: float) -> str:
@@ -175,7 +206,8 @@ def memory_size(gib: float) -> str:
     return f"{gib:g} GiB" if gib >= 1 else f"{1024 * gib:g} MiB" if gib else "0"
 
 
-def _svg(name: str, draw: Callable[[Any], None]) -> str:
+def _svg(name: str, draw: Callable[[Any], None], held: dict[str, Any] | None = None) -> str:
+    """held: what charts.js needs of the chart, beside where the axes are."""
     import matplotlib
 
     with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
@@ -190,16 +222,26 @@ def _svg(name: str, draw: Callable[[Any], None]) -> str:
         file = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    return _at_home(file.getvalue(), name)
+    attributes = {"role": "img", "aria-label": name}
+    if held:
+        width, height = (72 * size for size in SIZE)
+        place = axes.get_position()
+        box = place.x0 * width, height - place.y1 * height, place.x1 * width
+        held |= {"box": [*box, height - place.y0 * height]}
+        held |= {"x": axes.get_xlim(), "y": axes.get_ylim()}
+        attributes["data-chart"] = json.dumps(held, separators=(",", ":"))
+    return _at_home(file.getvalue(), attributes)
 
 
-def _at_home(svg: str, name: str) -> str:
+def _at_home(svg: str, attributes: Mapping[str, str]) -> str:
     """A drawing as a part of the page: without a size, colours and font of its own."""
+    given = " ".join(f'{name}="{escape(value)}"' for name, value in attributes.items())
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style).*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
     for size in ("width", "height"):
         svg = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", svg, count=1)
+    svg = svg.replace("<svg ", f"<svg {given} ", 1).strip()
     for color, variable in VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(name)}" ', 1).strip()
+    return svg

@@ -1,10 +1,13 @@
-"""The whole page: one HTML file that loads nothing."""
+"""The whole page: one HTML file that loads nothing, and that a browser would let load nothing."""
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from mst_train.report import sections
+from mst_train.report.charts import SCRIPT
 from mst_train.report.read import Run
 
 COLORS = {
@@ -45,8 +48,19 @@ section{margin-top:1.25rem}
 .card b{display:block;font-size:1.2rem;font-weight:600;font-variant-numeric:tabular-nums}
 .card span{color:var(--faint);font-size:.8rem}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr));gap:1rem}
-figure{margin:0;padding:.9rem 1rem;min-width:0}
-figure svg{display:block;width:100%;height:auto;margin-top:.4rem}
+figure{position:relative;margin:0;padding:.9rem 1rem;min-width:0}
+figure>svg{display:block;width:100%;height:auto;margin-top:.4rem}
+svg[data-chart]{cursor:crosshair;touch-action:pan-y;user-select:none;-webkit-user-select:none}
+svg[data-chart] *{pointer-events:none}
+figure button{position:absolute;top:.8rem;right:.8rem;padding:.05rem .5rem;border-radius:6px;
+border:1px solid var(--grid);background:none;color:var(--faint);font:inherit;font-size:.8rem}
+figure button[aria-pressed=true]{background:var(--ink);color:var(--panel)}
+.tip{position:absolute;z-index:1;max-width:50%;padding:.2rem .5rem;border-radius:6px;
+border:1px solid var(--grid);background:var(--panel);font-size:.8rem;overflow-wrap:anywhere;
+pointer-events:none}
+.tip .run{display:flex}
+.hint{margin-top:1.25rem}
+[hidden]{display:none}
 svg *{stroke-linejoin:round}
 .key{display:flex;flex-wrap:wrap;gap:.1rem .9rem;font-size:.85rem}
 .run{display:inline-flex;align-items:baseline}
@@ -70,6 +84,11 @@ pre{margin:.6rem 0 0;overflow-x:auto;font-size:.8rem;line-height:1.45}
 """
 
 
+_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+POLICY = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{_HASH}'"
+"""What a browser may do with the page: no request to anywhere, and no script but ours."""
+
+
 def page(runs: Sequence[Run], predictions: Sequence[dict[str, Any]]) -> str:
     """The page of the first run, compared with the others.
 
@@ -89,10 +108,12 @@ def page(runs: Sequence[Run], predictions: Sequence[dict[str, Any]]) -> str:
     return (
         "<!doctype html>\n"
         '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(title)}</title>\n<style>\n{_variables()}{STYLE}</style>\n</head>\n"
-        "<body><main>\n" + "\n".join(part for part in body if part) + "\n</main></body>\n</html>\n"
+        "<body><main>\n" + "\n".join(part for part in body if part) + "\n</main>\n"
+        f"<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
 
 

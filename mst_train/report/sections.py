@@ -87,7 +87,8 @@ def charts(runs: Sequence[Run], predictions: Sequence[Report]) -> str:
             steps, values = curve(getattr(run, kind), key, scale)
             if values:
                 x = _tokens_at(run, steps) if several else steps
-                found.append(Curve(x, values, color(number), style))
+                name = run.name if several else ""
+                found.append(Curve(x, values, color(number), style, name))
         return found
 
     validation = drawn("val_loss", kind="validation", style="points")
@@ -95,7 +96,7 @@ def charts(runs: Sequence[Run], predictions: Sequence[Report]) -> str:
     around, rings = "bold: the median around a step", ""
     if len(runs) == 1 and validation:
         rings = "; rings: validation"
-        loss += [Curve(line.x, line.y, INK, "rings") for line in validation]
+        loss += [Curve(line.x, line.y, INK, "rings", "validation") for line in validation]
     wanted = [
         ("Training loss", around + rings, loss),
         ("Validation loss", "over the same sequences each time", validation),
@@ -110,7 +111,9 @@ def charts(runs: Sequence[Run], predictions: Sequence[Report]) -> str:
         if curves
     ]
     parts[2:2] = positions(runs)
-    return f"<section class=charts>{''.join([*parts, *memory(runs, predictions)])}</section>"
+    hint = "<p class='faint hint' hidden>Drag over a chart to see a part of it, in all charts; "
+    hint += "double-click to see the whole.</p>"
+    return f"{hint}<section class=charts>{''.join([*parts, *memory(runs, predictions)])}</section>"
 
 
 def positions(runs: Sequence[Run]) -> list[str]:
@@ -124,7 +127,8 @@ def positions(runs: Sequence[Run]) -> list[str]:
     for number, losses in found:
         places = [place for place, start in enumerate(starts) if str(start) in losses]
         values = [losses[str(starts[place])] for place in places]
-        curves.append(Curve(places, values, color(number), "points"))
+        name = runs[number].name if len(runs) > 1 else ""
+        curves.append(Curve(places, values, color(number), "points", name))
     title, ticks = "Loss by position in the sequence", [short_length(start) for start in starts]
     chart = line_chart(title, curves, "tokens before, from", ticks=ticks)
     note = "the last validation; lower on the right: the context is used"

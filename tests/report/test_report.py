@@ -1,12 +1,16 @@
 """The page of a run: what is on it, that it loads nothing, and what it is made from."""
 
+import base64
+import hashlib
 import itertools
 import json
 import math
 import os
 import re
 import shutil
+import subprocess
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +27,7 @@ from mst_train.plan.predict import make_target, predict
 from mst_train.report import charts
 from mst_train.report.__main__ import main
 from mst_train.report.memory import _as_planned, over_lengths
-from mst_train.report.page import COLORS, page
+from mst_train.report.page import COLORS, POLICY, page
 from mst_train.report.read import read_run
 from mst_train.run.train import train
 
@@ -142,15 +146,109 @@ def test_the_page_loads_nothing(run):
     for tag, name, value in page.attributes:
         if name in loading:
             assert value.startswith("#"), (tag, name, value)
-        if name.startswith("xmlns"):
+        if name.startswith("xmlns") or (tag == "meta" and value == POLICY):
             continue
         assert not re.search(r"https?:|//", value or ""), (tag, name, value)
     tags = {tag for tag, _, _ in page.attributes} | set(re.findall(r"<(\w+)", text))
-    assert not tags & {"script", "link", "img", "iframe", "object", "embed", "image", "base"}
-    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
+    assert not tags & {"link", "img", "iframe", "object", "embed", "image", "base"}
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"|http-equiv', "", text)
     assert "@import" not in text
     assert "@font-face" not in text
     assert all(inside.startswith("#") for inside in re.findall(r"url\(([^)]*)\)", text))
+
+
+def test_the_one_script_is_ours_and_a_browser_lets_it_ask_for_nothing(run):
+    text = written(run)
+    (script,) = re.findall(r"<script([^>]*)>(.*?)</script>", text, re.DOTALL)
+    assert script == ("", charts.SCRIPT)
+    assert not re.search(r"fetch|XMLHttp|import|eval|Function\(|innerHTML|new (?!Set)", script[1])
+    digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert text.index(policy) < text.index("<style")
+
+
+def held(text):
+    """What the script reads of each chart, by the chart's name."""
+    found = re.findall(r'<svg role="img" aria-label="([^"]*)" data-chart="([^"]*)"', text)
+    return {name: json.loads(unescape(chart)) for name, chart in found}
+
+
+def test_the_page_holds_the_values_that_were_measured(run):
+    records = read_run(run)
+    found = held(written(run))
+    keys = {"Training loss": "loss", "Learning rate": "learning_rate", "Gradient norm": "grad_norm"}
+    keys |= {"Tokens per second": "tokens_per_second", "Validation loss": "val_loss"}
+    for name, key in keys.items():
+        curve = found[name]["curves"][0]
+        measured = records.validation if key == "val_loss" else records.training
+        assert curve["x"] == [record["step"] for record in measured]
+        assert curve["y"] == pytest.approx([record[key] for record in measured], rel=1e-5)
+        if name in ("Training loss", "Gradient norm", "Tokens per second"):
+            assert curve["medians"] == pytest.approx(charts.medians(curve["y"]), rel=1e-5)
+    assert found["Training loss"]["curves"][1]["y"] == found["Validation loss"]["curves"][0]["y"]
+    peak = records.last("peak_memory_bytes") / GIB
+    assert found["Peak memory"]["curves"][0]["y"][-1] == pytest.approx(peak, rel=1e-5)
+    assert found["Loss by position in the sequence"]["ticks"] == ["0", "256"]
+
+
+def test_compared_runs_are_held_over_tokens_with_their_names(tmp_path):
+    first = make_run(tmp_path / "a", run={"name": 'a "<run>"'})
+    assert main([f"run.dir={first}", f"report.compare=[{make_run(tmp_path / 'b', 20)}]"]) == 0
+    loss = held(written(first))["Training loss"]
+    assert loss["label"] == "tokens"
+    assert [curve["name"] for curve in loss["curves"]] == ['a "<run>"', "b"]
+    assert [curve["x"][-1] for curve in loss["curves"]] == [30_000, 20_000]
+
+
+def test_the_script_finds_points_where_they_are_drawn():
+    x, y = [1, 2, 4], [3.0, 9.0, 5.0]
+    svg = charts.line_chart("x", [charts.Curve(x, y, charts.LINES[0])], "step")
+    chart = held(svg)["x"]
+    left, top, right, bottom = chart["box"]
+    (line,) = re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--line-0\)', svg)
+    drawn = [float(number) for number in re.findall(r"[\d.]+", line)]
+    for n in range(3):
+        across = (x[n] - chart["x"][0]) / (chart["x"][1] - chart["x"][0])
+        up = (y[n] - chart["y"][0]) / (chart["y"][1] - chart["y"][0])
+        place = left + across * (right - left), bottom - up * (bottom - top)
+        assert drawn[2 * n : 2 * n + 2] == pytest.approx(place, abs=0.01)
+
+
+def test_a_long_run_is_held_with_its_spikes():
+    y = [1.0] * 100_000
+    y[50_000] = 9.0
+    curve = charts.Curve(range(100_000), y, charts.LINES[0], "medians")
+    (found,) = held(charts.line_chart("x", [curve], "step"))["x"]["curves"]
+    assert len(found["x"]) == len(found["y"]) == len(found["medians"]) <= charts.HELD + 2
+    assert found["y"][found["x"].index(50_000)] == 9.0
+    assert set(found["medians"]) == {1.0}
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
+def test_the_scripts_numbers():
+    values = [0, 0.0003, 950, 1500, -1500, 2.5e6, 7.448912, 0.30000000000000004]
+    calls = {
+        f"{values}.map(short)": [charts.short(value) for value in values],
+        "ticks(0.2, 9.7, 5)": [2, 4, 6, 8],
+        "ticks(3.2, 5.1, 7, 1)": [4, 5],
+        "ticks(-1, 1, 4)": [-1, -0.5, 0, 0.5, 1],
+        "logTicks(0.3, 40)": [0.5, 1, 2, 5, 10, 20],
+        "logTicks(0.3, 40000)": [1, 10, 100, 1000, 10000],
+        "logTicks(6.3, 8.4)": [6.5, 7, 7.5, 8],
+        "around([1, 3], false, false)": [0.9, 3.1],
+        "around([1, 3], false, true)": [0, 3.1],
+        "around([2, 2], false, false)": [1.9, 2.1],
+        "around([0, 1, Math.exp(2)], true, true).map(Math.log)": [-0.1, 2.1],
+        "around([0, -1], true, false)": [1, 10],
+        "[0, 1.4, 1.6, 3, 9].map((x) => nearest([1, 2, 4], x))": [0, 0, 1, 1, 2],
+    }
+    told = f"{charts.SCRIPT}\nconsole.log(JSON.stringify([{','.join(calls)}]))"
+    done = subprocess.run(["node", "-"], input=told, capture_output=True, text=True, check=True)
+    for (call, expected), found in zip(calls.items(), json.loads(done.stdout), strict=True):
+        if not isinstance(expected[0], str):
+            expected = pytest.approx(expected)
+        assert found == expected, call
 
 
 def test_light_and_dark_have_every_colour_that_is_used(run):
