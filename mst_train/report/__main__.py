@@ -32,9 +32,9 @@ def _run(arguments: list[str]) -> int:
     folder = expanded(config.run.dir)
     others = [expanded(name) for name in config.report.compare]
     # torch is imported only now: a mistake in the command line is answered at once.
-    from mst_train.report.read import read_run
+    from mst_train.report.read import read_runs
 
-    runs = [read_run(path) for path in (folder, *others)]
+    runs = read_runs([folder, *others])
 
     from mst_train.report.memory import over_lengths
     from mst_train.report.page import page

@@ -3,8 +3,9 @@
 import json
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,16 +33,13 @@ class Run:
     """
 
     folder: Path
+    name: str
     training: list[Record]
     validation: list[Record]
     passkeys: list[Record]
     settings: dict[str, Any]
     environment: dict[str, Any]
     prediction: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return group(self.settings, "run").get("name", self.folder.name)
 
     @property
     def sequence_length(self) -> int | None:
@@ -86,18 +84,31 @@ def group(settings: dict[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs in ``folders``, each with a name that no other has: else, that of its folder."""
+    runs = [read_run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    above = os.path.commonpath([folder.absolute().parent for folder in folders])
+    return [
+        replace(run, name=os.path.relpath(run.folder, above)) if names.count(run.name) > 1 else run
+        for run in runs
+    ]
+
+
 def read_run(folder: Path) -> Run:
     """The run in ``folder``; UserError where it holds none, or none that has done a step."""
     records = _records(folder / "metrics.jsonl")
     training = [r for r in records if "tokens" in r]
     if not training:
         raise UserError(f"{folder}/metrics.jsonl holds no training step yet: let the run do one")
+    settings = _read(folder / "config.yaml", yaml.safe_load, _check_settings)
     return Run(
         folder,
+        group(settings, "run").get("name", folder.name),
         training,
         [r for r in records if "val_loss" in r],
         [r for r in records if "passkey" in r],
-        _read(folder / "config.yaml", yaml.safe_load, _check_settings),
+        settings,
         _read(folder / "environment.json", json.loads, _check_environment),
         _read(folder / "prediction.json", json.loads, _check_prediction),
     )

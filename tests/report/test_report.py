@@ -28,7 +28,7 @@ from mst_train.report import charts
 from mst_train.report.__main__ import main
 from mst_train.report.memory import _as_planned, over_lengths
 from mst_train.report.page import COLORS, POLICY, page
-from mst_train.report.read import read_run
+from mst_train.report.read import read_run, read_runs
 from mst_train.run.train import train
 
 GIB = 2**30
@@ -357,6 +357,17 @@ def test_memory_on_a_cpu_is_drawn_without_the_process(run):
     assert max(ticks) < 4 * report["peak_bytes"] / 2**20
     assert "var(--line-0)" not in drawing[0]
     assert "not the measured peak" in text
+
+
+def test_runs_of_one_name_are_called_after_their_folders(tmp_path):
+    named = {"tiny": ["x/run", "y/run"], "other": ["z"]}
+    folders = [tmp_path / folder for group in named.values() for folder in group]
+    for name, group in named.items():
+        for folder in group:
+            (tmp_path / folder).parent.mkdir(exist_ok=True)
+            make_run(tmp_path / folder, 1, run={"name": name})
+    assert [run.name for run in read_runs(folders)] == ["x/run", "y/run", "other"]
+    assert [run.name for run in read_runs(folders[1:])] == ["tiny", "other"]
 
 
 def test_a_mixture_is_listed_with_the_sources_it_read(tmp_path):
