@@ -12,6 +12,7 @@ where this launcher got signal N: it has then passed it on and waited for the pr
 STOP_SECONDS at most.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -186,7 +187,12 @@ class Machine:
             attempt.set(place, text)
         if self.rank == 0:
             attempt.set("decision", json.dumps(self._decide(attempt)))
-        decision = json.loads(self._get(attempt, "decision", "the others have"))
+        try:
+            decision = json.loads(self._get(attempt, "decision", "the others have"))
+        except BaseException:  # whoever leaves before it is decided is not waited for by a place
+            with contextlib.suppress(DistError):
+                attempt.compare_set(place, text, "")
+            raise
         if problems or "problem" in decision:
             problem = ", ".join(problems) or decision["problem"]
             raise Refused(f"{problem}: start all machines with the same")
@@ -195,7 +201,11 @@ class Machine:
     def _decide(self, attempt: PrefixStore) -> dict[str, Any]:
         """The members of the attempt, by rank; or the first problem that came."""
         places = [f"machine/{rank}" for rank in range(self.nodes)]
-        while missing := [rank for rank, place in enumerate(places) if not attempt.check([place])]:
+        while missing := [
+            rank
+            for rank, place in enumerate(places)
+            if not attempt.check([place]) or not attempt.get(place)
+        ]:
             if attempt.check(["problem"]):
                 break
             self._wait(f"of {self.nodes} machines {', '.join(map(str, missing))} have not come")

@@ -110,6 +110,7 @@ def test_a_machine_that_comes_again_takes_its_place(launcher, names, monkeypatch
     first = launcher.Machine(3, 0, HERE, port, 0)
     _, told = start(1, 0)
     assert told.startswith("the others have not come")
+    assert first.store.get("attempt_0/machine/1") == b""  # or the others would begin without it
     names.name = "node0"
     with ThreadPoolExecutor(3) as threads:
         others = [threads.submit(start, rank, 60) for rank in (1, 2)]
