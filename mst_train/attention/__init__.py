@@ -9,6 +9,18 @@ layouts     the shapes in which kernels want queries, keys and values; mask: who
 """
 
 from mst_train.attention.measure import choices, keep_to
-from mst_train.attention.select import Attention, select_attention, select_kernels
+from mst_train.attention.select import (
+    Attention,
+    attention_kernel,
+    select_attention,
+    select_kernels,
+)
 
-__all__ = ["Attention", "choices", "keep_to", "select_attention", "select_kernels"]
+__all__ = [
+    "Attention",
+    "attention_kernel",
+    "choices",
+    "keep_to",
+    "select_attention",
+    "select_kernels",
+]

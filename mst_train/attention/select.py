@@ -134,6 +134,20 @@ def select_attention(
     return KernelAttention(KERNELS[chosen](scores), choose)
 
 
+def attention_kernel(
+    device: torch.device, dtype: torch.dtype, scores: Scores = PLAIN
+) -> AttentionKernel:
+    """What ``mini_sequence_block`` and ``attend`` compute attention with on this device.
+
+    The fastest that is right, as ``select_attention`` finds it; tiled where that is no such kernel
+    (fp32 on CUDA).
+    """
+    chosen = select_attention(AUTO, device, dtype, scores)
+    if isinstance(chosen, KernelAttention):
+        return chosen.kernel
+    return TiledKernel(scores, device.type)
+
+
 def select_kernels(config: KernelConfig, device: torch.device, dtype: torch.dtype) -> Attention:
     """Attention as ``kernel.attention`` asks for it, with the other kernels on ``kernel.backend``.
 

@@ -104,13 +104,13 @@ def mini_sequence_block(
     and no offload.
 
     Raises:
-        ValueError: an unusable chunk size.
+        TypeError: the block lacks its two methods, or the kernel is none.
+        ValueError: an unusable chunk size, x or keys of another shape.
         RuntimeError: random numbers were drawn, from torch's default generators; a tensor was
             changed in place, by the block or before the backward; a tensor that is no parameter
             would get no gradient; a second backward where the kept tensors were offloaded.
     """
-    if x.numel() == 0:
-        raise ValueError(f"x {tuple(x.shape)} has no tokens")
+    _require_parts(block, kernel, x)
     parameters = Parameters(block.modules())
     needs_backward = torch.is_grad_enabled() and (x.requires_grad or bool(parameters.tensors))
     rerun = Rerun("mini_sequence_block", x.device)
@@ -141,6 +141,22 @@ def mini_sequence_block(
             "draws the same again"
         )
     return y
+
+
+def _require_parts(block: RowwiseBlock, kernel: AttentionKernel, x: Tensor) -> None:
+    for name in ("before_attention", "after_attention"):
+        if not hasattr(block, name):
+            raise TypeError(
+                f"{type(block).__name__} has no {name}: mini_sequence_block needs a block in two "
+                f"parts (RowwiseBlock); recompute_block takes any"
+            )
+    if not (hasattr(kernel, "scores") and hasattr(kernel, "backward")):
+        raise TypeError(
+            f"{kernel} is no AttentionKernel: mst_train.attention.attention_kernel(x.device, "
+            f"x.dtype) gives the one for this device"
+        )
+    if x.dim() != 3 or x.numel() == 0:
+        raise ValueError(f"x {tuple(x.shape)} is not [B, S, D], or has no tokens")
 
 
 class _Kept:
@@ -212,6 +228,11 @@ class _Call:
         """The block's, as attention takes it; without ``queries`` keys and values alone."""
         cut = [argument[..., chunk, :] for argument in arguments]
         parts = self.block.before_attention(x_BTD, *cut, queries=queries)
+        if parts[1].dim() != 4 or parts[1].shape[:2] != x_BTD.shape[:2]:
+            raise ValueError(
+                f"before_attention gave keys {tuple(parts[1].shape)} for x {tuple(x_BTD.shape)}: "
+                f"they have to be [B, T, K, E], heads after tokens"
+            )
         return [self.rerun.autocast.cast(part) for part in parts if part is not None]
 
 

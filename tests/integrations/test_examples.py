@@ -10,6 +10,17 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+def test_small_gpt(monkeypatch, capsys):
+    example = str(EXAMPLES / "small_gpt.py")
+    monkeypatch.setattr(sys, "argv", [example, "1024"])
+    runpy.run_path(example, run_name="__main__")
+    plain, chunked, ratio = capsys.readouterr().out.splitlines()
+    found = [re.findall(r"[\d.]+", line.partition("loss")[2]) for line in (plain, chunked)]
+    assert found[0][:2] == found[1][:2]
+    assert int(found[0][2]) / int(found[1][2]) > 3
+    assert ratio.startswith("1024 tokens, ")
+
+
 def test_huggingface_before_after(monkeypatch, capsys):
     pytest.importorskip("transformers")
     example = str(EXAMPLES / "huggingface_before_after.py")

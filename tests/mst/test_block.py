@@ -752,3 +752,22 @@ def test_an_abandoned_graph_gives_its_buffers_back():
         sizes.add(offload.host_bytes)
         del y
     assert len(sizes) == 1
+
+
+def test_what_it_cannot_use_is_named():
+    x = torch.randn(1, SEQUENCE, HIDDEN)
+    with pytest.raises(TypeError, match="Linear has no before_attention: mini_sequence_block"):
+        mini_sequence_block(nn.Linear(HIDDEN, HIDDEN), CpuKernel(), x)
+    with pytest.raises(TypeError, match=r"is no AttentionKernel: mst_train\.attention\.at"):
+        mini_sequence_block(Block(), F.scaled_dot_product_attention, x)
+    with pytest.raises(ValueError, match=r"x \(17, 16\) is not \[B, S, D\]"):
+        mini_sequence_block(Block(), CpuKernel(), x[0])
+
+    class HeadsFirst(Block):
+        def before_attention(self, *arguments, **settings):
+            parts = super().before_attention(*arguments, **settings)
+            return tuple(None if part is None else part.transpose(1, 2) for part in parts)
+
+    factor = torch.ones(SEQUENCE, HIDDEN // HEADS)
+    with pytest.raises(ValueError, match=r"gave keys \(1, 2, 17, 4\) for x \(1, 17, 16\)"):
+        mini_sequence_block(HeadsFirst(), CpuKernel(), x, (factor,))
