@@ -1,5 +1,6 @@
 """python -m mst_train [+experiment=NAME] [key=value ...]: train."""
 
+import difflib
 import sys
 import textwrap
 from importlib.util import find_spec
@@ -77,12 +78,15 @@ def _help(groups: list[str]) -> str:
     from mst_train.cli.reference import as_text, titles
     from mst_train.config import Config
 
-    known = [group for group in titles(Config) if group]
+    known = {group.rpartition(".")[2]: group for group in titles(Config) if group}
+    known |= {group: group for group in known.values()}
     for group in groups:
         if group not in known:
-            raise UserError(f"--help {group}: there are {', '.join(known)}")
+            close = difflib.get_close_matches(group, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            raise UserError(f"--help {group}: {hint}")
     if groups:
-        return "\n\n".join(as_text(Config, group) for group in groups)
+        return "\n\n".join(as_text(Config, known[group]) for group in groups)
     files = [
         textwrap.fill(
             ", ".join(choices(group)),

@@ -28,9 +28,9 @@ def settings_file(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     path = expanded(paths[0].partition("=")[2])
     path = path / "config.yaml" if path.is_dir() else path
     if len(paths) > 1 or not path.is_file():
+        given = " ".join(shown(argument.lstrip("+")) for argument in paths)
         raise UserError(
-            f"{' '.join(map(shown, paths))}: give one experiment, a run's folder or a file of "
-            f"settings that is there"
+            f"{given}: give one experiment, a run's folder or a file of settings that is there"
         )
     return path, [argument for argument in arguments if argument not in paths]
 

@@ -129,7 +129,7 @@ def _device() -> torch.device:
     if local_rank() >= torch.cuda.device_count():
         raise UserError(
             f"{local_world_size()} processes were started on this machine, which has "
-            f"{torch.cuda.device_count()} GPUs: start one for each (torchrun --nproc_per_node)"
+            f"{torch.cuda.device_count()} GPUs: start one for each (PROCESSES=N launch/torchrun.sh)"
         )
     device = torch.device("cuda", local_rank())
     torch.cuda.set_device(device)

@@ -164,7 +164,7 @@ def check_degree(config: Config, world: int) -> None:
     if degree < 1 or world % degree:
         raise UserError(
             f"parallel.sequence_parallel={degree} does not divide the number of processes, "
-            f"{world}: start a multiple of it (torchrun --nproc_per_node), or change it"
+            f"{world}: start a multiple of it (PROCESSES=N launch/torchrun.sh), or change it"
         )
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from mst_kernels import rope
 from mst_train.config import ModelConfig, RopeScalingConfig
 
-__all__ = ["ntk_theta", "rope", "rotary_angles"]
+__all__ = ["beyond_positions", "ntk_theta", "rope", "rotary_angles"]
 
 
 def rotary_angles(
@@ -94,3 +94,18 @@ def _llama3(frequencies: Tensor, scaling: RopeScalingConfig) -> Tensor:
     kept = (scaling.original_length / wavelengths - low) / (high - low)
     between = (1 - kept) * frequencies / scaling.factor + kept * frequencies
     return torch.where(slow, frequencies / scaling.factor, torch.where(fast, frequencies, between))
+
+
+def beyond_positions(config: ModelConfig, sequence_length: int) -> str | None:
+    """What to say of sequences that are longer than a checkpoint knows; None where they are not, or
+    the model starts at random."""
+    scaling = config.rope_scaling
+    reach = max(config.max_positions or 0, int((scaling.original_length or 0) * scaling.factor))
+    if config.from_pretrained is None or not 0 < reach < sequence_length:
+        return None
+    return (
+        f"data.sequence_length={sequence_length} is beyond the {reach} positions that "
+        f"{config.from_pretrained} knows, and its loss will be high there at first: "
+        f"model.rope_scaling.type=yarn with model.rope_scaling.factor="
+        f"{math.ceil(sequence_length / (scaling.original_length or reach))} stretches them"
+    )

@@ -77,7 +77,7 @@ def _plan(config: "PlanConfig") -> tuple[dict[str, Any], str]:
         elif config.memory.policy == AUTO:
             choice = choose(config, target, advance)
             predictions = [choice.chosen]
-            notes += ["", choice.reason]
+            notes += ["", *choice.reason.splitlines()]
         else:
             predictions = [predict(config, target)]
         if not config.plan.sweep:

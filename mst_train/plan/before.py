@@ -11,6 +11,7 @@ from mst_train.memory.devices import device_bytes, this_device
 from mst_train.model.flops import parameter_count
 from mst_train.plan.choose import choose, describe
 from mst_train.plan.predict import LABELS, Prediction, Target, make_target, predict
+from mst_train.rendezvous.dist_env import local_world_size
 from mst_train.units import GIB
 
 log = logging.getLogger(__name__)
@@ -35,8 +36,8 @@ def before_training(config: Config, device: torch.device, processes: int = 1) ->
     Chooses them where memory.policy is auto; warns where what is configured will probably not fit.
     Raises UserError where it certainly does not, or auto finds nothing that does.
     """
-    if device.type == "cpu" and processes == 1:
-        _require_gpu(config)
+    if device.type == "cpu":
+        _require_gpu(config, processes)
     target = make_target(config, this_device(device), processes)
     _require_hidden_states(config, target)
     announce(config)
@@ -65,19 +66,22 @@ BYTES_PER_PARAMETER = {"fp32": 4 + 8, "bf16": 2 + 4, "bf16_master": 2 + 4 + 8}
 """Of the weights, fp32 masters and AdamW's states."""
 
 
-def _require_gpu(config: Config) -> None:
+def _require_gpu(config: Config, processes: int) -> None:
     """Whether a CPU's memory holds the weights and their states, asked before a prediction.
 
     Raises UserError where it does not, and no budget says that the CPU is meant.
     """
-    memory = device_bytes(torch.device("cpu"))
+    memory = device_bytes(torch.device("cpu")) // local_world_size()
     needed = parameter_count(config.model) * BYTES_PER_PARAMETER[config.precision]
+    if config.parallel.zero_stage:  # the states at least are shared out
+        needed //= processes
     if config.memory.device_budget_gib is None and needed > memory:
         raise UserError(
             f"there is no GPU here, and {config.run.name} needs one: its weights and optimizer "
             f"states alone take {needed / GIB:.2f} GiB, and this machine has {memory / GIB:.2f} "
-            f"GiB. Start it on a machine with a GPU; what it takes there, python -m mst_train.plan "
-            f"says with the same arguments and plan.device=h100_80gb"
+            f"GiB{' for each process' if processes > 1 else ''}. Start it on a machine with a GPU; "
+            f"whether it fits there, python -m mst_train.plan says with the same arguments and "
+            f"plan.device=NAME, such as h100_80gb"
         )
 
 

@@ -65,7 +65,7 @@ def levers(config: Config) -> Iterator[tuple[str, Config]]:
         yield "optimizer.max_grad_norm=null", unclipped
     if config.precision == "fp32":
         yield "precision=bf16_master", replace(config, precision="bf16_master")
-    if config.precision != "bf16" and optimizer.offload == "none":
+    if config.precision != "bf16" and plain:
         yield "precision=bf16", replace(config, precision="bf16")
     if config.precision == "bf16" and optimizer.offload == "none":
         host = replace(optimizer, in_backward=False, offload="host")

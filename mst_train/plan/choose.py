@@ -130,7 +130,8 @@ def _nothing_fits(
         if found is not None:
             ways.append(f"It fits with {words}: {describe(found)}, {_figures(found)}")
     if nearest is None and len(ways) == 1:
-        ways[0] += ": take a larger device or a smaller model"
+        more = " or host" if host is not None else ""
+        ways[0] += f": take a larger device{more}, or a smaller model"
     return ". ".join([text, *ways])
 
 

@@ -158,10 +158,12 @@ def check_continuation(before: dict[str, Any], config: Config, checkpoint: Path)
         old = lookup(before, key)
         if old == new or key.startswith("run."):
             continue
+        if key == "data.source" and lookup(before, "data.mixture"):
+            continue  # which it has not read
         if _is_among(key, FIXED):
             refused.append(
                 f"{key}={new}, but {checkpoint} was made with {old}: put it back, or start anew "
-                f"with another run.dir"
+                f"with another run.name (run.init_from={checkpoint} takes its weights along)"
             )
         else:
             log.warning("%s is %s now and was %s at %s", key, new, old, checkpoint)
@@ -175,7 +177,8 @@ def check_beginning(before: dict[str, Any], config: Config, origin: Path) -> Non
     Raises UserError where its model is another.
     """
     refused = [
-        f"{key}={new}, but run.init_from={origin} was made with {old}: its weights are for that"
+        f"{key}={new}, but run.init_from={origin} was made with {old}: its weights are for that "
+        f"(+experiment with that run's folder takes over all of its settings)"
         for key, new in leaves(asdict(config))
         if _is_among(key, SHAPE)
         and not _is_among(key, MAY_GROW)

@@ -22,6 +22,7 @@ from mst_train.errors import UserError
 from mst_train.evaluate.passkey import Probe, make_probes
 from mst_train.model import Policy, Transformer, build_model
 from mst_train.model.hf.weights import copy_weights, find_weights
+from mst_train.model.rope import beyond_positions
 from mst_train.mst import Offload
 from mst_train.optim import too_short
 from mst_train.plan.before import before_training, largest_parts
@@ -106,9 +107,12 @@ def find_start(config: Config, topology: Topology) -> Start:
             weights_from = load_progress(origin)
             check_beginning(weights_from["config"], config, origin)
         tokenizer = weights_from.get("tokenizer")
-        problem = too_short(config.train.steps, config.optimizer)
-        if problem is not None:
-            log.warning("%s", problem)
+        for problem in (
+            too_short(config.train.steps, config.optimizer),
+            beyond_positions(config.model, config.data.sequence_length),
+        ):
+            if problem is not None:
+                log.warning("%s", problem)
     return Start(config, topology, patient, folder, checkpoint, origin, tokenizer, progress)
 
 

@@ -30,8 +30,11 @@ def train(config: Config) -> dict[str, Any]:
         length = start.config.train
         if start.progress["step"] >= length.steps:
             log.info(
-                "the run in %s is finished: set train.%s higher to go on",
+                "the run in %s has come to step %d of %d and is finished: set train.%s higher to "
+                "go on",
                 start.folder.path,
+                start.progress["step"],
+                length.steps,
                 "steps" if length.tokens is None else "tokens",
             )
             return finished_before(start)

@@ -138,7 +138,9 @@ def test_help_and_config(tmp_path):
     assert "llama3_8b_seq60k" in help_page
     assert "optimizer.learning_rate=0.0003" in help_page
     assert len(run(tmp_path, "--help", "optimizer").stdout) < len(help_page) / 4
-    assert "there are run, train, data" in run(tmp_path, "--help", "optimiser").stderr
+    assert "did you mean optimizer?" in run(tmp_path, "--help", "optimiser").stderr
+    assert "there are run, train, data" in run(tmp_path, "--help", "zzz").stderr
+    assert "model.rope_scaling.factor=1.0" in run(tmp_path, "--help", "rope_scaling").stdout
     assert run(tmp_path, "--version").stdout == f"mst_train {mst_train.__version__}\n"
     shown = run(tmp_path, "--config", "train.steps=3").stdout
     assert "steps: 3" in shown

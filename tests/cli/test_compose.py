@@ -149,7 +149,7 @@ def test_one_message_lists_every_problem():
         ("model={}", "model={} is not known: there are"),
         ("train={}", "train is a group of settings: set one of train.steps"),
         ("+experiment=null", "experiment=null is not known: there are"),
-        ("+experiment=../model/llama3_8b", "experiment=../model/llama3_8b is not known"),
+        ("+experiment=../model/llama3_8b", "experiment=../model/llama3_8b: give one experiment"),
         ("train.steps=" + "9" * 5000, "cannot read 'train.steps=9999"),
         ("run.name=" + "[" * 500, "cannot read 'run.name=[[[[[[[["),
         ("run.name=" + "${" * 500, "cannot read 'run.name=${${${$"),

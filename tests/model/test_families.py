@@ -17,6 +17,7 @@ from mst_train.config import Config, ModelConfig, RopeScalingConfig, validate
 from mst_train.errors import UserError
 from mst_train.model import Policy, build_model
 from mst_train.model.flops import matrix_parameters, parameter_count, training_flops
+from mst_train.model.rope import beyond_positions
 from mst_train.mst import Documents, Offload
 
 CPU = torch.device("cpu")
@@ -315,3 +316,19 @@ def test_settings_from_the_command_line():
     assert config.window(0) is None
     assert config.window(41) == 4096
     assert config.rope_scaling == RopeScalingConfig("linear", 4.0)
+
+
+def test_a_checkpoint_at_lengths_that_it_does_not_know_is_warned_of():
+    plain = ModelConfig(max_positions=256)
+    pretrained = dataclasses.replace(plain, from_pretrained="folder")
+    assert beyond_positions(plain, 1024) is None
+    assert beyond_positions(pretrained, 256) is None
+    assert beyond_positions(dataclasses.replace(pretrained, max_positions=None), 1024) is None
+    said = beyond_positions(pretrained, 1000)
+    assert said is not None and "beyond the 256 positions that folder knows" in said
+    assert "model.rope_scaling.factor=4 stretches them" in said
+    yarn = RopeScalingConfig(type="yarn", factor=4.0, original_length=256)
+    stretched = dataclasses.replace(pretrained, rope_scaling=yarn)
+    assert beyond_positions(stretched, 1024) is None
+    said = beyond_positions(stretched, 2048)
+    assert said is not None and "the 1024 positions" in said and "factor=8 " in said

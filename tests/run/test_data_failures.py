@@ -10,7 +10,7 @@ import mst_train.run.train as training
 from mst_train.data import Loader, checked
 from mst_train.data.checked import CheckedArray
 from mst_train.errors import DataError, TrainingError
-from mst_train.run import run
+from mst_train.evaluate import validation
 from mst_train.run.train import train
 
 
@@ -166,7 +166,7 @@ def test_files_that_are_put_in_their_place_again_are_read_on(config, change, mon
 def test_a_validation_that_cannot_read(config, change, monkeypatch):
     train(config)
     again = another(config, change)
-    fixed_batches = run.fixed_batches
+    fixed_batches = validation.fixed_batches
 
     def failing(*arguments):
         if met_a_step(again) and losses(again):
@@ -174,7 +174,7 @@ def test_a_validation_that_cannot_read(config, change, monkeypatch):
         return fixed_batches(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "fixed_batches", failing)
+        patch.setattr(validation, "fixed_batches", failing)
         message, done = refused(again)
     assert "Input/output error: 'shards/000000.tokens'" in message and done == 3
     train(again)

@@ -19,7 +19,7 @@ from mst_train.cli.signals import STOP_SIGNALS, StopSignals
 from mst_train.data import Loader
 from mst_train.distributed import Topology
 from mst_train.errors import Stopped
-from mst_train.run import run
+from mst_train.evaluate import validation
 from mst_train.run.train import train
 
 
@@ -55,14 +55,14 @@ def in_a_step(patch, config, name):
 
 
 def in_a_validation(patch, config, name):
-    evaluate = run.evaluate
+    evaluate = validation.evaluate
 
     def interrupted(*arguments):
         if len(losses(config)) == 3:
             send(name)
         return evaluate(*arguments)
 
-    patch.setattr(run, "evaluate", interrupted)
+    patch.setattr(validation, "evaluate", interrupted)
 
 
 def in_a_checkpoint(patch, config, name):
@@ -140,9 +140,9 @@ def test_a_signal_saves_the_last_finished_step(small_config, change, interrupt, 
 
 
 def test_a_signal_before_the_first_step_has_nothing_to_save(small_config, monkeypatch):
-    evaluate = run.evaluate
+    evaluate = validation.evaluate
     with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate", lambda *a: send(signal.SIGTERM) or evaluate(*a))
+        patch.setattr(validation, "evaluate", lambda *a: send(signal.SIGTERM) or evaluate(*a))
         with pytest.raises(Stopped, match="up to step 0 of 6"):
             train(small_config)
     assert not Path(small_config.run.dir, "checkpoints").exists()
