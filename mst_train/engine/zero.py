@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mst_train.config import Config
+from mst_train.config import Config, ModelConfig
 from mst_train.deepspeed_adapter import ZeroParts, full_shape, load
 from mst_train.distributed.topology import Topology
 from mst_train.engine.protocol import State, own_parameters
 from mst_train.errors import UserError
+from mst_train.model.flops import parameter_count
 from mst_train.optim import Optimizer, build_adamw
 
 STATES = ("exp_avg", "exp_avg_sq")
@@ -181,6 +182,11 @@ def _settings(config: Config, topology: Topology) -> dict[str, Any]:
     return _laid_over(_own_settings(config, topology), config.parallel.deepspeed)
 
 
+def reduce_bucket_size(model: ModelConfig) -> int:
+    """Elements of gradients that are summed at once: DeepSpeed's own number, or all there are."""
+    return min(5 * 10**8, parameter_count(model))
+
+
 def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for name, value in above.items():
@@ -196,6 +202,7 @@ def _own_settings(config: Config, topology: Topology) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": config.parallel.zero_stage,
         "overlap_comm": on_gpu,
+        "reduce_bucket_size": reduce_bucket_size(config.model),
         "stage3_param_persistence_threshold": 0,  # small ones come with their blocks
         "memory_efficient_linear": False,  # it would replace torch's for all
     }

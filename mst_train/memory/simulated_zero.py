@@ -41,13 +41,13 @@ from torch import Tensor, nn
 from mst_train.config import Config
 from mst_train.distributed import Topology
 from mst_train.engine import NativeEngine
+from mst_train.engine.zero import reduce_bucket_size
 from mst_train.memory.counter import StepCounter
 from mst_train.model.flops import parameter_count
 from mst_train.optim import Optimizer, build_adamw
 
 FP32 = torch.float32
 DEFAULTS = {  # of deepspeed/runtime/zero/config.py, in elements
-    "reduce_bucket_size": 5e8,
     "stage3_prefetch_bucket_size": 5e7,
     "stage3_max_reuse_distance": 1e9,
     "sub_group_size": 1e9,
@@ -83,7 +83,8 @@ class Buckets:
         sizes = {name: int(given.get(name, default)) for name, default in DEFAULTS.items()}
         every = parameter_count(config.model)
         embedding, parts = _parts(config)
-        bucket, prefetch = sizes["reduce_bucket_size"], sizes["stage3_prefetch_bucket_size"]
+        prefetch = sizes["stage3_prefetch_bucket_size"]
+        bucket = int(given.get("reduce_bucket_size", reduce_bucket_size(config.model)))
         largest = max(part.largest for part in parts)
         reuse = sizes["stage3_max_reuse_distance"]
         return cls(
