@@ -281,8 +281,8 @@ def _compose_tree(folders: list[Path], overrides: list[str]) -> tuple[Any, dict[
         with initialize_config_dir(own, version_base="1.3"):
             config = hydra_compose("config", [*overrides, *searched], return_hydra_config=True)
         chosen = OmegaConf.select(config, "hydra.runtime.choices")
-        groups = [str(group) for group in config if group != "hydra"]
-        return OmegaConf.to_container(OmegaConf.masked_copy(config, groups)), dict(chosen)
+        own_keys = [str(key) for key in config if key != "hydra"]
+        return OmegaConf.to_container(OmegaConf.masked_copy(config, own_keys)), dict(chosen)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         # ValueError is Hydra's for a list of defaults that it cannot read.
         raise UserError(f"{', '.join(overrides)}: {_first_line(error)}") from error

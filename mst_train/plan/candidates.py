@@ -34,8 +34,7 @@ def settings(config: Config, gpus: int = 1) -> Iterator[list[Config]]:
     ):
         in_backward = replace(config, optimizer=replace(optimizer, in_backward=True))
         yield _policies(in_backward)
-    host_works = gpus == 1 or config.parallel.zero_stage > 0
-    if optimizer.offload == "none" and config.precision != "bf16" and host_works:
+    if optimizer.offload == "none" and config.precision != "bf16" and _host_works(config, gpus):
         on_host = replace(config, optimizer=replace(optimizer, in_backward=False, offload="host"))
         yield _policies(on_host)
     if config.memory.block_chunk_tokens == AUTO:
@@ -51,14 +50,20 @@ def leanest(config: Config, gpus: int = 1) -> list[Config]:
     return [c for c in last if not (keeping and c.memory.keep_attention)]
 
 
-def levers(config: Config) -> Iterator[tuple[str, Config]]:
+def _host_works(config: Config, gpus: int) -> bool:
+    """Whether the optimizer can be on the host: that of several processes with ZeRO alone."""
+    return gpus == 1 or config.parallel.zero_stage > 0
+
+
+def levers(config: Config, gpus: int = 1) -> Iterator[tuple[str, Config]]:
     """What auto does not do by itself, as it changes the result, and the configuration with it."""
     train, optimizer = config.train, config.optimizer
+    without = " optimizer.in_backward=false" if optimizer.in_backward else ""
     if train.micro_batch_size > 1:
         count = train.accumulation_steps * train.micro_batch_size
         split = replace(train, micro_batch_size=1, accumulation_steps=count)
         one = replace(config, train=split, optimizer=replace(optimizer, in_backward=False))
-        yield f"train.micro_batch_size=1 train.accumulation_steps={count}", one
+        yield f"train.micro_batch_size=1 train.accumulation_steps={count}{without}", one
     plain = optimizer.offload == "none" and config.parallel.zero_stage == 0
     if optimizer.max_grad_norm is not None and train.accumulation_steps == 1 and plain:
         unclipped = replace(config, optimizer=replace(optimizer, max_grad_norm=None))
@@ -67,11 +72,10 @@ def levers(config: Config) -> Iterator[tuple[str, Config]]:
         yield "precision=bf16_master", replace(config, precision="bf16_master")
     if config.precision != "bf16" and plain:
         yield "precision=bf16", replace(config, precision="bf16")
-    if config.precision == "bf16" and optimizer.offload == "none":
+    if config.precision == "bf16" and optimizer.offload == "none" and _host_works(config, gpus):
         host = replace(optimizer, in_backward=False, offload="host")
         master = replace(config, precision="bf16_master", optimizer=host)
-        added = " optimizer.in_backward=false" if optimizer.in_backward else ""
-        yield f"precision=bf16_master optimizer.offload=host{added}", master
+        yield f"precision=bf16_master optimizer.offload=host{without}", master
 
 
 def _policies(config: Config) -> list[Config]:

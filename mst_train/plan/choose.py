@@ -125,7 +125,7 @@ def _nothing_fits(
             f"The nearest that fits: data.sequence_length={nearest.config.data.sequence_length} "
             f"with {describe(nearest)}"
         ]
-    for words, other in levers(config):
+    for words, other in levers(config, target.gpus):
         found = _first_fitting(other, target, advance)
         if found is not None:
             ways.append(f"It fits with {words}: {describe(found)}, {_figures(found)}")

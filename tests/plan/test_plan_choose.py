@@ -91,6 +91,12 @@ def test_levers_are_configurations_that_can_be():
     assert [words for words, _ in levers(bf16)] == [
         "precision=bf16_master optimizer.offload=host optimizer.in_backward=false"
     ]
+    assert list(levers(bf16, gpus=2)) == []  # several optimizers go to their hosts with ZeRO alone
+    sharing = read([*AUTO, "precision=fp32", "parallel.zero_stage=1"])
+    assert [words for words, _ in levers(sharing, gpus=2)] == ["precision=bf16_master"]
+    many = [*AUTO, "precision=bf16", "optimizer=in_backward", "train.micro_batch_size=2"]
+    words, other = next(levers(read(many)))
+    assert other == read([*many, *words.split()])
     on_host = read([*AUTO, "precision=bf16_master", "optimizer.offload=host"])
     assert [words for words, _ in levers(on_host)] == []
 
