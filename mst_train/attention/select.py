@@ -59,6 +59,7 @@ from mst_train.attention.tiled import TiledKernel
 from mst_train.config import AUTO, KernelConfig
 from mst_train.errors import UserError
 from mst_train.mst.attention import PLAIN, AttentionKernel, Documents, Scores, attend
+from mst_train.mst.sharing import SharedSequence, attend_shared
 
 __all__ = [
     "KERNELS",
@@ -76,6 +77,7 @@ __all__ = [
     "reference_attention",
     "select_attention",
     "select_kernels",
+    "shared",
 ]
 
 log = logging.getLogger(__name__)
@@ -146,6 +148,23 @@ def attention_kernel(
     if isinstance(chosen, KernelAttention):
         return chosen.kernel
     return TiledKernel(scores, device.type)
+
+
+def shared(
+    attention: Attention, sharing: SharedSequence, device: torch.device
+) -> "KernelAttention":
+    """The same attention over sequences that several processes share.
+
+    Tiled where it is no kernel: nobody but a kernel can attend to a part of the keys.
+    """
+
+    def of(scores: Scores) -> "KernelAttention":
+        return shared(attention.of(scores), sharing, device)
+
+    if isinstance(attention, KernelAttention):
+        return KernelAttention(attention.kernel, of, sharing)
+    assert isinstance(attention, SdpaAttention)
+    return KernelAttention(TiledKernel(attention.scores, device.type), of, sharing)
 
 
 def select_kernels(config: KernelConfig, device: torch.device, dtype: torch.dtype) -> Attention:
@@ -219,15 +238,19 @@ def _problem(name: str, device: torch.device, dtype: torch.dtype, scores: Scores
 class KernelAttention:
     """A kernel as an attention: differentiable, and open to whoever can use the kernel itself.
 
-    choose: gives the attention for other scores; without it there is this kernel alone.
+    choose: gives the attention for other scores; without it there is this kernel alone. sharing:
+    the processes that share the sequences; None: this one has them to itself.
     """
 
     kernel: AttentionKernel
     choose: Callable[[Scores], Attention] | None = None
+    sharing: SharedSequence | None = None
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
     ) -> Tensor:
+        if self.sharing is not None:
+            return attend_shared(self.kernel, self.sharing, q, k, v, documents)
         return attend(self.kernel, q, k, v, documents)
 
     def of(self, scores: Scores) -> Attention:

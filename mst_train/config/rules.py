@@ -311,15 +311,45 @@ def _parallel_problems(config: Config) -> Iterator[str]:
                 yield f"parallel.deepspeed.{key} is not DeepSpeed's to decide: set {ours} instead"
     if degree < 1:
         return
-    if config.model.num_heads % degree:
-        yield (
-            f"parallel.sequence_parallel={degree} does not divide model.num_heads="
-            f"{config.model.num_heads}: in attention each process has some of the heads"
-        )
     if config.data.sequence_length % degree:
         yield (
             f"data.sequence_length={config.data.sequence_length} is not a multiple of "
             f"parallel.sequence_parallel={degree}"
+        )
+    elif degree > 1:
+        yield from _exchange_problems(config)
+
+
+def _exchange_problems(config: Config) -> Iterator[str]:
+    parallel, heads = config.parallel, config.model.num_heads
+    degree, name = parallel.sequence_parallel, parallel.sequence_exchange
+    if config.kernel.attention == "sdpa":
+        yield (
+            f"kernel.attention=sdpa cannot attend to a part of the keys, as "
+            f"parallel.sequence_parallel={degree} wants: set kernel.attention={AUTO}"
+        )
+    at_once = parallel.exchange_heads
+    if at_once != AUTO and not (isinstance(at_once, int) and at_once > 0):
+        yield f"parallel.exchange_heads={at_once} must be {AUTO} or an integer of at least 1"
+    if name == "heads" and heads % degree:
+        yield (
+            f"parallel.sequence_exchange=heads gives each process some of the heads, and "
+            f"parallel.sequence_parallel={degree} does not divide model.num_heads={heads}: set "
+            f"parallel.sequence_exchange={AUTO}"
+        )
+    nodes = [n for n in range(2, degree) if degree % n == 0 and heads % n == 0]
+    if name == "both" and not nodes:
+        yield (
+            f"parallel.sequence_exchange=both wants nodes of some of the processes, equally large, "
+            f"whose number divides the heads, and parallel.sequence_parallel={degree} and "
+            f"model.num_heads={heads} have none: set parallel.sequence_exchange={AUTO}"
+        )
+    in_pieces = name in ("keys", "both") or (name == AUTO and heads % degree)
+    if in_pieces and config.data.sequence_length % (2 * degree):
+        yield (
+            f"data.sequence_length={config.data.sequence_length} is not a multiple of "
+            f"{2 * degree}: where processes exchange keys each of parallel.sequence_parallel="
+            f"{degree} has two pieces of the sequence"
         )
 
 

@@ -317,6 +317,13 @@ class ParallelConfig:
 
     sequence_parallel: int = 1
     """Processes that share one sequence."""
+    sequence_exchange: str = choice(AUTO, (AUTO, "heads", "keys", "both"))
+    """What these exchange for attention. heads: each gets all tokens of some of the heads
+    (DeepSpeed-Ulysses). keys: each gets the keys and values that its queries see. both: heads
+    within nodes of several processes, keys between nodes. auto: what sends the least."""
+    exchange_heads: int | str = AUTO
+    """Key-value heads of a process that are exchanged and attended with at a time; auto: all of
+    them on a CPU, and on a GPU as many as bound the memory that they take."""
     zero_stage: int = choice(0, (0, 1, 2, 3))
     """What processes share out instead of holding a copy each. 0: nothing. 1: optimizer states.
     2: gradients too. 3: weights too."""

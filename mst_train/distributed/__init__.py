@@ -6,7 +6,7 @@ that they share.
 3. ``guard``: errors that all of them have to hear of; ``comm_timer``: how long they wait for each
    other.
 4. ``sampler``: which samples each process reads.
-5. ``ulysses``: attention over sequences that several processes share.
+5. ``exchange``: what the processes that share a sequence exchange; ``transport``: what carries it.
 """
 
 from mst_train.distributed.comm_timer import WAITING
@@ -14,14 +14,12 @@ from mst_train.distributed.guard import Guard, check_same, together, told_once
 from mst_train.distributed.init import init_distributed, lost_contact
 from mst_train.distributed.sampler import SharedSequences
 from mst_train.distributed.topology import Topology, check_degree, grid
-from mst_train.distributed.ulysses import UlyssesAttention
 
 __all__ = [
     "WAITING",
     "Guard",
     "SharedSequences",
     "Topology",
-    "UlyssesAttention",
     "check_degree",
     "check_same",
     "grid",

@@ -2,15 +2,13 @@
 
 The processes of a sequence group read the same samples, and each keeps its own part of them; the
 data groups read different samples. The ranks of a sequence group follow each other, so that they
-exchange heads over the fast links inside a node where the node has them all.
+exchange over the fast links inside a machine where the machine has them all.
 
     world 4, sequence 2     rank             0  1  2  3
                             data index       0  0  1  1
-                            sequence index   0  1  0  1
+                            place in it      0  1  0  1
 
 Weights are the same everywhere, so gradients are summed over all processes, whatever the grid.
-
-Legend: B batch, S sequence, L = S/P positions of a process, P processes that share a sequence.
 """
 
 import json
@@ -28,7 +26,11 @@ from torch.nn import functional
 from mst_train.config import Config
 from mst_train.data import IGNORED, Batch
 from mst_train.distributed.comm_timer import WAITING
+from mst_train.distributed.exchange import choose_exchange
+from mst_train.distributed.transport import GroupTransport
 from mst_train.errors import UserError
+from mst_train.mst.sharing import Places, SharedSequence
+from mst_train.rendezvous.dist_env import local_world_size
 
 T = TypeVar("T")
 
@@ -37,16 +39,25 @@ T = TypeVar("T")
 class Topology:
     """One process's place among all.
 
-    sequence_group: the process group that shares its sequences; None where it is alone.
+    sharing: its part in the sequences that it shares; None where it has them to itself.
     object_group: all processes, for what is not a tensor; None where it is alone.
     """
 
     rank: int = 0
     world: int = 1
-    sequence_parallel: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    sequence_group: "dist.ProcessGroup | None" = None
+    sharing: SharedSequence | None = None
     object_group: "dist.ProcessGroup | None" = None
+
+    @property
+    def sequence_parallel(self) -> int:
+        """Processes that share a sequence."""
+        return 1 if self.sharing is None else self.sharing.places.processes
+
+    @property
+    def length_multiple(self) -> int:
+        """What the length of sequences has to be a multiple of."""
+        return 1 if self.sharing is None else self.sharing.places.multiple
 
     @property
     def data_parallel(self) -> int:
@@ -59,11 +70,6 @@ class Topology:
         return self.rank // self.sequence_parallel
 
     @property
-    def sequence_index(self) -> int:
-        """Which part of its group's sequences this process has."""
-        return self.rank % self.sequence_parallel
-
-    @property
     def is_rank_zero(self) -> bool:
         """Whether this process writes what is written once."""
         return self.rank == 0
@@ -71,26 +77,25 @@ class Topology:
     def part_of(self, batch: Batch) -> Batch:
         """This process's part of a batch's sequences, [B, S] -> [B, L] each.
 
-        Labels were shifted before, so the last token's label is the token that the next process has
-        first. Document boundaries stay those of the whole sequences, which attention sees.
+        Labels were shifted before, so a last token's label is the token that another process has.
+        Document boundaries stay those of the whole sequences, which attention sees.
 
-        Raises UserError where the length is not a multiple of the degree.
+        Raises UserError where the length is not a multiple of ``length_multiple``.
         """
-        if self.sequence_parallel == 1:
+        if self.sharing is None:
             return batch
         length = batch.tokens.shape[1]
-        if length % self.sequence_parallel:
+        if length % self.length_multiple:
             raise UserError(
                 f"a sequence of {length} tokens cannot be shared by parallel.sequence_parallel="
-                f"{self.sequence_parallel} processes: set data.sequence_length to a multiple of it"
+                f"{self.sequence_parallel} processes: set data.sequence_length to a multiple of "
+                f"{self.length_multiple}"
             )
-        positions = length // self.sequence_parallel
-        own = slice(self.sequence_index * positions, (self.sequence_index + 1) * positions)
         return replace(
             batch,
-            tokens=batch.tokens[:, own].contiguous(),
-            labels=batch.labels[:, own].contiguous(),
-            positions=batch.positions[:, own].contiguous(),
+            tokens=self.sharing.own(batch.tokens),
+            labels=self.sharing.own(batch.labels),
+            positions=self.sharing.own(batch.positions),
         )
 
     def shared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -170,13 +175,26 @@ def check_degree(config: Config, world: int) -> None:
 
 def grid(processes: Topology, config: Config) -> Topology:
     """The processes with the sequence groups that ``config`` asks for; all call this together."""
-    degree, own = config.parallel.sequence_parallel, None
-    if degree > 1:
-        for first in range(0, processes.world, degree):
-            ranks = list(range(first, first + degree))
-            group = dist.new_group(ranks, timeout=exchange_timeout(config))
-            own = group if processes.rank in ranks else own
-    return replace(processes, sequence_parallel=degree, sequence_group=own)
+    degree = config.parallel.sequence_parallel
+    if degree == 1:
+        return replace(processes, sharing=None)
+    exchange = choose_exchange(config, local_world_size(), processes.device.type)
+    heads, keys = range(exchange.heads), range(exchange.keys)
+    own: dict[str, dist.ProcessGroup | None] = {"heads": None, "keys": None}
+    for first in range(0, processes.world, degree):
+        nodes = [[first + node * exchange.heads + place for place in heads] for node in keys]
+        of_keys = [list(ranks) for ranks in zip(*nodes, strict=True)]
+        for name, groups in (("heads", nodes), ("keys", of_keys)):
+            for ranks in groups if len(groups[0]) > 1 else ():
+                group = dist.new_group(ranks, timeout=exchange_timeout(config))
+                own[name] = group if processes.rank in ranks else own[name]
+    sharing = SharedSequence(
+        Places(exchange.heads, exchange.keys, processes.rank % degree),
+        GroupTransport(own["heads"]),
+        GroupTransport(own["keys"]),
+        exchange.keys_at_once,
+    )
+    return replace(processes, sharing=sharing)
 
 
 def exchange_timeout(config: Config) -> timedelta:

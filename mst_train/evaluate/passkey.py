@@ -105,7 +105,7 @@ def passkey_record(
     groups = topology.data_parallel
     rounds = math.ceil(len(probes) / groups)
     sums_PS = torch.zeros(rounds * groups, 2, dtype=torch.float64, device=topology.device)
-    batches = topology.shared(_batch(probe, topology.sequence_parallel) for probe in probes)
+    batches = topology.shared(_batch(probe, topology.length_multiple) for probe in probes)
     for turn, batch in enumerate(batches):
         sums_PS[turn * groups + topology.data_index] = _score(model, batch, topology.device)
     topology.sum_([sums_PS])

@@ -3,6 +3,8 @@
 Each takes the memory that what it stands for takes, at the same moments, and computes nothing.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,10 +12,11 @@ from torch import Tensor
 
 from mst_train.attention.layouts import heads_first
 from mst_train.attention.select import Attention, KernelAttention, SdpaAttention
-from mst_train.distributed.ulysses import Heads, LocalAttention
 from mst_train.memory.counter import StepCounter, attention_flops
 from mst_train.mst import Documents, Scores
 from mst_train.mst.attention import KEYS_AT_ONCE, PLAIN, AttentionKernel
+from mst_train.mst.sharing import Transport
+from mst_train.mst.sharing.transport import Addressed
 from mst_train.optim import HostOptimizer
 
 
@@ -159,95 +162,20 @@ def _log_sum_exp(q_BSHE: Tensor) -> Tensor:
     return q_BSHE.new_empty(batch, heads, sequence, dtype=torch.float32)
 
 
-class SimulatedUlysses:
-    """``UlyssesAttention`` of one process among ``degree``, which exchanges nothing.
+@dataclass(frozen=True)
+class SimulatedTransport(Transport):
+    """``GroupTransport`` of the first of so many processes, to and from which nothing travels."""
 
-    local: what runs on whole sequences of this process's heads. The first process's heads stand for
-    all.
-    """
+    count: int
 
-    def __init__(self, local: LocalAttention, degree: int) -> None:
-        self._local = local
-        self._degree = degree
+    @property
+    def processes(self) -> int:
+        return self.count
 
-    def of(self, scores: Scores) -> "SimulatedUlysses":
-        return SimulatedUlysses(self._local.of(scores), self._degree)
+    @property
+    def rank(self) -> int:
+        return 0
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
-    ) -> Tensor:
-        heads = Heads(q.shape[2], k.shape[2], self._degree)
-        q, k, v = _ToHeads.apply(q, k, v, heads)  # type: ignore[no-untyped-call]
-        readers = heads.readers(0)
-        if readers is not None:
-            k, v = k[:, :, readers], v[:, :, readers]
-        out = self._local(q, k, v, documents)
-        mine: Tensor = _ToPositions.apply(out, self._degree)  # type: ignore[no-untyped-call]
-        return mine
-
-
-class _ToHeads(torch.autograd.Function):
-    """q, k and v [B, L, H or K, E] -> [B, S, H/P or this process's K, E]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor, heads: Heads
-    ) -> tuple[Tensor, ...]:
-        ctx.heads, ctx.shapes = heads, (q_BLHE.shape, k_BLKE.shape)
-        batch, length, _, size = q_BLHE.shape
-        sent, own = _widths(heads)
-        received = _exchange(q_BLHE, batch * length * size, sent, heads.processes * sum(own))
-        results = tuple(
-            q_BLHE.new_empty(batch, length * heads.processes, width, size) for width in own
-        )
-        del received
-        return results
-
-    @staticmethod
-    def backward(
-        ctx: Any, dq_BShE: Tensor, dk: Tensor, dv: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
-        heads: Heads = ctx.heads
-        queries, keys = ctx.shapes
-        batch, length, _, size = queries
-        sent, own = _widths(heads)
-        received = _exchange(dq_BShE, batch * length * size, heads.processes * sum(own), sent)
-        dtype = dq_BShE.dtype
-        if heads.some_keys_shared:
-            dtype = torch.promote_types(dtype, torch.float32)
-        totals = [dq_BShE.new_empty(queries), *(dk.new_empty(keys, dtype=dtype) for _ in range(2))]
-        del received
-        return totals[0], totals[1].to(dk.dtype), totals[2].to(dv.dtype), None
-
-
-class _ToPositions(torch.autograd.Function):
-    """[B, S, H/P, E] -> [B, L, H, E]."""
-
-    @staticmethod
-    def forward(ctx: Any, out_BShE: Tensor, processes: int) -> Tensor:
-        batch, sequence, width, size = ctx.shape = out_BShE.shape
-        received = _exchange(out_BShE, out_BShE.numel(), 1, 1)
-        mine = out_BShE.new_empty(batch, sequence // processes, width * processes, size)
-        del received
-        return mine
-
-    @staticmethod
-    def backward(ctx: Any, dout_BLHE: Tensor) -> tuple[Tensor, None]:
-        received = _exchange(dout_BLHE, dout_BLHE.numel(), 1, 1)
-        heads = dout_BLHE.new_empty(ctx.shape)
-        del received
-        return heads, None
-
-
-def _exchange(like: Tensor, head: int, sent: int, received: int) -> Tensor:
-    """What an all-to-all of so many heads of ``head`` elements leaves."""
-    outgoing = like.new_empty(sent * head)
-    incoming = like.new_empty(received * head)
-    del outgoing
-    return incoming
-
-
-def _widths(heads: Heads) -> tuple[int, tuple[int, int, int]]:
-    """Heads of q, k and v together that a process sends, and those of each that it then has."""
-    keys = [len(range(heads.keys)[heads.key_heads(p)]) for p in range(heads.processes)]
-    return heads.queries + 2 * sum(keys), (heads.own_queries, keys[0], keys[0])
+    def carry(self, outgoing: Addressed, incoming: Addressed) -> Callable[[], None]:
+        under_way = [outgoing, incoming]
+        return under_way.clear

@@ -14,7 +14,13 @@ MOST_STEPS = 8
 
 
 def reserved_bytes(
-    config: Config, device: Device, capacity: int, *, expandable: bool, gpus: int = 1
+    config: Config,
+    device: Device,
+    capacity: int,
+    *,
+    expandable: bool,
+    gpus: int = 1,
+    per_machine: int | None = None,
 ) -> int | None:
     """The most that torch's allocator holds in the steps of ``config``, from the first on.
 
@@ -22,9 +28,9 @@ def reserved_bytes(
     up to ``capacity`` bytes are held then, and more only where that is not enough, so that a result
     beyond ``capacity`` says that memory runs out, and about how much is missing.
 
-    expandable: whether segments can grow. None where ZeRO shares states out, whose buffers are not
-    followed. A deep model's step is run at its length with a few blocks, and what they ask for
-    stands for all.
+    expandable: whether segments can grow. per_machine: as ``simulate`` takes it. None where ZeRO
+    shares states out, whose buffers are not followed. A deep model's step is run at its length with
+    a few blocks, and what they ask for stands for all.
     """
     if gpus > 1 and config.parallel.zero_stage > 0:
         return None
@@ -32,7 +38,7 @@ def reserved_bytes(
     shallow = _SHALLOW * period
     if layers <= shallow or layers % period:
         shallow = layers
-    before, step = recorded(config, device, with_layers(config, shallow), gpus)
+    before, step = recorded(config, device, with_layers(config, shallow), gpus, per_machine)
     allocator = CachingAllocator(
         expandable=expandable, device_bytes=device.memory_bytes, capacity=capacity
     )

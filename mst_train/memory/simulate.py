@@ -7,14 +7,15 @@ on any machine.
 
 What runs is the code of the run itself but for what needs a real device or other processes:
 attention on a GPU is replaced by a kernel that takes the same memory (``SimulatedKernel``), AdamW
-on the host by torch's, exchanges of attention heads and DeepSpeed's ZeRO by what takes their memory
-(``SimulatedUlysses``, ``SimulatedZero``), and numbers read off the device are 1.
+on the host by torch's, what carries tensors between processes and DeepSpeed's ZeRO by what takes
+their memory (``SimulatedTransport``, ``SimulatedZero``), and numbers read off the device are 1.
 
 What tensors do not show is added as constants, named below: the CUDA context, cuBLAS's workspace,
 buffers of communication, and what the caching allocator cannot use, where that is not found by
 giving it what the step asks for (reserved.py).
 """
 
+import math
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -28,9 +29,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.profiler import record_function
 
 from mst_train.attention import select_attention
-from mst_train.attention.select import FOR_CUDA, HALF, Attention, KernelAttention
+from mst_train.attention.select import FOR_CUDA, HALF, Attention, KernelAttention, shared
 from mst_train.config import AUTO, Config, ModelConfig
 from mst_train.data import Batch
+from mst_train.distributed.exchange import Exchange, choose_exchange
 from mst_train.engine import NativeEngine
 from mst_train.engine.step import train_step
 from mst_train.memory.counter import Numbers, StepCounter, TracingCounter, Work
@@ -38,7 +40,7 @@ from mst_train.memory.devices import Device
 from mst_train.memory.fakes import (
     SimulatedHostOptimizer,
     SimulatedKernel,
-    SimulatedUlysses,
+    SimulatedTransport,
     without_data,
 )
 from mst_train.memory.simulated_zero import Buckets, SimulatedZero
@@ -48,6 +50,7 @@ from mst_train.mst import Offload
 from mst_train.mst.accumulate import simulated_device
 from mst_train.mst.attention import KEYS_AT_ONCE
 from mst_train.mst.offload import AHEAD
+from mst_train.mst.sharing import Places, SharedSequence
 from mst_train.optim import Optimizer, build_optimizer
 from mst_train.precision import weight_type
 from mst_train.ranges import OPTIMIZER_RANGE
@@ -111,16 +114,18 @@ def simulate(
     device: Device,
     *,
     gpus: int = 1,
+    per_machine: int | None = None,
     build: "Build | None" = None,
     cu_seqlens: Tensor | None = None,
 ) -> Simulation:
     """One training step of ``config`` on one of ``gpus`` devices, once the states exist.
 
-    build: makes the model, where it is not the decoder of this project. cu_seqlens: where the
-    documents of the batch begin and end, as ``Batch`` has them; None: one document in each row,
-    the whole sequence, which takes the most time and memory. On a CPU the peak is that of the real
-    step to the byte, as the tracker counts it, for the boundaries given; without them it is one
-    that documents packed otherwise stay within.
+    per_machine: so many of them are in a machine; None: all. build: makes the model, where it is
+    not the decoder of this project. cu_seqlens: where the documents of the batch begin and end, as
+    ``Batch`` has them; None: one document in each row, the whole sequence, which takes the most
+    time and memory. On a CPU the peak is that of the real step to the byte, as the tracker counts
+    it, for the boundaries given; without them it is one that documents packed otherwise stay
+    within.
 
     Micro-batches beyond the second change nothing but the work, which is counted for all. Deep
     models are run at two small depths, and sequences of many chunks at three shorter lengths, and
@@ -130,16 +135,16 @@ def simulate(
     parabola over the length.
     """
     dtype = weight_type(config.precision)
+    exchange = choose_exchange(config, per_machine or gpus, device.kind)
     whole_blocks = _whole_blocks(config, dtype, device)
     policy = _policy(config, dtype, device, whole_blocks)
     shared_out = gpus > 1 and config.parallel.zero_stage > 0
     buckets = Buckets.of(config, device.kind) if shared_out else None
-    run = partial(
-        _at_any_depth, policy, dtype, device, gpus, buckets, cu_seqlens, build or build_decoder
-    )
+    build = build or partial(build_decoder, exchange=exchange)
+    run = partial(_at_any_depth, policy, dtype, device, gpus, buckets, cu_seqlens, build)
     lengths = None
     if cu_seqlens is None:
-        lengths = _shorter_lengths(config, policy, whole_blocks)
+        lengths = _shorter_lengths(config, policy, whole_blocks, exchange)
     if lengths is None:
         found = run(config)
     else:
@@ -159,7 +164,7 @@ def simulate(
 
 
 def recorded(
-    config: Config, device: Device, shallow: Config, gpus: int
+    config: Config, device: Device, shallow: Config, gpus: int, per_machine: int | None = None
 ) -> tuple[list[Request], Trace]:
     """What ``config`` asks of the device's allocator before its steps, and what each step of
     ``shallow`` does: the same with fewer blocks, under the policy of ``config``.
@@ -168,7 +173,9 @@ def recorded(
     """
     dtype = weight_type(config.precision)
     policy = _policy(config, dtype, device, _whole_blocks(config, dtype, device))
-    ready = partial(_ready, policy, dtype, device, gpus, None, build_decoder)
+    exchange = choose_exchange(config, per_machine or gpus, device.kind)
+    build = partial(build_decoder, exchange=exchange)
+    ready = partial(_ready, policy, dtype, device, gpus, None, build)
     with TracingCounter(*_units(device)) as counter, simulated_device(device.kind):
         whole = ready(config, counter)
         before = requests(counter.trace)
@@ -219,15 +226,15 @@ def _ahead(config: Config) -> int:
 
 
 def _whole_blocks(config: Config, dtype: torch.dtype, device: Device) -> bool:
-    """Whether attention is one that cannot attend chunk by chunk (``SdpaAttention``, Ulysses)."""
+    """Whether attention is one that cannot attend chunk by chunk (``SdpaAttention``)."""
     name = config.kernel.attention
     if name == AUTO and device.kind == "cuda" and dtype not in HALF:
         name = "sdpa"
-    return name == "sdpa" or config.parallel.sequence_parallel > 1
+    return name == "sdpa" and config.parallel.sequence_parallel == 1
 
 
 def _shorter_lengths(
-    config: Config, policy: Policy, whole_blocks: bool
+    config: Config, policy: Policy, whole_blocks: bool, exchange: Exchange
 ) -> tuple[int, int, int] | None:
     """Lengths to run in the place of one with many chunks.
 
@@ -236,8 +243,9 @@ def _shorter_lengths(
     chunk = policy.mlp_chunk_tokens if whole_blocks else policy.block_chunk_tokens
     length, batch = config.data.sequence_length, config.train.micro_batch_size
     assert isinstance(chunk, int) and isinstance(policy.head_chunk_tokens, int)
-    positions = -(-chunk // batch) * config.parallel.sequence_parallel
-    at_once = max(KEYS_AT_ONCE, config.model.sliding_window or 0)
+    places = Places(exchange.heads, exchange.keys)
+    positions = math.lcm(-(-chunk // batch) * places.processes, places.multiple)
+    at_once = max(KEYS_AT_ONCE, config.model.sliding_window or 0) * min(places.processes, 2)
     at_once = max(at_once, 2 * policy.head_chunk_tokens // batch)
     first = max(8, -(-at_once // positions) + 1) * positions + length % positions
     lengths = (first, first + 4 * positions, first + 8 * positions)
@@ -487,12 +495,23 @@ def _boundaries(config: Config) -> Tensor | None:
 
 
 def build_decoder(
-    config: Config, policy: Policy, dtype: torch.dtype, device: Device, counter: StepCounter
+    config: Config,
+    policy: Policy,
+    dtype: torch.dtype,
+    device: Device,
+    counter: StepCounter,
+    exchange: Exchange,
 ) -> Transformer:
     """This project's decoder, with what stands in for a device's attention."""
     attention = _attention(config.kernel.attention, dtype, device, counter)
     if config.parallel.sequence_parallel > 1:
-        attention = SimulatedUlysses(attention, config.parallel.sequence_parallel)
+        sharing = SharedSequence(
+            Places(exchange.heads, exchange.keys),
+            SimulatedTransport(exchange.heads),
+            SimulatedTransport(exchange.keys),
+            exchange.keys_at_once,
+        )
+        attention = shared(attention, sharing, torch.device(device.kind))
     model = build_model(
         config.model, policy=policy, attention=attention, dtype=dtype, device="meta"
     )

@@ -188,6 +188,7 @@ class Block(nn.Module):
             (cos, sin),
             documents=documents,
             chunk_tokens=policy.block_chunk_tokens,
+            sharing=attention.sharing,
             **kept,
         )
 

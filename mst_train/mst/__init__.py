@@ -5,8 +5,11 @@
 the latter keep what attention computed, and ``Offload`` keeps it on the host.
 
 mlp, head                 the two halves
-block, attention_chunk    the whole block in mini-sequences; attention of one chunk of queries
-parameters                what stands for a block's parameters while it is run again
+block                     the whole block in mini-sequences
+block_fused, block_shared its schedules: the whole sequence here, and one that processes share
+block_parts, parameters   what both are made of; what stands for parameters in the second run
+attention_chunk           attention of one chunk of queries
+sharing                   a sequence that several processes share, and attention over it
 recompute, rerun          a block in one piece, run again; what makes the second run like the first
 attention                 what an attention kernel is
 offload, host_memory      kept tensors in host memory; page-locked tensors
@@ -15,7 +18,8 @@ autograd, autocast        what the autograd functions share
 """
 
 from mst_train.mst.attention import AttentionKernel, Documents, Scores, attend
-from mst_train.mst.block import RowwiseBlock, mini_sequence_block
+from mst_train.mst.block import mini_sequence_block
+from mst_train.mst.block_parts import RowwiseBlock
 from mst_train.mst.head import (
     cross_entropy,
     mini_sequence_cross_entropy,

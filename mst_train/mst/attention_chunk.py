@@ -93,8 +93,8 @@ def attend_chunk_backward(
 
     Args:
         dout, out: [B, T, H, E]; lse: [B, H, T], as ``attend_chunk`` gave it.
-        dk, dv: [B, S, K, E] in fp32 at least, zero before the first call; the parts of keys before
-            the chunk are added here. None where the whole sequence is one chunk.
+        dk, dv: [B, S, K, E] in fp32 at least, zero before the first call; the gradients of all keys
+            and values that the chunk sees are added. None where the sequence is one chunk.
 
     Returns:
         (dq, dk, dv) of the chunk, in the types of q, k and v.
@@ -121,11 +121,9 @@ def attend_chunk_backward(
         dk[batch, keys] += past_dk
         dv[batch, keys] += past_dv
         del past_dq, past_dk, past_dv  # not to be there with the next ones
-    return (
-        total.to(q.dtype),
-        dk_T.to(dk.dtype).add_(dk[:, chunk]).to(k.dtype),
-        dv_T.to(dv.dtype).add_(dv[:, chunk]).to(v.dtype),
-    )
+    dk[:, chunk] += dk_T
+    dv[:, chunk] += dv_T
+    return total.to(q.dtype), dk[:, chunk].to(k.dtype), dv[:, chunk].to(v.dtype)
 
 
 def _attend_window(

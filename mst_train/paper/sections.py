@@ -22,8 +22,8 @@ LONGEST = """
 """
 SEVERAL = """
     Predicted: settings and assumptions as above, and {communication:.1f} GiB on each GPU for
-    communication. The GPUs share each sequence as in DeepSpeed-Ulysses; each holds all weights
-    and states. Such runs work on CPUs, by test; on GPUs they have not been run yet.
+    communication. The GPUs share each sequence by the exchange that sends the least; each holds
+    all weights and states. Such runs work on CPUs, by test; on GPUs they have not been run yet.
 """
 LENGTHS = """
     Predicted for Llama3-8B on {device}, settings as above; bold fits. The picture ends at twice

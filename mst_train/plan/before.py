@@ -38,7 +38,7 @@ def before_training(config: Config, device: torch.device, processes: int = 1) ->
     """
     if device.type == "cpu":
         _require_gpu(config, processes)
-    target = make_target(config, this_device(device), processes)
+    target = make_target(config, this_device(device), processes, per_machine=local_world_size())
     _require_hidden_states(config, target)
     announce(config)
     if config.memory.policy == AUTO:

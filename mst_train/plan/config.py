@@ -20,6 +20,8 @@ class PlanSettings:
     cpu, or auto: this machine's."""
     gpus: int | None = None
     """How many devices share the run; null: parallel.sequence_parallel."""
+    gpus_per_node: int = 8
+    """How many of them a machine has."""
     search: bool = False
     """Find the longest sequence that fits, in multiples of 1024."""
     sweep: list[int] = field(default_factory=list)
@@ -47,13 +49,15 @@ def configured_target(config: PlanConfig) -> Target:
     """
     device = find_device(config.plan.device)
     here = config.plan.device in (AUTO, "cpu")
-    return make_target(config, device, config.plan.gpus, here=here)
+    plan = config.plan
+    return make_target(config, device, plan.gpus, here=here, per_machine=plan.gpus_per_node)
 
 
 def _problems(config: PlanConfig) -> Iterator[str]:
     plan = config.plan
     for length in plan.sweep:
         yield from at_least("plan.sweep", length, 2, MOST_TOKENS - 1)
+    yield from at_least("plan.gpus_per_node", plan.gpus_per_node, 1)
     if plan.gpus is not None:
         yield from at_least("plan.gpus", plan.gpus, 1)
         if plan.gpus % config.parallel.sequence_parallel:

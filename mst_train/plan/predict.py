@@ -37,6 +37,7 @@ class Target:
     """What a run is planned for.
 
     budget_bytes: of each device. host_budget_bytes: of the host for each device; None: not known.
+    per_machine: devices in each machine.
     """
 
     device: Device
@@ -44,6 +45,7 @@ class Target:
     budget_bytes: int
     host_budget_bytes: int | None
     dtype: torch.dtype
+    per_machine: int = 1
 
     @property
     def rates(self) -> Rates | None:
@@ -119,13 +121,19 @@ class Prediction:
 
 
 def make_target(
-    config: Config, device: Device, gpus: int | None = None, *, here: bool = True
+    config: Config,
+    device: Device,
+    gpus: int | None = None,
+    *,
+    here: bool = True,
+    per_machine: int | None = None,
 ) -> Target:
     """What ``config`` is to be planned for.
 
     Args:
         gpus: how many such devices share the run; None: ``parallel.sequence_parallel``.
         here: whether the device is this machine's, so that this machine's is the host's memory.
+        per_machine: how many of them a machine has; None: all.
 
     Raises UserError where the device cannot hold the weights at all.
     """
@@ -137,7 +145,9 @@ def make_target(
     if host is None and here:
         host = device_bytes(torch.device("cpu")) // local_world_size()
     gpus = gpus or config.parallel.sequence_parallel
-    target = Target(device, gpus, budget, host, weight_type(config.precision))
+    target = Target(
+        device, gpus, budget, host, weight_type(config.precision), min(per_machine or gpus, gpus)
+    )
     _require_weights(config, target)
     return target
 
@@ -145,7 +155,9 @@ def make_target(
 def predict(config: Config, target: Target, build: Build | None = None) -> Prediction:
     """Run the step of ``config`` without its data; memory.policy must not be auto."""
     assert config.memory.policy != "auto"
-    simulation = simulate(config, target.device, gpus=target.gpus, build=build)
+    simulation = simulate(
+        config, target.device, gpus=target.gpus, per_machine=target.per_machine, build=build
+    )
     return Prediction(config, target, simulation)
 
 
@@ -166,6 +178,7 @@ def with_reserved(prediction: Prediction, *, expandable: bool) -> Prediction:
         target.budget_bytes - fixed,
         expandable=expandable,
         gpus=target.gpus,
+        per_machine=target.per_machine,
     )
     if reserved is None:
         return prediction

@@ -6,6 +6,7 @@ import torch
 
 from mst_train.config import Config
 from mst_train.data import Data
+from mst_train.distributed.exchange import choose_exchange
 from mst_train.model.flops import parameter_count
 from mst_train.plan.choose import describe
 from mst_train.plan.predict import Prediction
@@ -30,13 +31,22 @@ def _devices(prediction: Prediction) -> str:
     if target.gpus == 1:
         threads = f", threads: {torch.get_num_threads()}" if target.device.kind == "cpu" else ""
         return f"one {target.device.name}{threads}"
-    shared = f", {parallel.sequence_parallel} for each sequence"
-    zero = f", ZeRO stage {parallel.zero_stage}"
-    return (
-        f"{target.gpus} x {target.device.name}"
-        + (shared if parallel.sequence_parallel > 1 else "")
-        + (zero if parallel.zero_stage else "")
-    )
+    text = f"{target.gpus} x {target.device.name}"
+    if parallel.sequence_parallel > 1:
+        text += f", {parallel.sequence_parallel} for each sequence, which exchange "
+        text += _exchange(prediction)
+    if parallel.zero_stage:
+        text += f", ZeRO stage {parallel.zero_stage}"
+    return text
+
+
+def _exchange(prediction: Prediction) -> str:
+    """What attention needs of the others, as ``parallel.sequence_exchange`` names it."""
+    target = prediction.target
+    exchange = choose_exchange(prediction.config, target.per_machine, target.device.kind)
+    if exchange.name == "both":
+        return f"heads in nodes of {exchange.heads} and keys between nodes"
+    return exchange.name
 
 
 def _chunks(prediction: Prediction) -> str:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mst_train.attention import keep_to, select_kernels
-from mst_train.attention.select import Attention
+from mst_train.attention.select import Attention, shared
 from mst_train.checkpoint.files import first_undamaged, load_part
 from mst_train.checkpoint.form import load_progress, load_states, load_weights
 from mst_train.config import Config, MemoryConfig, OptimizerConfig
 from mst_train.data import Data, load_data
-from mst_train.distributed import Topology, UlyssesAttention, check_same, together
+from mst_train.distributed import Topology, check_same, together
 from mst_train.engine import Engine, build_engine, check_engine, partition, whole_parameters
 from mst_train.errors import UserError
 from mst_train.evaluate.passkey import Probe, make_probes
@@ -194,8 +194,8 @@ def _load_data(config: Config, topology: Topology) -> Data:
 
 def _build_model(config: Config, attention: Attention, topology: Topology) -> Transformer:
     """The model as it is drawn; with parallel.zero_stage=3 this process's part of it."""
-    if topology.sequence_group is not None:
-        attention = UlyssesAttention(attention, topology.sequence_group)
+    if topology.sharing is not None:
+        attention = shared(attention, topology.sharing, topology.device)
     model = build_model(
         config.model,
         policy=Policy.from_config(config.memory),

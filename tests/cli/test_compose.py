@@ -68,7 +68,7 @@ def test_the_paper_experiment():
 
 @pytest.mark.parametrize("gpus", [2, 4, 8])
 def test_the_papers_experiments_on_several_gpus(gpus):
-    names = [name for name in choices("experiment") if name.endswith(f"_{gpus}gpu")]
+    names = [name for name in choices("experiment") if name.endswith(f"0k_{gpus}gpu")]
     assert len(names) == 2
     for name in names:
         config = compose([f"+experiment={name}"])

@@ -1,11 +1,18 @@
-"""What a process does in the tests of sequence-parallel attention: loss and gradients, in fp64."""
+"""What a process does in the tests of shared sequences: loss and gradients in fp64, and what it
+sends and attends to on the way.
+"""
+
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 from mst_train.attention import select_attention
-from mst_train.config import Config, DataConfig, ModelConfig, ParallelConfig
+from mst_train.attention.select import CpuKernel, KernelAttention, shared
+from mst_train.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from mst_train.data import IGNORED, Batch
-from mst_train.distributed import UlyssesAttention, init_distributed
+from mst_train.distributed import grid, init_distributed
+from mst_train.distributed.exchange import sent_bytes
 from mst_train.model import Policy, build_model
 from mst_train.mst import Documents, Offload
 
@@ -60,33 +67,40 @@ def loss_and_gradients(model, batch):
 
 def largest_differences(degree, cases):
     """For each case, the largest relative differences of loss and gradients from one process's."""
-    config = Config(
-        model=model_config(12, 12),
+    with init_distributed(Config()) as everybody:
+        return [difference(everybody, degree, **case) for case in cases]
+
+
+def make_config(degree, heads, keys, options, exchange="auto", at_once="auto"):
+    return Config(
+        model=model_config(heads, keys, **options),
+        train=TrainConfig(micro_batch_size=ROWS),
         data=DataConfig(sequence_length=LENGTH),
-        parallel=ParallelConfig(sequence_parallel=degree),
+        parallel=ParallelConfig(
+            sequence_parallel=degree, sequence_exchange=exchange, exchange_heads=at_once
+        ),
     )
-    with init_distributed(config) as topology:
-        return [difference(topology, **case) for case in cases]
 
 
-def difference(topology, policy, heads, keys, packed, options):
+def difference(everybody, degree, policy, heads, keys, packed, options, **exchange):
+    topology = grid(everybody, make_config(degree, heads, keys, options, **exchange))
     local = select_attention("cpu", CPU, torch.float64)
     batch = make_batch(packed)
     losses, counts, gradients = [], [], []
-    for attention in (local, UlyssesAttention(local, topology.sequence_group)):
-        shared = attention is not local
+    for attention in (local, shared(local, topology.sharing, CPU)):
+        is_shared = attention is not local
         model = build_model(
             model_config(heads, keys, **options),
-            policy=POLICIES[policy] if shared else Policy(),
+            policy=POLICIES[policy] if is_shared else Policy(),
             attention=attention,
             dtype=torch.float64,
             seed=1,
         )
-        if shared and policy == "mst, on the host":
+        if is_shared and policy == "mst, on the host":
             model.offload = Offload(CPU)
-        own = topology.part_of(batch) if shared else batch
+        own = topology.part_of(batch) if is_shared else batch
         loss, count, gradient = loss_and_gradients(model, own)
-        if shared:
+        if is_shared:
             loss, count = topology.total([loss, count])
             topology.sum_(gradient)
         losses.append(loss)
@@ -97,3 +111,40 @@ def difference(topology, policy, heads, keys, packed, options):
         abs(losses[1] / losses[0] - 1),
         *(((a - b).abs().max() / b.abs().max()).item() for b, a in zip(*gradients, strict=True)),
     )
+
+
+class CountingKernel(CpuKernel):
+    """Counts the scores that its forward computes."""
+
+    computed = 0
+
+    def forward(self, q, k, v, documents=None, causal=True):
+        rows, keys = q.shape[1], k.shape[1]
+        each = rows * (rows + 1) // 2 if causal else rows * keys
+        CountingKernel.computed += q.shape[0] * q.shape[2] * each
+        return super().forward(q, k, v, documents, causal)
+
+
+def traffic(degree, cases):
+    """For each case the bytes that the process sends, as ``sent_bytes`` has it and counted, and the
+    scores that it computes in the forward."""
+    with init_distributed(Config()) as everybody:
+        return [counted(everybody, make_config(degree, **case)) for case in cases]
+
+
+def counted(everybody, config):
+    topology = grid(everybody, config)
+    kernel = KernelAttention(CountingKernel(), lambda s: KernelAttention(CountingKernel(s)))
+    model = build_model(
+        config.model, policy=POLICIES["mst"], attention=shared(kernel, topology.sharing, CPU)
+    )
+    carry, sent = dist.batch_isend_irecv, []
+
+    def count(operations):
+        sent.extend(one.tensor.nbytes for one in operations if one.op is dist.isend)
+        return carry(operations)
+
+    CountingKernel.computed = 0
+    with mock.patch.object(dist, "batch_isend_irecv", count):
+        loss_and_gradients(model, topology.part_of(make_batch(packed=False)))
+    return sum(sent_bytes(config, topology.sharing.places)), sum(sent), CountingKernel.computed

@@ -3,20 +3,22 @@
 import gc
 
 import torch
-import torch.distributed as dist
 
 from mst_train.attention import select_attention
+from mst_train.attention.select import shared
 from mst_train.cli.compose import compose
 from mst_train.config import Config, ModelConfig, ParallelConfig
 from mst_train.data import Batch
-from mst_train.distributed import UlyssesAttention, grid, init_distributed
+from mst_train.distributed import grid, init_distributed
+from mst_train.distributed.transport import GroupTransport
 from mst_train.engine import build_engine, partition
 from mst_train.engine.step import train_step
 from mst_train.memory.tracker import MemoryTracker
 from mst_train.model import Policy, build_model
+from mst_train.mst.sharing import Places, SharedSequence
 
 CPU = torch.device("cpu")
-LENGTH = 1024
+LENGTH = 2048
 MODEL = ModelConfig(
     vocab_size=256,
     hidden_size=64,
@@ -32,22 +34,27 @@ POLICIES = {
 }
 
 
-def peak_bytes(degrees):
+def peak_bytes(degrees, exchange):
     """The peak of forward and backward beyond weights and gradients, by policy and degree."""
     with init_distributed(Config()) as everybody:
         return {
-            name: [peak(policy, degree, everybody) for degree in degrees]
+            name: [peak(policy, degree, exchange, everybody) for degree in degrees]
             for name, policy in POLICIES.items()
         }
 
 
-def peak(policy, degree, everybody):
-    config = Config(parallel=ParallelConfig(sequence_parallel=degree))
+def peak(policy, degree, exchange, everybody):
+    config = Config(
+        model=MODEL,
+        parallel=ParallelConfig(
+            sequence_parallel=degree, sequence_exchange=exchange, exchange_heads=1
+        ),
+    )
     topology = grid(everybody, config)
     # Alone, too, a process goes the way of several.
-    alone, _ = dist.new_subgroups(1)
+    alone = SharedSequence(Places(), GroupTransport(None), GroupTransport(None))
     local = select_attention("cpu", CPU, torch.float32)
-    attention = UlyssesAttention(local, topology.sequence_group or alone)
+    attention = shared(local, topology.sharing or alone, CPU)
     model = build_model(MODEL, policy=policy, attention=attention)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -76,8 +83,8 @@ def step_peak(config, everybody):
     batch = topology.part_of(Batch(tokens, tokens.clone(), places.clone()))
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     attention = select_attention(config.kernel.attention, CPU, dtype)
-    if topology.sequence_group is not None:
-        attention = UlyssesAttention(attention, topology.sequence_group)
+    if topology.sharing is not None:
+        attention = shared(attention, topology.sharing, CPU)
     peaks = []
     with MemoryTracker() as tracker:
         model = build_model(

@@ -16,12 +16,18 @@ from mst_train.model import build_model
 
 STAGES = (0, 1, 2, 3)
 COVERING = {
-    2: [(2, 3)],
-    4: [(4, 0), (2, 1), (1, 2), (2, 3)],
+    2: [(2, "heads", 3), (2, "keys", 1)],
+    4: [(4, "both", 0), (2, "keys", 1), (1, "auto", 2), (2, "heads", 3), (4, "keys", 2)],
 }
-"""For 2 and 4 processes: sequence-parallel degrees with ZeRO stages."""
+"""For 2 and 4 processes: sequence-parallel degrees, what these exchange, and ZeRO stages."""
+EXCHANGES = [(1, "auto"), (2, "heads"), (2, "keys"), (4, "heads"), (4, "keys"), (4, "both")]
 FULL = {
-    world: list(itertools.product([d for d in (1, 2, 4) if d <= world], STAGES)) for world in (2, 4)
+    world: [
+        (degree, exchange, stage)
+        for (degree, exchange), stage in itertools.product(EXCHANGES, STAGES)
+        if degree <= world
+    ]
+    for world in (2, 4)
 }
 OTHERS = [{"degree": degree, "stage": stage} for degree, stage in ((1, 1), (2, 2), (1, 3))]
 MASTERS = [{"degree": 1, "stage": stage, "precision": "bf16_master"} for stage in STAGES]
@@ -44,8 +50,11 @@ UNCLIPPED = [{"degree": 1, "stage": stage, "max_grad_norm": None} for stage in (
 IN_BACKWARD = [{"degree": degree, "stage": 0, "in_backward": True} for degree in (1, 2)]
 
 
-def combinations(pairs):
-    return [{"degree": degree, "stage": stage} for degree, stage in pairs]
+def combinations(given):
+    return [
+        {"degree": degree, "exchange": exchange, "stage": stage}
+        for degree, exchange, stage in given
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """What several processes hold: 1/P of the activations each, and what the planner predicts."""
 
 import pytest
-from memory import peak_bytes, step_peaks
+from memory import LENGTH, MODEL, peak_bytes, step_peaks
 from processes import run
 
 from mst_train.cli.compose import compose
@@ -30,6 +30,8 @@ MANY_HEADS = [
 ]
 ACCUMULATION = "train.accumulation_steps=2"
 TWO = "parallel.sequence_parallel=2"
+HEADS, KEYS = ("parallel.sequence_exchange=" + name for name in ("heads", "keys"))
+ONE_AT_A_TIME = "parallel.exchange_heads=1"
 MASTERS = "precision=bf16_master"
 
 WITHOUT_ZERO = {
@@ -37,10 +39,21 @@ WITHOUT_ZERO = {
     "sequence, vanilla": [TWO, "memory.policy=vanilla"],
     "sequence, recompute": [TWO, "memory.policy=recompute"],
     "sequence, mst": [TWO, "memory.policy=mst"],
+    "heads, mst": [TWO, "memory.policy=mst", *MANY_HEADS, HEADS],
+    "heads in groups": [TWO, "memory.policy=mst", *MANY_HEADS, HEADS, ONE_AT_A_TIME],
+    "keys, mst": [TWO, "memory.policy=mst", *MANY_HEADS, KEYS],
+    "keys in groups": [TWO, "memory.policy=mst", *MANY_HEADS, KEYS, ONE_AT_A_TIME],
+    "keys, attention twice": [TWO, "memory.keep_attention=false", *MANY_HEADS, KEYS],
+    "keys in a window": [
+        *(TWO, "memory.policy=mst", *MANY_HEADS, KEYS),
+        *("model.sliding_window=40", "model.sliding_window_pattern=[sliding]"),
+    ],
     "heads, vanilla": [TWO, "memory.policy=vanilla", *MANY_HEADS, "model.num_kv_heads=2"],
-    "heads, shared keys": [TWO, "memory.policy=recompute", *MANY_HEADS, "model.num_kv_heads=1"],
+    "heads, shared keys": [
+        *(TWO, "memory.policy=recompute", *MANY_HEADS, HEADS, "model.num_kv_heads=1"),
+    ],
     "heads, keys read unevenly": [
-        *(TWO, "memory.policy=mst", *MANY_HEADS),
+        *(TWO, "memory.policy=mst", *MANY_HEADS, HEADS),
         *("model.num_heads=6", "model.num_kv_heads=3"),
     ],
 }
@@ -70,11 +83,23 @@ SETTINGS = {name: [*SMALL, *given] for name, given in (WITHOUT_ZERO | ZERO).item
 
 @pytest.mark.slow
 def test_activations_are_shared_out(tmp_path):
-    for found in run(peak_bytes, 4, tmp_path, degrees=DEGREES):
+    for found in run(peak_bytes, 4, tmp_path, degrees=DEGREES, exchange="heads"):
         assert found.keys() == {"vanilla", "recompute", "mst"}
         for policy, peaks in found.items():
             for degree, peak in zip(DEGREES, peaks, strict=True):
                 assert peak == pytest.approx(peaks[0] / degree, rel=0.1), policy
+
+
+@pytest.mark.slow
+def test_but_for_the_keys_that_a_group_sees(tmp_path):
+    """Of one head, keys, values and their gradients, as the kernel gives them and their sum; keys
+    and values of the next one, which are on their way.
+    """
+    head = LENGTH * MODEL.head_dim * 4
+    for found in run(peak_bytes, 4, tmp_path, degrees=DEGREES, exchange="keys"):
+        for policy, peaks in found.items():
+            for degree, peak in zip(DEGREES, peaks, strict=True):
+                assert peak < 1.1 * peaks[0] / degree + 8 * head, policy
 
 
 @pytest.fixture(scope="module")

@@ -9,17 +9,22 @@ from mst_train.config import Config, DataConfig, ModelConfig, ParallelConfig, va
 from mst_train.data import Batch, Loader, Sequences
 from mst_train.data.packing import Sequence
 from mst_train.distributed import SharedSequences, Topology, check_degree, init, init_distributed
+from mst_train.distributed.transport import GroupTransport
 from mst_train.errors import UserError
+from mst_train.mst.sharing import Places, SharedSequence
 
 
-def topology(rank, world=4, degree=2):
-    return Topology(rank=rank, world=world, sequence_parallel=degree)
+def topology(rank, world=4, heads=2, keys=1):
+    processes = heads * keys
+    sharing = SharedSequence(
+        Places(heads, keys, rank % processes), GroupTransport(None), GroupTransport(None)
+    )
+    return Topology(rank=rank, world=world, sharing=None if processes == 1 else sharing)
 
 
 def test_grid():
     grid = [topology(rank) for rank in range(4)]
     assert [t.data_index for t in grid] == [0, 0, 1, 1]
-    assert [t.sequence_index for t in grid] == [0, 1, 0, 1]
     assert {t.data_parallel for t in grid} == {2}
     assert [t.is_rank_zero for t in grid] == [True, False, False, False]
 
@@ -56,7 +61,7 @@ def test_part_of_a_batch():
     assert first.labels[:, -1].tolist() == second.tokens[:, 0].tolist() == [4, 12]
     assert second.positions.tolist() == [[4, 5, 6, 7], [4, 5, 6, 7]]
     assert first.cu_seqlens is second.cu_seqlens is batch.cu_seqlens
-    whole = topology(1, degree=1).part_of(batch)
+    whole = topology(1, heads=1).part_of(batch)
     assert whole is batch
 
 
@@ -82,15 +87,14 @@ def test_degrees_that_fit(degree, world):
 def test_degrees_that_do_not_fit():
     with pytest.raises(UserError, match="=3 does not divide the number of processes, 4"):
         check_degree(config(3), 4)
-    heads, length = validate(config(3))
-    assert "does not divide model.num_heads=4" in heads
-    assert "data.sequence_length=64 is not a multiple of parallel.sequence_parallel=3" in length
+    (problem,) = validate(config(3))
+    assert "data.sequence_length=64 is not a multiple of parallel.sequence_parallel=3" in problem
 
 
 def test_one_process_joins_nobody(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with init_distributed(config(1)) as alone:
-        assert (alone.rank, alone.world, alone.sequence_group) == (0, 1, None)
+        assert (alone.rank, alone.world, alone.sharing) == (0, 1, None)
         assert alone.total([1.5, 2]) == [1.5, 2]
     with pytest.raises(UserError, match="number of processes, 1"), init_distributed(config(2)):
         pass
@@ -130,4 +134,4 @@ def test_a_sequence_group_reads_the_same():
 
 
 def test_topology_is_a_value():
-    assert dataclasses.replace(topology(0), rank=1) == topology(1)
+    assert dataclasses.replace(topology(0), rank=2) == topology(2)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from mst_train.attention import select_attention
+from mst_train.attention.select import shared
 from mst_train.config import (
     Config,
     DataConfig,
@@ -23,7 +24,6 @@ from mst_train.data.packing import Sequence
 from mst_train.distributed import (
     SharedSequences,
     Topology,
-    UlyssesAttention,
     grid,
     init_distributed,
 )
@@ -79,6 +79,7 @@ def make_config(
     in_backward=False,
     offload="none",
     max_grad_norm=0.3,
+    exchange="auto",
 ):
     """Whatever the processes, a step has the same sequences, in two micro-batches.
 
@@ -98,7 +99,9 @@ def make_config(
         memory=MemoryConfig(
             policy=policy, mlp_chunk_tokens=13, head_chunk_tokens=19, block_chunk_tokens=23
         ),
-        parallel=ParallelConfig(sequence_parallel=degree, zero_stage=stage),
+        parallel=ParallelConfig(
+            sequence_parallel=degree, zero_stage=stage, sequence_exchange=exchange
+        ),
         optimizer=OptimizerConfig(
             learning_rate=3e-3,
             warmup_steps=4,
@@ -115,8 +118,8 @@ def train(config, topology, saved=None, rounded=False):
     """Losses, gradient norms, what ``engine.state`` gives in the end, and the place reached."""
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     attention = select_attention("cpu", CPU, dtype)
-    if config.parallel.sequence_parallel > 1:
-        attention = UlyssesAttention(attention, topology.sequence_group)
+    if topology.sharing is not None:
+        attention = shared(attention, topology.sharing, CPU)
     policy = Policy.from_config(config.memory)
     model = build_model(
         config.model,

@@ -9,6 +9,7 @@ import torch
 
 import mst_train.memory.fakes as stand_ins
 import mst_train.memory.simulate as simulate_module
+from mst_train.distributed.exchange import choose_exchange
 from mst_train.memory.devices import DEVICES, find_device
 from mst_train.memory.simulate import simulate, with_length
 from mst_train.memory.tracker import KINDS
@@ -113,15 +114,26 @@ def test_deep_models_are_extrapolated_exactly(in_full, arguments):
     assert_same(simulate(config, device), in_full(config, device))
 
 
-@pytest.mark.parametrize("memory", [["memory.offload=host"], ["memory.keep_attention=false"], []])
-def test_long_sequences_are_extrapolated_exactly(in_full, monkeypatch, memory):
+@pytest.mark.parametrize(
+    ("given", "tokens", "expected"),
+    [
+        (["memory.offload=host"], 12288, (4096, 6144, 8192)),
+        (["memory.keep_attention=false"], 12288, (4096, 6144, 8192)),
+        ([], 12288, (4096, 6144, 8192)),
+        (["parallel.sequence_exchange=keys"], 32768, (8192, 12288, 16384)),
+        (["parallel.sequence_exchange=heads"], 32768, (8192, 12288, 16384)),
+    ],
+)
+def test_long_sequences_are_extrapolated_exactly(in_full, monkeypatch, given, tokens, expected):
     for module in (simulate_module, stand_ins, attention_chunk):
         monkeypatch.setattr(module, "KEYS_AT_ONCE", 1024)
-    arguments = ["model=llama_tiny", "model.num_layers=1", "data.sequence_length=12288"]
-    arguments += ["memory.block_chunk_tokens=512", "memory.head_chunk_tokens=256", *memory]
+    arguments = ["model=llama_tiny", "model.num_layers=1", f"data.sequence_length={tokens}"]
+    arguments += ["memory.block_chunk_tokens=512", "memory.head_chunk_tokens=256", *given]
+    if tokens == 32768:
+        arguments += ["parallel.sequence_parallel=2", "precision=bf16"]
     config, device = read(arguments), find_device("a100_80gb")
-    lengths = simulate_module._shorter_lengths(config, simulate(config, device).policy, False)
-    assert lengths == (4096, 6144, 8192)
+    exchange, policy = choose_exchange(config, 2, "cuda"), simulate(config, device).policy
+    assert simulate_module._shorter_lengths(config, policy, False, exchange) == expected
     assert_same(simulate(config, device), in_full(config, device))
 
 

@@ -43,7 +43,7 @@ def test_what_is_shared_and_kept_on_the_host():
     found, _ = lines(
         mixture, "parallel.sequence_parallel=2", "memory.offload=host", "run.name=x", gpus=4
     )
-    assert found[0].endswith("on 4 x h200, 2 for each sequence")
+    assert found[0].endswith("on 4 x h200, 2 for each sequence, which exchange keys")
     assert found[1].startswith("memory: mst, offloaded to the host; mini-sequences of ")
     assert found[2].startswith("data: a, b; 40 ")
     assert "of 1,024 tokens: 102,400 tokens, 5 epochs" in found[3]

@@ -1,0 +1,141 @@
+"""A block in mini-sequences where this process has the whole sequence.
+
+Forward: each chunk projects its tokens, attends to the keys so far, and goes on to its result.
+Backward: the last chunk first. When it comes to one, everything that reads the chunk's keys and
+values has been there, so one pass does all, and only keys, values and their gradients exist for the
+whole sequence.
+
+Legend: B batch, S sequence, T positions of a chunk, D hidden, H query heads, K key-value heads, E
+head size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mst_train.mst.attention_chunk import attend_chunk, attend_chunk_backward
+from mst_train.mst.block_parts import Call, WeightGradients, gradients_of, refuse_others, sum_of
+
+KEYS_VALUES = "keys and values"
+"""What is kept under it, with offload and several chunks; a chunk's x and attention's result and
+log-sum-exp are kept under its first position."""
+
+
+class FusedSchedule:
+    """The forward and the backward of one call."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def forward(self, x_BSD: Tensor, arguments: Sequence[Tensor]) -> Tensor:
+        """The block's result, [B, S, D]."""
+        call, kept = self._call, self._call.kept
+        y_BSD = torch.empty_like(x_BSD, memory_format=torch.contiguous_format)
+        keys_values = _KeysValues(x_BSD.shape[1])
+        for chunk in call.chunks:
+            x_BTD = x_BSD[:, chunk]
+            q_BTHE, *new = call.before_attention(x_BTD, arguments, chunk)
+            k_BSKE, v_BSKE = keys_values.put(chunk, new)
+            out, lse = attend_chunk(call.kernel, q_BTHE, k_BSKE, v_BSKE, chunk, call.documents)
+            del q_BTHE, new
+            if call.needs_backward:
+                kept.save(chunk.start, x_BTD, *((out, lse) if call.keep_attention else ()))
+            torch.add(*call.block.after_attention(x_BTD, out), out=y_BSD[:, chunk])
+        if call.needs_backward and kept.offload is not None and len(call.chunks) > 1:
+            kept.save(KEYS_VALUES, *keys_values.tensors)
+        return y_BSD
+
+    def backward(
+        self, dy_BSD: Tensor, arguments: Sequence[Tensor], saved: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """The gradients of x and of the parameters."""
+        call, several = self._call, len(self._call.chunks) > 1
+        dx_BSD = torch.empty_like(dy_BSD, memory_format=torch.contiguous_format)
+        dk_BSKE = dv_BSKE = None
+        with call.parameters.aliases() as parameters:
+            sums = WeightGradients(parameters, several=several)
+            if several:
+                k_BSKE, v_BSKE = self._keys_values_again(arguments, saved)
+                dk_BSKE, dv_BSKE = map(_wide_zeros, (k_BSKE, v_BSKE))
+            for chunk in reversed(call.chunks):
+                x_BTD, *attention = call.kept.load(chunk.start, saved)
+                x_BTD = x_BTD.detach().requires_grad_()
+                with torch.enable_grad():
+                    q_BTHE, k_BTKE, v_BTKE = call.before_attention(x_BTD, arguments, chunk)
+                if not several:
+                    k_BSKE, v_BSKE = k_BTKE.detach(), v_BTKE.detach()
+                qkv = (q_BTHE.detach(), k_BSKE, v_BSKE)
+                out, lse = attention or attend_chunk(call.kernel, *qkv, chunk, call.documents)
+                out = out.detach().requires_grad_()
+                with torch.enable_grad():
+                    results = call.block.after_attention(x_BTD, out, values=False)
+                if chunk is call.chunks[-1]:
+                    known = (x_BTD, out, *parameters)
+                    refuse_others((q_BTHE, k_BTKE, v_BTKE, *results), known)
+                dx_BTD, dout, *gradients = gradients_of(
+                    results, (x_BTD, out, *parameters), (dy_BSD[:, chunk],) * 2
+                )
+                sums.add(gradients)
+                del gradients
+                dq, dk, dv = attend_chunk_backward(
+                    call.kernel,
+                    sum_of(out, dout),
+                    *qkv,
+                    out.detach(),
+                    lse,
+                    chunk,
+                    call.documents,
+                    dk_BSKE,
+                    dv_BSKE,
+                )
+                del out, lse, attention, dout, results, qkv
+                more_dx_BTD, *gradients = gradients_of(
+                    (q_BTHE, k_BTKE, v_BTKE), (x_BTD, *parameters), (dq, dk, dv)
+                )
+                del q_BTHE, k_BTKE, v_BTKE, dq, dk, dv
+                sums.add(gradients)
+                dx_BSD[:, chunk] = sum_of(x_BTD, dx_BTD, more_dx_BTD)
+                # What the next chunk does not need would be there at its peak.
+                del x_BTD, dx_BTD, more_dx_BTD, gradients
+            return [dx_BSD, *sums.totals()]
+
+    def _keys_values_again(
+        self, arguments: Sequence[Tensor], saved: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Keys and values of the whole sequence, for the backward of several chunks."""
+        call = self._call
+        if call.kept.offload is not None:
+            return call.kept.load(KEYS_VALUES, saved)
+        keys_values = _KeysValues(call.chunks[-1].stop)
+        for chunk in call.chunks:
+            x_BTD = call.kept.load(chunk.start, saved)[0]
+            keys_values.put(chunk, call.before_attention(x_BTD, arguments, chunk, queries=False))
+        return keys_values.tensors
+
+
+class _KeysValues:
+    """Those of the whole sequence, put together chunk by chunk; a single one's are as they came."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self.tensors: list[Tensor] = []
+
+    def put(self, chunk: slice, parts: list[Tensor]) -> list[Tensor]:
+        """Put in a chunk's; all of them, of which later chunks' are not there yet."""
+        if chunk.stop - chunk.start == self._length:
+            self.tensors = parts
+            return parts
+        if not self.tensors:
+            self.tensors = [
+                part.new_empty(part.shape[0], self._length, *part.shape[2:]) for part in parts
+            ]
+        for tensor, part in zip(self.tensors, parts, strict=True):
+            tensor[:, chunk] = part
+        return self.tensors
+
+
+def _wide_zeros(like: Tensor) -> Tensor:
+    """For a sum, in fp32 at least."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
