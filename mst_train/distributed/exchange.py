@@ -45,12 +45,16 @@ class Exchange:
         return "keys" if self.heads == 1 else "both"
 
 
+ALONE = Exchange()
+"""Of a process that shares its sequences with nobody."""
+
+
 def choose_exchange(config: Config, per_machine: int, device_type: str) -> Exchange:
     """The exchange of a run with so many processes on each machine; the rules of ``config`` leave
     at least one."""
     degree, wanted = config.parallel.sequence_parallel, config.parallel.sequence_exchange
     if degree == 1:
-        return Exchange()
+        return ALONE
     model, length = config.model, config.data.sequence_length
     possible = [
         places

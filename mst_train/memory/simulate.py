@@ -32,7 +32,7 @@ from mst_train.attention import select_attention
 from mst_train.attention.select import FOR_CUDA, HALF, Attention, KernelAttention, shared
 from mst_train.config import AUTO, Config, ModelConfig
 from mst_train.data import Batch
-from mst_train.distributed.exchange import Exchange, choose_exchange
+from mst_train.distributed.exchange import ALONE, Exchange, choose_exchange
 from mst_train.engine import NativeEngine
 from mst_train.engine.step import train_step
 from mst_train.memory.counter import Numbers, StepCounter, TracingCounter, Work
@@ -500,7 +500,7 @@ def build_decoder(
     dtype: torch.dtype,
     device: Device,
     counter: StepCounter,
-    exchange: Exchange,
+    exchange: Exchange = ALONE,
 ) -> Transformer:
     """This project's decoder, with what stands in for a device's attention."""
     attention = _attention(config.kernel.attention, dtype, device, counter)
