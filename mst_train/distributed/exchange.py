@@ -8,7 +8,7 @@ group of heads is not larger than MOST_GROUP_BYTES, if there are any.
 """
 
 import math
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
 
 from mst_train.config import AUTO, Config, ModelConfig
@@ -40,9 +40,7 @@ class Exchange:
     @property
     def name(self) -> str:
         """As ``parallel.sequence_exchange`` names it."""
-        if self.keys == 1:
-            return "heads"
-        return "keys" if self.heads == 1 else "both"
+        return Places(self.heads, self.keys).exchange
 
 
 ALONE = Exchange()
@@ -61,7 +59,7 @@ def choose_exchange(config: Config, per_machine: int, device_type: str) -> Excha
         for heads in range(1, degree + 1)
         if degree % heads == 0 and model.num_heads % heads == 0
         for places in [Places(heads, degree // heads)]
-        if length % places.multiple == 0 and wanted in (AUTO, _name(places))
+        if length % places.multiple == 0 and wanted in (AUTO, places.exchange)
     ]
     smallest = min(_head_bytes(config, places) for places in possible)
     bound = math.inf if device_type == "cpu" else max(MOST_GROUP_BYTES, smallest)
@@ -78,8 +76,10 @@ def sent_bytes(config: Config, places: Places) -> tuple[int, int]:
     """
     train = config.train
     steps = train.micro_batch_size * train.accumulation_steps
-    layers = [_layer_bytes(config, places, config.model.window(n)) for n in _layers(config.model)]
-    heads, keys = (sum(kind) for kind in zip(*layers, strict=True))
+    heads = keys = 0
+    for window, layers in Counter(map(config.model.window, range(config.model.num_layers))).items():
+        by_heads, by_keys = _layer_bytes(config, places, window)
+        heads, keys = heads + layers * by_heads, keys + layers * by_keys
     return steps * heads, steps * keys
 
 
@@ -143,11 +143,3 @@ def _head_bytes(config: Config, places: Places) -> int:
 def _key_heads(model: ModelConfig, places: Places) -> int:
     """Of a process that has the fewest."""
     return max(model.num_kv_heads // places.heads, 1)
-
-
-def _name(places: Places) -> str:
-    return Exchange(places.heads, places.keys).name
-
-
-def _layers(model: ModelConfig) -> Iterator[int]:
-    return iter(range(model.num_layers))

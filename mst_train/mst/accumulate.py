@@ -50,6 +50,12 @@ def _products_in_fp32_work(device: torch.device, dtype: torch.dtype) -> bool:
         return False
 
 
+def wide_zeros(like: Tensor) -> Tensor:
+    """Of ``like``'s shape, for a sum: in fp32 at least."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 class WeightGradient:
     """The gradient of one weight, summed over the chunks of a mini-sequence loop.
 

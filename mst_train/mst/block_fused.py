@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mst_train.mst.accumulate import wide_zeros
 from mst_train.mst.attention_chunk import attend_chunk, attend_chunk_backward
 from mst_train.mst.block_parts import Call, WeightGradients, gradients_of, refuse_others, sum_of
 
@@ -57,7 +58,7 @@ class FusedSchedule:
             sums = WeightGradients(parameters, several=several)
             if several:
                 k_BSKE, v_BSKE = self._keys_values_again(arguments, saved)
-                dk_BSKE, dv_BSKE = map(_wide_zeros, (k_BSKE, v_BSKE))
+                dk_BSKE, dv_BSKE = map(wide_zeros, (k_BSKE, v_BSKE))
             for chunk in reversed(call.chunks):
                 x_BTD, *attention = call.kept.load(chunk.start, saved)
                 x_BTD = x_BTD.detach().requires_grad_()
@@ -133,9 +134,3 @@ class _KeysValues:
         for tensor, part in zip(self.tensors, parts, strict=True):
             tensor[:, chunk] = part
         return self.tensors
-
-
-def _wide_zeros(like: Tensor) -> Tensor:
-    """For a sum, in fp32 at least."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)

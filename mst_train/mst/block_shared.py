@@ -63,20 +63,20 @@ class SharedSchedule:
         dx_BLD = torch.empty_like(dy_BLD, memory_format=torch.contiguous_format)
         with call.parameters.aliases() as parameters:
             sums = WeightGradients(parameters, several=len(call.chunks) > 1)
-            attended: list[Tensor] = []
+            qkv: list[Tensor] | None = None
             if call.keep_attention:
-                attended += call.kept.load(ATTENTION, saved)
-            (x_BLD,) = call.kept.load(INPUT, saved)
-            if call.keep_attention:
+                attended = [*call.kept.load(ATTENTION, saved)]
                 out_BLHE = self._attention.result(attended)
+                (x_BLD,) = call.kept.load(INPUT, saved)
             else:
+                (x_BLD,) = call.kept.load(INPUT, saved)
                 qkv = self._projected(x_BLD, arguments)
                 out_BLHE, attended = self._attention.forward(*qkv)
             for chunk in reversed(call.chunks):
                 self._after_attention_backward(
                     x_BLD[:, chunk], out_BLHE[:, chunk], dy_BLD[:, chunk], dx_BLD[:, chunk], sums
                 )
-            if call.keep_attention:
+            if qkv is None:  # no sooner: they need not be there beside a chunk's intermediates
                 qkv = self._projected(x_BLD, arguments)
             self._attention.backward(out_BLHE, qkv, attended, into=qkv)
             del out_BLHE

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mst_train.mst.accumulate import wide_zeros
 from mst_train.mst.attention import AttentionKernel, Documents
 from mst_train.mst.attention_chunk import attend_chunk, attend_chunk_backward
 from mst_train.mst.autocast import Autocast
@@ -188,8 +189,8 @@ class SharedAttention:
     ) -> Callable[[], Any]:
         """Start a group's exchanges; returns what waits for the last of them."""
         sharing = self.sharing
-        parts = [[share.queries] * len(rows) + [share.keys] * len(keys_values) for share in group]
-        to_heads = start_to_heads([*rows, *keys_values], parts, sharing.heads)
+        shares = _heads_of(group, rows, keys_values)
+        to_heads = start_to_heads([*rows, *keys_values], shares, sharing.heads)
 
         def divided() -> tuple[Sequence[Tensor], Pair]:
             *own_rows, k, v = to_heads()
@@ -213,8 +214,8 @@ class SharedAttention:
         keys_values: Sequence[Tensor],
         into: Sequence[Tensor],
     ) -> Callable[[], None]:
-        parts = [[share.queries] * len(rows) + [share.keys] * len(keys_values) for share in group]
-        return start_to_positions([*rows, *keys_values], parts, self.sharing.heads, into)
+        shares = _heads_of(group, rows, keys_values)
+        return start_to_positions([*rows, *keys_values], shares, self.sharing.heads, into)
 
     def _attend(self, opened: _Opened) -> tuple[Tensor, Tensor]:
         """(result, log-sum-exp) of a group: [B, N, heads, E] and [B, heads, N]."""
@@ -248,7 +249,7 @@ class SharedAttention:
             dk, dv = self._of_all_readers((more[0], more[1]), opened.own)
             return dq, dk.to(q.dtype), dv.to(q.dtype)
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-        sums = [(_wide_zeros(k), _wide_zeros(v)) for k, v in spans]
+        sums = [(wide_zeros(k), wide_zeros(v)) for k, v in spans]
         for rows, span, chunk, documents in self._pieces(q):
             dq[:, rows] = attend_chunk_backward(
                 self.kernel,
@@ -302,18 +303,19 @@ class SharedAttention:
         return dk, dv
 
 
+def _heads_of(
+    group: Sequence[Share], rows: Sequence[Tensor], keys_values: Sequence[Tensor]
+) -> list[list[slice]]:
+    """For each process, its heads of each of these tensors."""
+    return [[share.queries] * len(rows) + [share.keys] * len(keys_values) for share in group]
+
+
 def _summed_by_head(gradient: Tensor, heads: list[int], count: int) -> Tensor:
     """The sum of gradients of the same of ``count`` heads."""
     batch, length, _, size = gradient.shape
     wide = torch.promote_types(gradient.dtype, torch.float32)
     total = gradient.new_zeros(batch, length, count, size, dtype=wide)
     return total.index_add_(2, torch.tensor(heads, device=gradient.device), gradient.to(wide))
-
-
-def _wide_zeros(like: Tensor) -> Tensor:
-    """For a sum, in fp32 at least."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _nothing() -> None:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mst_train.mst.accumulate import wide_zeros
 from mst_train.mst.sharing.transport import Transport
 
 
@@ -178,8 +179,7 @@ def _overlap(parts: Sequence[slice]) -> bool:
 
 def _sum_into(place: Tensor, heads: Sequence[slice], parts: Sequence[Tensor]) -> None:
     """Sums of heads, in fp32 at least."""
-    wide = torch.promote_types(place.dtype, torch.float32)
-    total = torch.zeros_like(place, dtype=wide, memory_format=torch.contiguous_format)
+    total = wide_zeros(place)
     for its, part in zip(heads, parts, strict=True):
         total[:, :, its] += part
     place.copy_(total)

@@ -30,6 +30,13 @@ class Places:
         return self.heads * self.keys
 
     @property
+    def exchange(self) -> str:
+        """What they exchange: heads, keys, or both."""
+        if self.keys == 1:
+            return "heads"
+        return "keys" if self.heads == 1 else "both"
+
+    @property
     def node(self) -> int:
         """This process's node."""
         return self.rank // self.heads
