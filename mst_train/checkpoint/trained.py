@@ -13,11 +13,11 @@ from mst_train.attention import Attention, select_kernels
 from mst_train.checkpoint.files import find_checkpoints, held
 from mst_train.checkpoint.form import load_progress, load_weights
 from mst_train.cli.compose import compose, recompose
+from mst_train.cli.run_folder import run_folder
 from mst_train.cli.settings import Settings
 from mst_train.config import Config, leaves
 from mst_train.data import Vocabulary
 from mst_train.errors import UserError
-from mst_train.files import expanded
 from mst_train.model import Policy, Transformer, build_model
 from mst_train.model.hf.weights import copy_weights, find_weights
 from mst_train.model.transformer import materialize
@@ -113,7 +113,8 @@ def trained_model(arguments: Sequence[str]) -> Iterator[TrainedModel]:
             f"cannot use {' '.join(changed)}: the model and its type are the checkpoint's"
         )
     names_run = ("run.", "experiment=")
-    run = expanded(compose([a for a in arguments if a.lstrip("+").startswith(names_run)]).run.dir)
+    named = [a for a in arguments if a.lstrip("+").startswith(names_run)]
+    run = run_folder(compose(named).run.dir, named)
     with held(lambda: find_checkpoints(run, "run.dir")) as checkpoint:
         assert checkpoint is not None
         progress = load_progress(checkpoint)

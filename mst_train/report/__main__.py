@@ -25,11 +25,12 @@ def _run(arguments: list[str]) -> int:
         print(HELP)
         return 0
     from mst_train.cli.compose import warn_of_unused
+    from mst_train.cli.run_folder import run_folder
     from mst_train.report.config import read
 
     config = read(arguments)
     warn_of_unused(arguments, ("run.", "report."))
-    folder = expanded(config.run.dir)
+    folder = run_folder(config.run.dir, arguments)
     others = [expanded(name) for name in config.report.compare]
     # torch is imported only now: a mistake in the command line is answered at once.
     from mst_train.report.read import read_runs

@@ -1,0 +1,56 @@
+"""Which run evaluate, generate and report read, and what they say where none is named."""
+
+import logging
+import os
+
+import pytest
+
+from mst_train.cli.run_folder import run_folder
+from mst_train.evaluate.__main__ import main as evaluate
+from mst_train.generate.__main__ import main as generate
+from mst_train.report.__main__ import main as report
+
+COMMANDS = pytest.mark.parametrize(
+    "command", [evaluate, report, lambda given: generate([*given, "prompt=x"])]
+)
+
+
+def make_run(folder, seconds):
+    """The first file of a run that was last written to at this time."""
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").touch()
+    os.utime(folder / "metrics.jsonl", (seconds, seconds))
+    return folder
+
+
+@COMMANDS
+def test_what_is_taken_without_run_dir_is_said(command, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO, "mst_train")
+    make_run(tmp_path / "runs/tiny", 1)
+    assert command([]) == 2
+    assert caplog.messages == ["run.dir is not given: taking the run in runs/tiny"]
+    caplog.clear()
+    assert command(["run.dir=runs/tiny"]) == 2
+    assert not caplog.messages
+
+
+@COMMANDS
+def test_the_newest_run_is_the_example_where_there_is_none(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, seconds in (("b", 2), ("c", 3), ("a", 1)):
+        make_run(tmp_path / "runs" / name, seconds)
+    assert command([]) == 2
+    message = capsys.readouterr().err
+    assert "there is no run in runs/tiny, which is taken where run.dir is not given" in message
+    assert "such as run.dir=runs/c, the newest" in message
+    assert command(["run.dir=runs/d"]) == 2
+    message = capsys.readouterr().err
+    assert "there is no run in runs/d: " in message
+    assert "such as run.dir=runs/c, the newest" in message
+
+
+def test_without_other_runs_the_command_says_what_it_lacks(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "mst_train")
+    assert run_folder(str(tmp_path / "tiny"), []) == tmp_path / "tiny"
+    assert not caplog.messages
