@@ -1,5 +1,6 @@
 """python -m mst_train.report run.dir=DIR [report.compare=[DIR,...]]: a run as an HTML page."""
 
+import logging
 import sys
 
 from mst_train.cli.command import run_command
@@ -34,8 +35,11 @@ def _run(arguments: list[str]) -> int:
     others = [expanded(name) for name in config.report.compare]
     # torch is imported only now: a mistake in the command line is answered at once.
     from mst_train.report.read import read_runs
+    from mst_train.report.tokenizers import warning
 
     runs = read_runs([folder, *others])
+    if caution := warning(runs):
+        logging.getLogger("mst_train.report").warning(caution)
 
     from mst_train.report.memory import over_lengths
     from mst_train.report.page import page

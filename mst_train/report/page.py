@@ -59,7 +59,8 @@ figure button[aria-pressed=true]{background:var(--ink);color:var(--panel)}
 border:1px solid var(--grid);background:var(--panel);font-size:.8rem;overflow-wrap:anywhere;
 pointer-events:none}
 .tip .run{display:flex}
-.hint{margin-top:1.25rem}
+.hint,.caution{margin-top:1.25rem}
+.caution{padding:.6rem 1rem;border-left:4px solid var(--line-4);background:var(--panel)}
 [hidden]{display:none}
 svg *{stroke-linejoin:round}
 .key{display:flex;flex-wrap:wrap;gap:.1rem .9rem;font-size:.85rem}
@@ -101,6 +102,7 @@ def page(runs: Sequence[Run], predictions: Sequence[dict[str, Any]]) -> str:
     body = [
         f"<header>{sections.heading(first)}</header>",
         sections.figures(runs),
+        sections.caution(runs),
         sections.charts(runs, predictions),
         sections.passkeys(first),
         sections.details(runs),

@@ -211,7 +211,8 @@ def _check_settings(content: Record) -> None:
 
 
 def _check_environment(content: Record) -> None:
-    _check_text(content, "date")
+    for name in ("date", "tokenizer"):
+        _check_text(content, name)
     group(content, "hardware")
 
 

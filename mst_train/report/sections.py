@@ -18,6 +18,7 @@ from mst_train.report.charts import (
     memory_chart,
 )
 from mst_train.report.read import Run, curve, group
+from mst_train.report.tokenizers import warning
 from mst_train.units import GIB, duration
 
 Report = dict[str, Any]
@@ -71,6 +72,12 @@ def figures(runs: Sequence[Run]) -> str:
     return f"<section class=scroll>{_table(runs, rows)}</section>"
 
 
+def caution(runs: Sequence[Run]) -> str:
+    """What to know before comparing the runs; nothing where there is nothing."""
+    text = warning(runs)
+    return f"<p class=caution>{escape(text)}</p>" if text else ""
+
+
 def charts(runs: Sequence[Run], predictions: Sequence[Report]) -> str:
     """Curves over the steps, or over tokens where several runs are compared, and the memory.
 
@@ -98,8 +105,8 @@ def charts(runs: Sequence[Run], predictions: Sequence[Report]) -> str:
         rings = "; rings: validation"
         loss += [Curve(line.x, line.y, INK, "rings", "validation") for line in validation]
     wanted = [
-        ("Training loss", around + rings, loss),
-        ("Validation loss", "over the same sequences each time", validation),
+        ("Training loss", _of_losses(around + rings, runs), loss),
+        ("Validation loss", _of_losses("over the same sequences each time", runs), validation),
         ("Learning rate", "", drawn("learning_rate")),
         ("Gradient norm", f"before clipping; {around}", drawn("grad_norm", style="medians")),
         ("Tokens per second", around, drawn("tokens_per_second", style="medians")),
@@ -132,7 +139,11 @@ def positions(runs: Sequence[Run]) -> list[str]:
     title, ticks = "Loss by position in the sequence", [short_length(start) for start in starts]
     chart = line_chart(title, curves, "tokens before, from", ticks=ticks)
     note = "the last validation; lower on the right: the context is used"
-    return [_figure(title, note, chart, runs)]
+    return [_figure(title, _of_losses(note, runs), chart, runs)]
+
+
+def _of_losses(note: str, runs: Sequence[Run]) -> str:
+    return f"{note}; before comparing: the note on tokenizers above" if warning(runs) else note
 
 
 def memory(runs: Sequence[Run], predictions: Sequence[Report]) -> list[str]:

@@ -296,7 +296,9 @@ class Run:
         """Write where the run was started and what its memory is predicted to hold."""
         if self.fresh or not self.folder.environment.exists():
             device = torch.device(prediction.target.device.kind)
-            write_json(self.folder.environment, environment.describe(device, "mst_train"))
+            about = environment.describe(device, "mst_train")
+            about["tokenizer"] = self._data.tokenizer.fingerprint
+            write_json(self.folder.environment, about)
         report = prediction.report()
         write_json(self.folder.prediction, report)
         self.metrics.predicted(report["breakdown"])

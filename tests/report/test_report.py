@@ -286,6 +286,60 @@ def test_runs_are_compared(tmp_path, capsys):
     assert not (second / "report.html").exists()
 
 
+OLD = {"tokenizer": None, "tokenizer_vocab_size": 4096, "source": "texts"}
+
+
+@pytest.mark.parametrize(
+    ("tokenizers", "data", "said"),
+    [
+        (("a", "b"), ({}, {}), "These runs have different tokenizers: their losses are per token"),
+        (("a", "a"), (OLD, OLD | {"source": "others"}), ""),
+        (("a", None), (OLD, OLD), ""),
+        ((None, None), ({}, {}), ""),
+        ((None, "a"), (OLD, OLD | {"source": "others"}), "as they differ in data.source: their"),
+        (
+            (None, None),
+            (OLD, OLD | {"tokenizer_vocab_size": 512}),
+            "as they differ in data.tokenizer_vocab_size: their losses",
+        ),
+        (
+            (None, None),
+            (OLD | {"tokenizer": "x"}, OLD | {"tokenizer": "x", "source": "others"}),
+            "",
+        ),
+        (
+            (None, None),
+            (OLD | {"tokenizer": "x"}, OLD | {"tokenizer": "y"}),
+            "as they differ in data.tokenizer: their losses",
+        ),
+        (
+            (None, None),
+            ({"mixture": [{"source": "texts"}]}, {"mixture": [{"source": "others"}]}),
+            "as they differ in data.mixture: their losses",
+        ),
+    ],
+)
+def test_losses_of_other_tokenizers_are_warned_of(tmp_path, caplog, tokenizers, data, said):
+    runs = []
+    for name, tokenizer, part in zip("ab", tokenizers, data, strict=True):
+        runs.append(make_run(tmp_path / name, data=part and part | {"sequence_length": 512}))
+        if tokenizer:
+            (runs[-1] / "environment.json").write_text(json.dumps({"tokenizer": tokenizer}))
+    assert main([f"run.dir={runs[0]}", f"report.compare=[{runs[1]}]"]) == 0
+    text = unescape(written(runs[0]))
+    assert said in caplog.text
+    assert bool(said) == ("tokenizer" in caplog.text) == ("<p class=caution>" in text)
+    assert f"<p class=caution>{caplog.messages[0] if said else ''}" in text or not said
+    assert text.count("before comparing: the note on tokenizers above") == (3 if said else 0)
+
+
+def test_a_run_says_which_tokenizer_it_has(run):
+    from mst_train.checkpoint.files import find_checkpoint, load_part
+
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["tokenizer"] == load_part(find_checkpoint(run), "trainer")["tokenizer"]
+
+
 def test_steps_that_were_left_out_and_broken_lines(tmp_path):
     folder = make_run(tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:
@@ -408,7 +462,7 @@ PLACES = {
         ["passkey", 0, "depth"],
     ],
     "config.yaml": [["run"], ["run", "name"], ["model"], ["model", "num_layers"], ["data"]],
-    "environment.json": [["date"], ["hardware"]],
+    "environment.json": [["date"], ["hardware"], ["tokenizer"]],
     "prediction.json": [["breakdown"], ["breakdown", "head"], ["peak_bytes"], ["device"], ["gpus"]],
 }
 
@@ -443,7 +497,7 @@ def whole_run(folder):
     }
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(everything) + "\n")
-    environment = {"date": "2026-01-01", "hardware": {"cpu": "one"}, "git_commit": "abc"}
+    environment = {"date": "2026-01-01", "hardware": {"cpu": "one"}, "tokenizer": "def"}
     (folder / "environment.json").write_text(json.dumps(environment))
     prediction = {
         "breakdown": dict.fromkeys((*KINDS, "overhead"), 10),
