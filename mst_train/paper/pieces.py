@@ -43,6 +43,8 @@ def make(name: str, folder: Path, advance: Advance) -> Report:
     """Compute a piece, write its JSON and draw it."""
     piece = PIECES[name]
     report: Report = describe(torch.device("cpu"), "mst_train.paper")
+    # The piece is the same wherever it is written, and whatever else was made with it.
+    report["command"] = f"python -m mst_train.paper --only {name}"
     if piece.predicted:
         report["assumed"] = assumed()
     started = time.perf_counter()

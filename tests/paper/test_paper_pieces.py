@@ -142,11 +142,12 @@ def test_one_piece_is_made_and_the_others_stay(monkeypatch, tmp_path, reports, c
     assert command.main(["--output", str(tmp_path), "--only", "several"]) == 0
     made = json.loads((tmp_path / "several.json").read_text())
     assert heard == ["computed"]
-    assert made["command"].startswith("python -m mst_train.paper")
+    assert made["command"] == "python -m mst_train.paper --only several"
     assert made["assumed"]["device"] == "a100_80gb"
     assert made["seconds"] >= 0
     text = (tmp_path / "README.md").read_text()
     assert "**104K**" in text and "**90K**" in text
+    assert str(tmp_path) not in text
     assert capsys.readouterr().out == f"The page: {tmp_path / 'README.md'}\n"
 
 
