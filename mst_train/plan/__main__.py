@@ -56,6 +56,7 @@ def _plan(config: "PlanConfig") -> tuple[dict[str, Any], str]:
     """The report and what to show of it."""
     from mst_train.bar import bar as new_bar
     from mst_train.memory.simulate import with_length
+    from mst_train.plan import buckets
     from mst_train.plan.before import announce
     from mst_train.plan.choose import choose, longest, over_lengths
     from mst_train.plan.config import configured_target
@@ -80,6 +81,9 @@ def _plan(config: "PlanConfig") -> tuple[dict[str, Any], str]:
             notes += ["", *choice.reason.splitlines()]
         else:
             predictions = [predict(config, target)]
+            if not predictions[0].fits:
+                enough = buckets.that_fits(config, target, predictions[0].shortage_bytes)
+                notes += [] if enough is None else ["", f"It fits with {enough[0]}"]
         if not config.plan.sweep:
             advance("the allocator")
             predictions = [with_reserved(predictions[0], expandable=has_expandable_segments())]

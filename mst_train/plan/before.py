@@ -9,6 +9,7 @@ from mst_train.config import AUTO, Config
 from mst_train.errors import UserError
 from mst_train.memory.devices import device_bytes, this_device
 from mst_train.model.flops import parameter_count
+from mst_train.plan import buckets
 from mst_train.plan.choose import choose, describe
 from mst_train.plan.predict import LABELS, Prediction, Target, make_target, predict
 from mst_train.rendezvous.dist_env import local_world_size
@@ -52,12 +53,13 @@ def before_training(config: Config, device: torch.device, processes: int = 1) ->
     if not prediction.fits:
         log.warning(
             "this run will probably not fit: %s at data.sequence_length=%d needs %.2f GiB (%s) and "
-            "has %.2f GiB. memory.policy=auto chooses settings that fit",
+            "has %.2f GiB. memory.policy=auto chooses settings that fit%s",
             describe(prediction),
             config.data.sequence_length,
             prediction.simulation.peak_bytes / GIB,
             largest_parts(prediction),
             target.budget_bytes / GIB,
+            _smaller_buckets(prediction),
         )
     return prediction
 
@@ -154,13 +156,19 @@ def _host_problems(prediction: Prediction) -> Iterator[str]:
     )
 
 
+def _smaller_buckets(prediction: Prediction) -> str:
+    """What to add to advice where smaller buckets of ZeRO's are enough; else nothing."""
+    found = buckets.that_fits(prediction.config, prediction.target, prediction.shortage_bytes)
+    return "" if found is None else f". It also fits with {found[0]}"
+
+
 def _advice(prediction: Prediction) -> str:
     config, breakdown = prediction.config, prediction.simulation.breakdown
     states = sum(breakdown.get(kind, 0) for kind in STATES)
     if states <= prediction.target.budget_bytes:
         return (
             "Set memory.policy=auto or a smaller data.sequence_length: python -m mst_train.plan "
-            "with plan.search=true finds the longest."
+            f"with plan.search=true finds the longest{_smaller_buckets(prediction)}."
         )
     ways = ["a larger device", "a smaller model"]
     if config.precision != "bf16" and config.optimizer.offload == "none":

@@ -8,6 +8,7 @@ from itertools import chain
 from mst_train.config import AUTO, Config
 from mst_train.errors import UserError
 from mst_train.memory.simulate import Build, with_length
+from mst_train.plan import buckets
 from mst_train.plan.candidates import leanest, levers, settings
 from mst_train.plan.predict import Prediction, Target, predict
 from mst_train.plan.search import STEP, longest_fitting
@@ -125,8 +126,13 @@ def _nothing_fits(
             f"The nearest that fits: data.sequence_length={nearest.config.data.sequence_length} "
             f"with {describe(nearest)}"
         ]
-    for words, other in levers(config, target.gpus):
-        found = _first_fitting(other, target, advance)
+
+    def fitting(other: Config) -> Prediction | None:
+        return _first_fitting(other, target, advance)
+
+    bucket = buckets.largest(config, target.gpus, fitting)
+    others = [(words, fitting(other)) for words, other in levers(config, target.gpus)]
+    for words, found in [*([bucket] if bucket else []), *others]:
         if found is not None:
             ways.append(f"It fits with {words}: {describe(found)}, {_figures(found)}")
     if nearest is None and len(ways) == 1:
