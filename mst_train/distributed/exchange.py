@@ -31,11 +31,14 @@ MOST_GROUP_BYTES = 8 * GIB
 
 @dataclass(frozen=True)
 class Exchange:
-    """heads, keys: as in ``Places``. keys_at_once: as in ``SharedSequence``."""
+    """heads, keys: as in ``Places``. keys_at_once: as in ``SharedSequence``. per_machine: processes
+    on each machine.
+    """
 
     heads: int = 1
     keys: int = 1
     keys_at_once: int | None = None
+    per_machine: int = 1
 
     @property
     def name(self) -> str:
@@ -65,7 +68,23 @@ def choose_exchange(config: Config, per_machine: int, device_type: str) -> Excha
     bound = math.inf if device_type == "cpu" else max(MOST_GROUP_BYTES, smallest)
     possible = [places for places in possible if _head_bytes(config, places) <= bound]
     places = min(possible, key=lambda places: (_cost(config, places, per_machine), -places.heads))
-    return Exchange(places.heads, places.keys, _keys_at_once(config, places, device_type))
+    at_once = _keys_at_once(config, places, device_type)
+    return Exchange(places.heads, places.keys, at_once, per_machine)
+
+
+def busiest(config: Config, exchange: Exchange) -> Places:
+    """The place of the process that holds the most of others' heads and keys."""
+    model, length = config.model, config.data.sequence_length
+    heads = Heads(model.num_heads, model.num_kv_heads, exchange.heads)
+    windows = set(map(model.window, range(model.num_layers)))
+
+    def held(places: Places) -> tuple[int, int]:
+        keys = heads.share(places.rank % places.heads).keys
+        spans = [span for window in windows for span in KeyMap(places, length, window).spans]
+        return sum(span.stop - span.start for span in spans), keys.stop - keys.start
+
+    processes = exchange.heads * exchange.keys
+    return max((Places(exchange.heads, exchange.keys, n) for n in range(processes)), key=held)
 
 
 def sent_bytes(config: Config, places: Places) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """What a simulated step does beside holding memory: its operations, counted moment by moment."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -28,7 +28,10 @@ class Work:
     attention_backward_flops: causal halves counted. memory_bytes: read and written by all other
     operations on the device, host_memory_bytes: on the host. link_bytes: copied between them, both
     ways together. large_bytes: of new tensors of 32 MiB and more, for which a CPU's allocator asks
-    the system for pages each time. operations: how many were started.
+    the system for pages each time. peer_bytes: exchanged with processes of the same machine,
+    network_bytes: with those of others, the larger of what goes out and what comes in;
+    awaited_peer_bytes and awaited_network_bytes: the part beside which nothing is attended.
+    operations: how many were started.
     """
 
     product_flops: float = 0
@@ -38,6 +41,10 @@ class Work:
     host_memory_bytes: float = 0
     link_bytes: float = 0
     large_bytes: float = 0
+    peer_bytes: float = 0
+    network_bytes: float = 0
+    awaited_peer_bytes: float = 0
+    awaited_network_bytes: float = 0
     operations: float = 0
 
     @property
@@ -92,6 +99,20 @@ class StepCounter(MemoryTracker):
             yield
         finally:
             self._elsewhere = False
+
+    def exchange(self, peer_bytes: int, network_bytes: int) -> Callable[[], None]:
+        """Bytes begin to travel between processes; returns what to call where they are awaited."""
+        travelling = {"peer_bytes": peer_bytes, "network_bytes": network_bytes}
+        for name, size in travelling.items():
+            self._sums[name] += size
+        attended = self.attention_forward_flops, self.attention_backward_flops
+
+        def awaited() -> None:
+            if attended == (self.attention_forward_flops, self.attention_backward_flops):
+                for name, size in travelling.items():
+                    self._sums["awaited_" + name] += size
+
+        return awaited
 
     @property
     def work(self) -> Numbers:

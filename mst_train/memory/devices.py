@@ -2,7 +2,8 @@
 
 Memory is what torch reports as a device's total, a little less than the number on the box. Rates
 are the makers': dense bf16 products with fp32 sums, memory, and the link to the host in one
-direction (PCIe 4 x16 as 25, PCIe 5 x16 as 50 GB/s, which is what pinned copies reach of it).
+direction (PCIe 4 x16 as 25, PCIe 5 x16 as 50 GB/s, which is what pinned copies reach of it). The
+GPUs of a machine reach each other by NVLink where they have it, else by that link.
 """
 
 import os
@@ -22,7 +23,8 @@ class Device:
     """A device to plan for. Rates are None where they are not known.
 
     kind: cuda or cpu. memory_bytes: all of it. bf16_flops: products' operations per second.
-    memory_rate, link_rate: bytes per second.
+    memory_rate, link_rate: bytes per second. peer_rate: those to other GPUs of the machine, each
+    way.
     """
 
     name: str
@@ -31,21 +33,30 @@ class Device:
     bf16_flops: float | None = None
     memory_rate: float | None = None
     link_rate: float | None = None
+    peer_rate: float | None = None
 
 
-def _gpu(name: str, gib: float, tflops: float, memory_tb: float, link_gb: float) -> Device:
-    return Device(name, "cuda", int(gib * GIB), tflops * 1e12, memory_tb * 1e12, link_gb * 1e9)
+def _gpu(
+    name: str,
+    gib: float,
+    tflops: float,
+    memory_tb: float,
+    link_gb: float,
+    nvlink_gb: float | None = None,
+) -> Device:
+    link, peers = link_gb * 1e9, (nvlink_gb or link_gb) * 1e9
+    return Device(name, "cuda", int(gib * GIB), tflops * 1e12, memory_tb * 1e12, link, peers)
 
 
 DEVICES = {
     device.name: device
     for device in (
-        _gpu("a100_40gb", 39.39, 312, 1.555, 25),
-        _gpu("a100_80gb", 79.15, 312, 2.039, 25),
-        _gpu("h100_80gb", 79.10, 989, 3.35, 50),
+        _gpu("a100_40gb", 39.39, 312, 1.555, 25, 300),
+        _gpu("a100_80gb", 79.15, 312, 2.039, 25, 300),
+        _gpu("h100_80gb", 79.10, 989, 3.35, 50, 450),
         _gpu("h100_pcie_80gb", 79.10, 756, 2.0, 50),
-        _gpu("h200", 139.72, 989, 4.8, 50),
-        _gpu("b200", 178.35, 2250, 8.0, 50),
+        _gpu("h200", 139.72, 989, 4.8, 50, 450),
+        _gpu("b200", 178.35, 2250, 8.0, 50, 900),
         _gpu("l40s_48gb", 44.40, 362, 0.864, 25),
         _gpu("a6000_48gb", 47.40, 155, 0.768, 25),
         _gpu("rtx4090_24gb", 23.60, 165, 1.008, 25),

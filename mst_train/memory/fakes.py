@@ -3,7 +3,7 @@
 Each takes the memory that what it stands for takes, at the same moments, and computes nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from mst_train.attention.layouts import heads_first
 from mst_train.attention.select import Attention, KernelAttention, SdpaAttention
+from mst_train.config import Config
+from mst_train.distributed.exchange import Exchange, busiest
 from mst_train.memory.counter import StepCounter, attention_flops
 from mst_train.mst import Documents, Scores
 from mst_train.mst.attention import KEYS_AT_ONCE, PLAIN, AttentionKernel
-from mst_train.mst.sharing import Transport
+from mst_train.mst.sharing import SharedSequence, Transport
 from mst_train.mst.sharing.transport import Addressed
 from mst_train.optim import HostOptimizer
 
@@ -164,18 +166,55 @@ def _log_sum_exp(q_BSHE: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SimulatedTransport(Transport):
-    """``GroupTransport`` of the first of so many processes, to and from which nothing travels."""
+    """``GroupTransport`` of one of several processes, to and from which nothing travels.
 
-    count: int
+    machines: that of each process. own: the number of this one. counter: hears of what would
+    travel.
+    """
+
+    machines: Sequence[int]
+    own: int = 0
+    counter: "StepCounter | None" = None
 
     @property
     def processes(self) -> int:
-        return self.count
+        return len(self.machines)
 
     @property
     def rank(self) -> int:
-        return 0
+        return self.own
 
     def carry(self, outgoing: Addressed, incoming: Addressed) -> Callable[[], None]:
         under_way = [outgoing, incoming]
-        return under_way.clear
+        if self.counter is None:
+            return under_way.clear
+        awaited = self.counter.exchange(
+            *(max(self._bytes(tensors, here) for tensors in under_way) for here in (True, False))
+        )
+
+        def wait() -> None:
+            awaited()
+            under_way.clear()
+
+        return wait
+
+    def _bytes(self, tensors: Addressed, here: bool) -> int:
+        """To or from the processes of this machine, or of others."""
+        return sum(
+            tensor.nbytes
+            for process, tensor in tensors
+            if (self.machines[process] == self.machines[self.own]) == here
+        )
+
+
+def simulated_sharing(config: Config, exchange: Exchange, counter: StepCounter) -> SharedSequence:
+    """The part in shared sequences of the process that holds the most of others."""
+    places = busiest(config, exchange)
+    machines = [rank // exchange.per_machine for rank in range(places.processes)]
+    first = places.node * places.heads
+    return SharedSequence(
+        places,
+        SimulatedTransport(machines[first : first + places.heads], places.rank - first, counter),
+        SimulatedTransport(machines[places.rank - first :: places.heads], places.node, counter),
+        exchange.keys_at_once,
+    )

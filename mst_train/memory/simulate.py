@@ -40,7 +40,7 @@ from mst_train.memory.devices import Device
 from mst_train.memory.fakes import (
     SimulatedHostOptimizer,
     SimulatedKernel,
-    SimulatedTransport,
+    simulated_sharing,
     without_data,
 )
 from mst_train.memory.simulated_zero import Buckets, SimulatedZero
@@ -50,7 +50,7 @@ from mst_train.mst import Offload
 from mst_train.mst.accumulate import simulated_device
 from mst_train.mst.attention import KEYS_AT_ONCE
 from mst_train.mst.offload import AHEAD
-from mst_train.mst.sharing import Places, SharedSequence
+from mst_train.mst.sharing import Places
 from mst_train.optim import Optimizer, build_optimizer
 from mst_train.precision import weight_type
 from mst_train.ranges import OPTIMIZER_RANGE
@@ -245,7 +245,9 @@ def _shorter_lengths(
     assert isinstance(chunk, int) and isinstance(policy.head_chunk_tokens, int)
     places = Places(exchange.heads, exchange.keys)
     positions = math.lcm(-(-chunk // batch) * places.processes, places.multiple)
-    at_once = max(KEYS_AT_ONCE, config.model.sliding_window or 0) * min(places.processes, 2)
+    at_once = max(KEYS_AT_ONCE, config.model.sliding_window or 0)
+    if places.processes > 1:  # of the queries of one piece
+        at_once *= 2 * places.keys
     at_once = max(at_once, 2 * policy.head_chunk_tokens // batch)
     first = max(8, -(-at_once // positions) + 1) * positions + length % positions
     lengths = (first, first + 4 * positions, first + 8 * positions)
@@ -505,12 +507,7 @@ def build_decoder(
     """This project's decoder, with what stands in for a device's attention."""
     attention = _attention(config.kernel.attention, dtype, device, counter)
     if config.parallel.sequence_parallel > 1:
-        sharing = SharedSequence(
-            Places(exchange.heads, exchange.keys),
-            SimulatedTransport(exchange.heads),
-            SimulatedTransport(exchange.keys),
-            exchange.keys_at_once,
-        )
+        sharing = simulated_sharing(config, exchange, counter)
         attention = shared(attention, sharing, torch.device(device.kind))
     model = build_model(
         config.model, policy=policy, attention=attention, dtype=dtype, device="meta"

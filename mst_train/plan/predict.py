@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from mst_train.config import Config
+from mst_train.distributed.exchange import Exchange, choose_exchange
 from mst_train.errors import UserError
 from mst_train.memory.devices import Device, device_bytes
 from mst_train.memory.reserved import reserved_bytes
@@ -80,7 +81,14 @@ class Prediction:
     def seconds(self) -> float | None:
         """Of a step; None where the device's rates are not known."""
         rates = self.target.rates
-        return None if rates is None else seconds(self.simulation, rates)
+        return None if rates is None else seconds(self.simulation, rates, self.target.device)
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """Of the processes that share a sequence, where several do."""
+        if self.config.parallel.sequence_parallel == 1:
+            return None
+        return choose_exchange(self.config, self.target.per_machine, self.target.device.kind)
 
     @property
     def tokens_per_step(self) -> int:
@@ -106,6 +114,9 @@ class Prediction:
             "flops_per_step": found.work.flops,
             "predicted_step_seconds": self.seconds,
             "tokens_per_step": self.tokens_per_step,
+            "sequence_exchange": self.exchange.name if self.exchange else None,
+            "peer_bytes_per_step": found.work.peer_bytes,
+            "network_bytes_per_step": found.work.network_bytes,
             "device": self.target.device.name,
             "gpus": self.target.gpus,
             "sequence_length": self.config.data.sequence_length,

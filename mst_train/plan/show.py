@@ -11,6 +11,7 @@ from rich.text import Text
 from mst_train.memory.tracker import KINDS
 from mst_train.plan.choose import describe
 from mst_train.plan.predict import LABELS, Prediction
+from mst_train.plan.speed import exchange_seconds
 from mst_train.units import GIB, duration
 
 COLUMNS = ("tokens", "peak", "", "host", "step", "tokens/s", "settings")
@@ -56,8 +57,23 @@ def _one(prediction: Prediction) -> Group:
     if prediction.config.memory.policy == "mst":
         chunks = f"block {policy.block_chunk_tokens:,}, MLP {policy.mlp_chunk_tokens:,}, {chunks}"
         table.add_row("chunks", "", chunks)
+    _add_exchange(table, prediction)
     flops = Text(f"{found.work.flops:.3g} FLOP a step on each device")
     return Group(head, "", table, "", flops, Text(_time(prediction)))
+
+
+def _add_exchange(table: Table, prediction: Prediction) -> None:
+    """What a process that shares its sequences sends to others, or gets from them."""
+    exchange, work = prediction.exchange, prediction.simulation.work
+    if exchange is None:
+        return
+    exchanging, awaited = exchange_seconds(work, prediction.target.device)
+    name = {"both": "heads and keys"}.get(exchange.name, exchange.name)
+    time = f", {duration(exchanging)}, {duration(awaited)} of it waited for" if exchanging else ""
+    for words, size in (("in a machine", work.peer_bytes), ("between them", work.network_bytes)):
+        if size:
+            table.add_row(name and f"{name} exchanged", gib(size), words + time)
+            name = time = ""
 
 
 def _time(prediction: Prediction) -> str:

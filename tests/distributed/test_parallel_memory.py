@@ -58,6 +58,24 @@ WITHOUT_ZERO = {
     ],
 }
 
+FOUR = [
+    *("parallel.sequence_parallel=4", "memory.policy=mst", *MANY_HEADS),
+    *("data.sequence_length=1024", "model.hidden_size=64"),
+]
+BOTH = "parallel.sequence_exchange=both"
+OF_FOUR = {
+    "heads": [*FOUR, HEADS],
+    "heads, keys read unevenly": [*FOUR, HEADS, "model.num_heads=12", "model.num_kv_heads=3"],
+    "keys": [*FOUR, KEYS],
+    "keys in a window": [
+        *(*FOUR, KEYS, "model.sliding_window=20", "model.sliding_window_pattern=[sliding]"),
+    ],
+    "both": [*FOUR, BOTH],
+    "both, in groups": [*FOUR, BOTH, ONE_AT_A_TIME],
+    "both, recompute": [*FOUR, BOTH, "memory.policy=recompute"],
+    "both, attention twice": [*FOUR, BOTH, "memory.keep_attention=false"],
+}
+
 
 def zero(stage, *settings, **sizes):
     """Buckets smaller than the model, so that they fill as a large model's do."""
@@ -79,6 +97,7 @@ ZERO = {
     "3, master weights, sequence": zero(3, MASTERS, ACCUMULATION, TWO),
 }
 SETTINGS = {name: [*SMALL, *given] for name, given in (WITHOUT_ZERO | ZERO).items()}
+SETTINGS_OF_FOUR = {name: [*SMALL, *given] for name, given in OF_FOUR.items()}
 
 
 @pytest.mark.slow
@@ -120,6 +139,21 @@ def test_predicted_is_measured(measured, name):
     predicted = predict(name)
     print(f"{name}: predicted {predicted}, measured {measured[name]}")
     assert predicted == pytest.approx(measured[name], rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def measured_of_four(tmp_path_factory):
+    found = run(step_peaks, 4, tmp_path_factory.mktemp("four"), settings=SETTINGS_OF_FOUR)
+    return {name: max(peaks[name] for peaks in found) for name in SETTINGS_OF_FOUR}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_FOUR)
+def test_four_processes_hold_what_is_predicted(measured_of_four, name):
+    """Of the one that holds most, where they differ."""
+    found = simulate(compose(SETTINGS_OF_FOUR[name]), find_device("cpu"), gpus=4)
+    print(f"{name}: predicted {found.allocated_bytes}, measured {measured_of_four[name]}")
+    assert found.allocated_bytes == pytest.approx(measured_of_four[name], rel=0.02)
 
 
 @pytest.mark.slow

@@ -142,7 +142,10 @@ def test_the_next_group_is_on_its_way(heads, keys):
     """Before one is attended with, in which nobody waits for it."""
     NotingTransport.notes.clear()
     sharing = SharedSequence(
-        Places(heads, keys), NotingTransport(heads), NotingTransport(keys), keys_at_once=1
+        Places(heads, keys),
+        NotingTransport([0] * heads),
+        NotingTransport([0] * keys),
+        keys_at_once=1,
     )
     q, k, v = (torch.randn(1, LENGTH, 4 * heads, 8) for _ in range(3))
     attention = SharedAttention.of(NotingKernel(), sharing, None, q, k)

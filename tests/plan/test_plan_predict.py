@@ -9,12 +9,13 @@ import torch
 
 import mst_train.memory.fakes as stand_ins
 import mst_train.memory.simulate as simulate_module
-from mst_train.distributed.exchange import choose_exchange
+from mst_train.distributed.exchange import busiest, choose_exchange, sent_bytes
 from mst_train.memory.devices import DEVICES, find_device
 from mst_train.memory.simulate import simulate, with_length
 from mst_train.memory.tracker import KINDS
 from mst_train.model.flops import parameter_count, training_flops
 from mst_train.mst import attention_chunk
+from mst_train.mst.sharing.keys import KeyMap
 from mst_train.plan.__main__ import main
 from mst_train.plan.choose import longest
 from mst_train.plan.config import configured_target, read
@@ -137,6 +138,51 @@ def test_long_sequences_are_extrapolated_exactly(in_full, monkeypatch, given, to
     assert_same(simulate(config, device), in_full(config, device))
 
 
+SHARED = [
+    *("model=llama_tiny", "model.num_layers=3", "model.num_heads=8", "model.num_kv_heads=4"),
+    *("data.sequence_length=8192", "precision=bf16", "parallel.sequence_parallel=4"),
+]
+WINDOWS = ["model.sliding_window=1500", "model.sliding_window_pattern=[sliding,full,full]"]
+
+
+@pytest.mark.parametrize("per_machine", [4, 2, 1])
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["parallel.sequence_exchange=heads"],
+        ["parallel.sequence_exchange=heads", "parallel.exchange_heads=1", "model.num_kv_heads=8"],
+        ["parallel.sequence_exchange=keys", "parallel.exchange_heads=1"],
+        ["parallel.sequence_exchange=keys", *WINDOWS],
+        ["parallel.sequence_exchange=both"],
+        ["parallel.sequence_exchange=both", "train.micro_batch_size=2", *WINDOWS],
+    ],
+)
+def test_what_processes_exchange(given, per_machine):
+    """Of the process that gets the most: in both directions as much as in its busier one."""
+    config = read([*SHARED, *given])
+    exchange = choose_exchange(config, per_machine, "cuda")
+    found = simulate(config, DEVICES["a100_80gb"], gpus=4, per_machine=per_machine).work
+    places = busiest(config, exchange)
+    heads, _ = sent_bytes(config, places)
+    head = config.train.micro_batch_size * config.model.head_dim
+    its_keys = config.model.num_kv_heads // exchange.heads
+    # Keys and values twice in bf16, and their gradients in fp32.
+    keys = sum(
+        2 * its_keys * head * max(seen.sent, seen.received) * (2 * 2 + 4)
+        for layer in range(config.model.num_layers)
+        for seen in [KeyMap(places, config.data.sequence_length, config.model.window(layer))]
+    )
+    assert found.peer_bytes + found.network_bytes == heads + keys
+    if per_machine == 4:
+        assert found.network_bytes == 0
+    elif per_machine == 1:
+        assert found.peer_bytes == 0
+    elif exchange.name == "both":
+        assert (found.peer_bytes, found.network_bytes) == (heads, keys)
+    awaited = found.awaited_peer_bytes + found.awaited_network_bytes
+    assert (awaited < heads + keys) == (exchange.keys_at_once < its_keys)
+
+
 def test_windows_cost_less_than_whole_attention():
     mistral = ("+experiment=mistral_7b_seq70k", "model.num_layers=1")
     whole = predicted(*mistral, "model.sliding_window=null").simulation.work
@@ -190,7 +236,7 @@ def test_time_is_work_over_rates():
     device = DEVICES["a100_80gb"]
     found = simulate(read(LLAMA3), device)
     speed = rates(device, torch.bfloat16)
-    assert seconds(found, speed) > found.work.flops / device.bf16_flops
+    assert seconds(found, speed, device) > found.work.flops / device.bf16_flops
     assert rates(find_device("80"), torch.bfloat16) is None
     here = rates(find_device("cpu"), torch.float32)
     assert here.products > 1e9 and here.memory > 1e8
