@@ -252,6 +252,53 @@ def test_a_process_that_dies(restarts, arguments, tmp_path):
         assert "was the first to end" in log
 
 
+DIES_IN_AN_EXCHANGE = """
+import os, pathlib, signal
+if os.environ.get("RANK") == "1":
+    from mst_train.distributed.transport import GroupTransport
+    carry = GroupTransport.carry
+    after_checkpoint = []
+
+    def carry_and_die(*arguments):
+        wait = carry(*arguments)
+        after_checkpoint.extend([1] * pathlib.Path("run/checkpoints/latest").exists())
+        if len(after_checkpoint) == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return wait
+
+    GroupTransport.carry = carry_and_die
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("exchange", "processes"),
+    [
+        ("keys", 2),
+        *(pytest.param(*c, marks=pytest.mark.exhaustive) for c in [("heads", 2), ("both", 4)]),
+    ],
+)
+def test_a_process_that_dies_in_an_exchange(exchange, processes, arguments, tmp_path):
+    """The others do not wait for what it would have sent, and the run goes on as if nothing was."""
+    arguments += ["train.steps=12", "checkpoint.every=4", "parallel.timeout_minutes=600"]
+    arguments += [f"parallel.sequence_parallel={processes}"]
+    arguments += [f"parallel.sequence_exchange={exchange}"]
+    (tmp_path / "dies").mkdir()
+    (tmp_path / "dies/sitecustomize.py").write_text(DIES_IN_AN_EXCHANGE)
+    path = os.pathsep.join([str(tmp_path / "dies"), os.environ.get("PYTHONPATH", "")])
+    environment = {"PROCESSES": str(processes), "PYTHONPATH": path}
+    status, log = launch(*arguments, "run.dir=run", folder=tmp_path, **environment)
+    assert status in (1, 137), log  # of the one that died, or of one that missed it
+    assert 4 <= len(losses(tmp_path / "run")) < 12
+    for name in ("run", "whole"):
+        status, log = launch(
+            *arguments, f"run.dir={name}", folder=tmp_path, PROCESSES=str(processes)
+        )
+        assert status == 0, log
+    assert dict(losses(tmp_path / "run")) == dict(losses(tmp_path / "whole"))
+    assert [step for step, _ in losses(tmp_path / "whole")] == list(range(1, 13))
+
+
 def everyone(pid):
     """A process and all that it has started, and these."""
     return {pid}.union(*(everyone(child) for child in children(pid)))
@@ -381,7 +428,8 @@ def outsider(machines):
 
 @contextlib.contextmanager
 def on_both(machines, *arguments, folder, second=(), **environment):
-    """The script on each machine, with one process; more arguments on the second one."""
+    """The script on each machine, with one process if nothing else is said; more arguments on the
+    second one."""
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(
@@ -392,10 +440,9 @@ def on_both(machines, *arguments, folder, second=(), **environment):
                     prefix=("ip", "netns", "exec", name),
                     NODES="2",
                     NODE_RANK=str(i),
-                    PROCESSES="1",
                     MASTER_ADDR="10.77.0.1",
                     GLOO_SOCKET_IFNAME=f"cable{i}",
-                    **environment,
+                    **{"PROCESSES": "1"} | environment,
                 )
             )
             for i, name in enumerate(machines)
@@ -403,11 +450,17 @@ def on_both(machines, *arguments, folder, second=(), **environment):
 
 
 @pytest.mark.slow
-def test_two_machines(machines, arguments, tmp_path):
-    """One process on each gives the losses of two processes on one."""
-    status, log = launch(*arguments, "run.dir=one", folder=tmp_path, PROCESSES="2")
+@pytest.mark.parametrize(("each", "exchange"), [(1, "keys"), (2, "both")])
+def test_two_machines(each, exchange, machines, arguments, tmp_path):
+    """They give the losses of as many processes on one."""
+    arguments += [f"parallel.sequence_parallel={2 * each}"]
+    arguments += [f"parallel.sequence_exchange={exchange}"]
+    status, log = launch(*arguments, "run.dir=one", folder=tmp_path, PROCESSES=str(2 * each))
     assert status == 0, log
-    with on_both(machines, *arguments, "run.dir=two", folder=tmp_path) as processes:
+    assert ("heads in nodes of 2 and keys between nodes" in log) == (exchange == "both")
+    with on_both(
+        machines, *arguments, "run.dir=two", folder=tmp_path, PROCESSES=str(each)
+    ) as processes:
         for process in reversed(processes):
             status, log = ended(process)
             assert status == 0, log
