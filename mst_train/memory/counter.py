@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mst_train.memory import meta
 from mst_train.memory.trace import Moment, Trace
-from mst_train.memory.tracker import MemoryTracker, _key, in_backward
+from mst_train.memory.tracker import HOST, MemoryTracker, Storage, in_backward
 from mst_train.ranges import BLOCK_RANGE, HEAD_RANGE
 
 aten = torch.ops.aten
@@ -54,6 +54,8 @@ class Work:
 
 _PRODUCTS = (aten.mm, aten.addmm, aten.addmm_, aten.bmm)
 _WITHOUT_WORK = (aten.empty, aten.new_empty, aten.empty_like, aten.detach)
+_READ = aten._local_scalar_dense.default
+_COPY = aten._to_copy.default
 _CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -61,17 +63,15 @@ _CPU_ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backw
 class StepCounter(MemoryTracker):
     """Counts work beside memory, moment by moment, and reads every number off the device as 1.
 
-    moments: for each the peak's bytes by kind. A moment is the forward of a block, the head, the
-    backward of a block (from the gradients of the one before it to its own) or what comes before or
-    after these, in one of the micro-batches.
+    work: everything that was done, by ``Work``'s names. moments: for each the peak's bytes by kind.
+    A moment is the forward of a block, the head, the backward of a block (from the gradients of the
+    one before it to its own) or what comes before or after these, in one of the micro-batches.
     """
 
     def __init__(
         self, granularity: int, shares: Mapping[str, float], host_granularity: int = 1
     ) -> None:
         super().__init__(granularity=granularity, host_granularity=host_granularity, shares=shares)
-        self.attention_forward_flops = 0.0
-        self.attention_backward_flops = 0.0
         self._elsewhere = False
         self.reset()
 
@@ -80,15 +80,14 @@ class StepCounter(MemoryTracker):
         self.reset_peak()
         self.moments: dict[Moment, Numbers] = {}
         self._moment: Moment = (0, "before", 0)
-        self.attention_forward_flops = self.attention_backward_flops = 0.0
-        self._sums: dict[str, float] = dict.fromkeys((f.name for f in fields(Work)), 0.0)
+        self.work: dict[str, float] = dict.fromkeys((f.name for f in fields(Work)), 0.0)
 
     def hold(self, elements: int, dtype: torch.dtype, kind: str) -> Tensor:
         """Memory that is taken as long as this tensor lives, and nothing done with it."""
-        large_bytes = self._sums["large_bytes"]
+        large_bytes = self.work["large_bytes"]
         tensor = torch.empty(elements, dtype=dtype, device="meta")
         self.watch(tensor, kind=kind)
-        self._sums["large_bytes"] = large_bytes
+        self.work["large_bytes"] = large_bytes
         return tensor
 
     @contextmanager
@@ -104,23 +103,19 @@ class StepCounter(MemoryTracker):
         """Bytes begin to travel between processes; returns what to call where they are awaited."""
         travelling = {"peer_bytes": peer_bytes, "network_bytes": network_bytes}
         for name, size in travelling.items():
-            self._sums[name] += size
-        attended = self.attention_forward_flops, self.attention_backward_flops
+            self.work[name] += size
+        attended = self._attended
 
         def awaited() -> None:
-            if attended == (self.attention_forward_flops, self.attention_backward_flops):
+            if attended == self._attended:
                 for name, size in travelling.items():
-                    self._sums["awaited_" + name] += size
+                    self.work["awaited_" + name] += size
 
         return awaited
 
     @property
-    def work(self) -> Numbers:
-        """Everything that was done, by ``Work``'s names."""
-        return self._sums | {  # attention's kernels add to their own
-            "attention_forward_flops": self.attention_forward_flops,
-            "attention_backward_flops": self.attention_backward_flops,
-        }
+    def _attended(self) -> tuple[float, float]:
+        return self.work["attention_forward_flops"], self.work["attention_backward_flops"]
 
     def end_moment(self) -> None:
         """Note the peak since the last moment's end."""
@@ -160,46 +155,67 @@ class StepCounter(MemoryTracker):
     def operation(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function.is_view:
             return function(*args, **kwargs)
-        if function is aten._local_scalar_dense.default and args[0].is_meta:
+        if function.namespace == "profiler":
+            return self._range(function, args, kwargs)
+        if function is _READ and args[0].is_meta:
             return 1.0 if args[0].is_floating_point() else 1
-        if function is aten._to_copy.default and _reads_numbers(args[0], kwargs):
+        if function is _COPY and _reads_numbers(args[0], kwargs):
             return torch.ones(args[0].shape, dtype=args[0].dtype)
-        result = super().operation(function, args, kwargs)
+        result, new, known = meta.call(function, args, kwargs)
+        if new is None:
+            self._count_new(result, args, kwargs)
+        else:
+            for tensor, size in new:
+                self._remember(tensor, size, self._kind())
         if function.namespace == "aten" and not self._elsewhere:
-            self._count_work(function.overloadpacket, args, kwargs, result)
+            self._count_work(function.overloadpacket, args, kwargs, result, known)
         return result
 
-    def run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return meta.call(function, args, kwargs)
+    def _remember(self, tensor: Tensor, size: int, kind: str) -> Storage:
+        if size >= LARGE_BYTES and kind != HOST:
+            self.work["large_bytes"] += size
+        return super()._remember(tensor, size, kind)
 
-    def _remember(self, tensor: Tensor, size: int, kind: str) -> None:
-        super()._remember(tensor, size, kind)
-        if size >= LARGE_BYTES and not self.on_host(tensor):
-            self._sums["large_bytes"] += size
+    def _count_work(
+        self,
+        operation: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+        known: meta.Known | None,
+    ) -> None:
+        if self.host_bytes or known is None:
+            work = self._work_of(operation, args, kwargs, result)
+        elif known.work is None:
+            work = known.work = self._work_of(operation, args, kwargs, result)
+        else:
+            work = known.work
+        for name, amount in work:
+            self.work[name] += amount
 
-    def _count_work(self, operation: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
+    def _work_of(
+        self, operation: Any, args: tuple[Any, ...], kwargs: Any, result: Any
+    ) -> tuple[tuple[str, float], ...]:
+        """An operation's work: that of all with the same forms, where nothing is on the host."""
         if operation in _WITHOUT_WORK:
-            return
-        self._sums["operations"] += 1
+            return ()
+        one = ("operations", 1)
         if operation in _PRODUCTS:
             left, right = [t for t in args if isinstance(t, Tensor)][-2:]
-            self._sums["product_flops"] += 2.0 * left.numel() * right.shape[-1]
-            return
+            return one, ("product_flops", 2.0 * left.numel() * right.shape[-1])
         if operation is _CPU_ATTENTION:
-            self.attention_forward_flops += _cpu_attention_flops(args, any(args[4:5]))
-            return
+            return one, ("attention_forward_flops", _cpu_attention_flops(args, any(args[4:5])))
         if operation is _CPU_ATTENTION_BACKWARD:
-            self.attention_backward_flops += 2.5 * _cpu_attention_flops(args[1:], args[7])
-            return
+            flops = 2.5 * _cpu_attention_flops(args[1:], args[7])
+            return one, ("attention_backward_flops", flops)
         used = meta.tensors(args, kwargs, result)
         size = sum(t.numel() * t.element_size() for t in used)
         host = [self.on_host(t) for t in used]
         if not any(host):
-            self._sums["memory_bytes"] += size
-        elif operation in (aten.copy_, aten._to_copy) and not all(host):
-            self._sums["link_bytes"] += used[0].numel() * used[0].element_size()
-        else:
-            self._sums["host_memory_bytes"] += size
+            return one, ("memory_bytes", size)
+        if operation in (aten.copy_, aten._to_copy) and not all(host):
+            return one, ("link_bytes", used[0].numel() * used[0].element_size())
+        return one, ("host_memory_bytes", size)
 
 
 class TracingCounter(StepCounter):
@@ -226,11 +242,11 @@ class TracingCounter(StepCounter):
         super()._begin(*moment)
         self.trace.begin(self._moment)
 
-    def _remember(self, tensor: Tensor, size: int, kind: str) -> None:
-        super()._remember(tensor, size, kind)
-        if self._tracing and not self.on_host(tensor):
-            storage = self._storages[_key(tensor)]
-            self.trace.allocate(storage, self._held(storage.size, storage.kind))
+    def _remember(self, tensor: Tensor, size: int, kind: str) -> Storage:
+        storage = super()._remember(tensor, size, kind)
+        if self._tracing and kind != HOST:
+            self.trace.allocate(storage, self._held(storage.size, kind))
+        return storage
 
     def _forget(self, key: int) -> None:
         self.trace.free(self._storages[key])

@@ -69,7 +69,7 @@ class CountedKernel:
         causal: bool = True,
     ) -> tuple[Tensor, Tensor]:
         flops = attention_flops(q, k, causal, self.scores.window)
-        self._counter.attention_forward_flops += flops
+        self._counter.work["attention_forward_flops"] += flops
         with self._counter.counted_elsewhere():
             return self._kernel.forward(q, k, v, documents, causal)
 
@@ -85,7 +85,7 @@ class CountedKernel:
         causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         flops = attention_flops(q, k, causal, self.scores.window)
-        self._counter.attention_backward_flops += 2.5 * flops
+        self._counter.work["attention_backward_flops"] += 2.5 * flops
         with self._counter.counted_elsewhere():
             return self._kernel.backward(dout, q, k, v, out, lse, documents, causal)
 
@@ -132,7 +132,7 @@ class SimulatedKernel:
         causal: bool = True,
     ) -> tuple[Tensor, Tensor]:
         flops = attention_flops(q, k, causal, self.scores.window)
-        self._counter.attention_forward_flops += flops
+        self._counter.work["attention_forward_flops"] += flops
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         return out, _log_sum_exp(q)
 
@@ -148,7 +148,7 @@ class SimulatedKernel:
         causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         flops = attention_flops(q, k, causal, self.scores.window)
-        self._counter.attention_backward_flops += 2.5 * flops
+        self._counter.work["attention_backward_flops"] += 2.5 * flops
         workspace = [torch.empty_like(q, dtype=torch.float32), _log_sum_exp(q)]
         if q.shape[2] != k.shape[2] and self._sums_shared_heads_in_fp32:
             workspace += [torch.empty_like(t, dtype=torch.float32) for t in (k, v)]

@@ -1,7 +1,7 @@
 """What operations on tensors without data return, remembered: torch's own rules for them, Python
 code for most, take longer than all else that a simulated step does."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,39 +10,77 @@ from torch import Tensor
 MOST = 2**16
 """Results that are remembered."""
 
-_Given = int | tuple[torch.Size, tuple[int, ...], torch.dtype]
-"""An argument itself, by its place among the tensors, or a new tensor's form."""
+_META = torch.device("meta")
 
-_known: dict[Any, tuple[bool, tuple[_Given, ...]] | None] = {}
+_Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+_Given = int | tuple[_Form, int]
+"""An argument itself, by its place among the tensors, or a new tensor's form and bytes."""
+
+New = list[tuple[Tensor, int]]
+"""Tensors that an operation has made, with the bytes of their storages."""
 
 
-def call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What ``function`` returns, an operation that is no view.
+class Known:
+    """What every call returns that has the same function and arguments of the same forms.
 
-    Where all its tensors are on the meta device, it is made of what an earlier call with the same
-    shapes, strides, types and other arguments has returned. Not so where that call has returned
-    another tensor on an argument's storage, or has changed an argument's form.
+    work: whatever else a caller knows about such calls.
     """
-    given = tensors(args, kwargs)
-    if not given or not all(t.is_meta for t in given):
-        return function(*args, **kwargs)
+
+    __slots__ = ("_results", "_several", "work")
+
+    def __init__(self, results: Sequence[_Given], several: bool) -> None:
+        self._results = results
+        self._several = several
+        self.work: Any = None
+
+    def made(self, given: Sequence[Tensor]) -> tuple[Any, New]:
+        """What is returned to one call, and what of it is new."""
+        results, new = [], []
+        for result in self._results:
+            if isinstance(result, int):
+                results.append(given[result])
+            else:
+                form, size = result
+                tensor = _empty(form)
+                results.append(tensor)
+                new.append((tensor, size))
+        return (tuple(results) if self._several else results[0]), new
+
+
+_known: dict[Any, Known | None] = {}
+_UNSEEN = Known((), False)
+
+
+def call(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, New | None, Known | None]:
+    """What ``function`` returns, an operation that is no view; what of it is new, and what is
+    remembered. Both are None where that was not found.
+
+    Where all its tensors are on the meta device, the result is made of what an earlier call with
+    the same shapes, strides, types and other arguments has returned. Not so where that call has
+    returned another tensor on an argument's storage, or has changed an argument's form.
+    """
+    given: list[Tensor] = []
+    forms = [_form(a, given) for a in args]
+    if kwargs:
+        forms.append(_form(tuple(kwargs.items()), given))
+    key = (id(function), *forms)
     try:
-        key = (function, _form(args), _form(tuple(kwargs.items())))
-        known = _known.get(key, ())
+        known = _known.get(key, _UNSEEN)
     except TypeError:  # an argument that cannot be a key
-        return function(*args, **kwargs)
-    if known is None:
-        return function(*args, **kwargs)
-    if known:
-        several, results = known
-        made = tuple(given[r] if isinstance(r, int) else _empty(*r) for r in results)
-        return made if several else made[0]
+        return function(*args, **kwargs), None, None
+    if known is None or not given or not all(t.is_meta for t in given):
+        return function(*args, **kwargs), None, None
+    if known is not _UNSEEN:
+        return *known.made(given), known
     before = [_tensor_form(t) for t in given]
     result = function(*args, **kwargs)
     if len(_known) >= MOST:
         _known.clear()
     _known[key] = _remembered(result, given) if before == [_tensor_form(t) for t in given] else None
-    return result
+    return result, None, None
 
 
 def tensors(*trees: Any) -> list[Tensor]:
@@ -58,7 +96,7 @@ def tensors(*trees: Any) -> list[Tensor]:
     return found
 
 
-def _remembered(result: Any, given: list[Tensor]) -> tuple[bool, tuple[_Given, ...]] | None:
+def _remembered(result: Any, given: list[Tensor]) -> Known | None:
     several = isinstance(result, tuple)
     found: list[_Given] = []
     for tensor in result if several else (result,):
@@ -68,10 +106,10 @@ def _remembered(result: Any, given: list[Tensor]) -> tuple[bool, tuple[_Given, .
         if places:
             found.append(places[0])
         elif _is_whole(tensor, given):
-            found.append(_tensor_form(tensor))
+            found.append((_tensor_form(tensor), tensor.untyped_storage().nbytes()))
         else:
             return None
-    return several, tuple(found)
+    return Known(found, several)
 
 
 def _is_whole(tensor: Tensor, given: Iterable[Tensor]) -> bool:
@@ -79,21 +117,23 @@ def _is_whole(tensor: Tensor, given: Iterable[Tensor]) -> bool:
     storage = tensor.untyped_storage()
     if any(storage._cdata == t.untyped_storage()._cdata for t in given):
         return False
-    return bool(storage.nbytes() == _empty(*_tensor_form(tensor)).untyped_storage().nbytes())
+    return bool(storage.nbytes() == _empty(_tensor_form(tensor)).untyped_storage().nbytes())
 
 
-def _empty(size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(size, stride, dtype=dtype, device="meta")
+def _empty(form: _Form) -> Tensor:
+    size, stride, dtype = form
+    return torch.empty_strided(size, stride, dtype=dtype, device=_META)
 
 
-def _tensor_form(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+def _tensor_form(tensor: Tensor) -> _Form:
     return tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _form(value: Any) -> Any:
-    """What of an argument decides the result, as a key."""
+def _form(value: Any, given: list[Tensor]) -> Any:
+    """What of an argument decides the result, as a key; its tensors are added to ``given``."""
     if isinstance(value, Tensor):
-        return _tensor_form(value)
+        given.append(value)
+        return value.shape, value.stride(), value.dtype
     if isinstance(value, (tuple, list)):
-        return tuple([_form(item) for item in value])
+        return tuple([_form(item, given) for item in value])
     return type(value), value

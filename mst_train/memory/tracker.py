@@ -21,14 +21,14 @@ What is made in the range of the host's memory is counted by itself.
 
 import re
 import weakref
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mst_train.memory.meta import tensors
@@ -44,15 +44,33 @@ KINDS = (
     "other",
 )
 
-_HOST = "host"
-_OPTIMIZER = {OPTIMIZER_RANGE: "optimizer", "Optimizer.step#": "optimizer"}
+HOST = "host"
+_OWNERS = {HOST_RANGE: HOST, OPTIMIZER_RANGE: "optimizer", "Optimizer.step#": "optimizer"}
 _PARTS = {BLOCK_RANGE: "working_set", HEAD_RANGE: "head"}
 
 
-@dataclass
-class _Storage:
+class _Reference(weakref.ref[UntypedStorage]):
+    """To a storage, with its key."""
+
+    __slots__ = ("key",)
+    key: int
+
+
+@dataclass(eq=False, slots=True)
+class Storage:
     size: int
     kind: str
+    reference: _Reference
+
+
+class _Range(NamedTuple):
+    """A profiler range. owner: the kind of all that is made in it; part: of what is made in it
+    outside a backward."""
+
+    name: str
+    owner: str | None
+    part: str | None
+    made: list[Storage]
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -83,10 +101,10 @@ class MemoryTracker(TorchDispatchMode):
         self.peak_bytes = 0
         self.host_bytes = 0
         self.peak_host_bytes = 0
-        self.breakdown: Counter[str] = Counter()
-        self.peak_breakdown: Counter[str] = Counter()
-        self._storages: dict[int, _Storage] = {}
-        self._ranges: list[tuple[str, list[_Storage]]] = []
+        self.breakdown: defaultdict[str, int] = defaultdict(int)
+        self.peak_breakdown = self.breakdown.copy()
+        self._storages: dict[int, Storage] = {}
+        self._ranges: list[_Range] = []
         self._hooks: list[Any] = []
 
     def watch(self, *tensors: Tensor, kind: str = "other") -> None:
@@ -124,12 +142,17 @@ class MemoryTracker(TorchDispatchMode):
     def on_host(self, tensor: Tensor) -> bool:
         """Whether a tensor was made in the range of the host's memory."""
         storage = self._storages.get(_key(tensor))
-        return storage is not None and storage.kind == _HOST
+        return storage is not None and storage.kind == HOST
 
     def __exit__(self, *arguments: Any) -> None:
         for hook in self._hooks:
             hook.remove()
         super().__exit__(*arguments)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and torch's way to say so takes time in every operation."""
+        return False
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -140,31 +163,37 @@ class MemoryTracker(TorchDispatchMode):
         """What an operation returns, counted."""
         if function.namespace == "profiler":
             return self._range(function, args, kwargs)
-        result = self.run(function, args, kwargs)
-        if function.is_view:
-            return result
+        result = function(*args, **kwargs)
+        if not function.is_view:
+            self._count_new(result, args, kwargs)
+        return result
+
+    def _count_new(self, result: Any, *arguments: Any) -> None:
+        """Count what an operation has made."""
         new = [t for t in self._counted(result) if _key(t) not in self._storages]
         if new:
-            before = {_key(t) for t in self._counted(args, kwargs)}
+            before = {_key(t) for t in self._counted(*arguments)}
             for tensor in new:
                 there = _key(tensor) in before  # a storage that is older than the tracking
                 size = 0 if there else tensor.untyped_storage().nbytes()
                 self._remember(tensor, size, "other" if there else self._kind())
-        return result
-
-    def run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What an operation returns."""
-        return function(*args, **kwargs)
 
     def _counted(self, *trees: Any) -> list[Tensor]:
         return [t for t in tensors(*trees) if self.counts(t)]
 
     def _range(self, function: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         if function.overloadpacket == torch.ops.profiler._record_function_enter_new:
-            self._ranges.append((args[0], []))
-            self.range_entered(args[0])
+            name = args[0]
+            outer = self._ranges[-1] if self._ranges else _Range("", None, None, [])
+            owner, part = (
+                next((kind for start, kind in kinds.items() if name.startswith(start)), None)
+                for kinds in (_OWNERS, _PARTS)
+            )
+            owner = outer.owner if outer.owner == HOST else owner or outer.owner
+            self._ranges.append(_Range(name, owner, part or outer.part, []))
+            self.range_entered(name)
         elif self._ranges:
-            name, made = self._ranges.pop()
+            name, _, _, made = self._ranges.pop()
             if name == BLOCK_RANGE and not in_backward():
                 for storage in made:
                     self._change_kind(storage, "checkpoints")
@@ -172,19 +201,11 @@ class MemoryTracker(TorchDispatchMode):
         return function(*args, **kwargs)
 
     def _kind(self) -> str:
-        owner = self._range_kind({HOST_RANGE: _HOST}) or self._range_kind(_OPTIMIZER)
+        """The kind of what is made now."""
+        _, owner, part, _ = self._ranges[-1] if self._ranges else ("", None, None, None)
         if owner is not None:
             return owner
-        if in_backward():
-            return "working_set"
-        return self._range_kind(_PARTS) or "other"
-
-    def _range_kind(self, kinds: Mapping[str, str]) -> str | None:
-        for name, _ in reversed(self._ranges):
-            for prefix, kind in kinds.items():
-                if name.startswith(prefix):
-                    return kind
-        return None
+        return "working_set" if in_backward() else part or "other"
 
     def _gradient_arrived(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -192,19 +213,28 @@ class MemoryTracker(TorchDispatchMode):
             if storage is not None:
                 self._change_kind(storage, "gradients")
 
-    def _remember(self, tensor: Tensor, size: int, kind: str) -> None:
-        key = _key(tensor)
-        if key not in self._storages:
-            weakref.finalize(tensor.untyped_storage(), self._forget, key)
-        granularity = self._host_granularity if kind == _HOST else self._granularity
+    def _remember(self, tensor: Tensor, size: int, kind: str) -> Storage:
+        storage = tensor.untyped_storage()
+        key: int = storage._cdata
+        known = self._storages.get(key)
+        if known is None:
+            reference = _Reference(storage, self._gone)
+            reference.key = key
+        else:
+            reference = known.reference
+        granularity = self._host_granularity if kind == HOST else self._granularity
         size = -(-size // granularity) * granularity
-        storage = self._storages[key] = _Storage(size, kind)
-        for _, made in self._ranges:
-            made.append(storage)
+        new = self._storages[key] = Storage(size, kind, reference)
+        for opened in self._ranges:
+            opened.made.append(new)
         self._count(size, kind)
+        return new
 
-    def _change_kind(self, storage: _Storage, kind: str) -> None:
-        if storage.kind != _HOST:
+    def _gone(self, reference: _Reference) -> None:
+        self._forget(reference.key)
+
+    def _change_kind(self, storage: Storage, kind: str) -> None:
+        if storage.kind != HOST:
             self._count(-storage.size, storage.kind)
             storage.kind = kind
             self._count(storage.size, kind)
@@ -215,20 +245,21 @@ class MemoryTracker(TorchDispatchMode):
         storage.size = 0
 
     def _count(self, size: int, kind: str) -> None:
-        if kind == _HOST:
+        if kind == HOST:
             self.host_bytes += size
             self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes)
             return
         held = self._held(size, kind)
-        self.live_bytes += held
         self.breakdown[kind] += held
-        if self.live_bytes > self.peak_bytes:
-            self.peak_bytes = self.live_bytes
+        self.live_bytes = live = self.live_bytes + held
+        if live > self.peak_bytes:
+            self.peak_bytes = live
             self.peak_breakdown = self.breakdown.copy()
 
     def _held(self, size: int, kind: str) -> int:
         """What of a storage this device holds."""
-        return int(size * self._shares.get(kind, 1))
+        share = self._shares.get(kind)
+        return size if share is None else int(size * share)
 
 
 def in_backward() -> bool:

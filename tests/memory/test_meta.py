@@ -13,7 +13,7 @@ class Remembering(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.is_view:
             return function(*args, **(kwargs or {}))
-        return meta.call(function, args, kwargs or {})
+        return meta.call(function, args, kwargs or {})[0]
 
 
 def form(tensor):
