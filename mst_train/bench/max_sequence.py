@@ -21,7 +21,7 @@ from mst_train.engine import NativeEngine
 from mst_train.engine.step import train_step
 from mst_train.errors import UserError
 from mst_train.memory.devices import this_device
-from mst_train.memory.simulate import with_length
+from mst_train.memory.extrapolate import with_length
 from mst_train.memory.tracker import MemoryTracker
 from mst_train.optim import build_optimizer
 from mst_train.plan.choose import longest

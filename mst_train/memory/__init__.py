@@ -1,7 +1,9 @@
 """What a step holds in memory: measured, and predicted before it starts.
 
 tracker          live bytes of any code on any device, by kind
-simulate         the step without its data: what it holds, device and host, at each moment
+simulate         what a step holds, device and host, predicted without the device
+simulated_step   the step without its data: what it holds at each moment
+extrapolate      deep models and long sequences from steps of a few blocks and chunks
 trace            what a step asks the allocator for, recorded and made that of a deeper model
 allocator        how torch's caching allocator takes a GPU's memory
 reserved         the two together: the memory that torch holds of a GPU

@@ -66,6 +66,7 @@ class StepCounter(MemoryTracker):
     work: everything that was done, by ``Work``'s names. moments: for each the peak's bytes by kind.
     A moment is the forward of a block, the head, the backward of a block (from the gradients of the
     one before it to its own) or what comes before or after these, in one of the micro-batches.
+    trace: what is taken of the device's memory, and given back, in order.
     """
 
     def __init__(
@@ -73,10 +74,12 @@ class StepCounter(MemoryTracker):
     ) -> None:
         super().__init__(granularity=granularity, host_granularity=host_granularity, shares=shares)
         self._elsewhere = False
+        self._tracing = True
         self.reset()
 
     def reset(self) -> None:
         """Count from here."""
+        self.trace = Trace()
         self.reset_peak()
         self.moments: dict[Moment, Numbers] = {}
         self._moment: Moment = (0, "before", 0)
@@ -117,6 +120,15 @@ class StepCounter(MemoryTracker):
     def _attended(self) -> tuple[float, float]:
         return self.work["attention_forward_flops"], self.work["attention_backward_flops"]
 
+    @contextmanager
+    def untraced(self) -> Iterator[None]:
+        """What is taken in this context is not in the trace."""
+        self._tracing = False
+        try:
+            yield
+        finally:
+            self._tracing = True
+
     def end_moment(self) -> None:
         """Note the peak since the last moment's end."""
         known = self.moments.get(self._moment)
@@ -148,6 +160,7 @@ class StepCounter(MemoryTracker):
         self.end_moment()
         self.peak_host_bytes = host_peak
         self._moment = moment
+        self.trace.begin(self._moment)
 
     def counts(self, tensor: Tensor) -> bool:
         return tensor.is_meta
@@ -174,7 +187,14 @@ class StepCounter(MemoryTracker):
     def _remember(self, tensor: Tensor, size: int, kind: str) -> Storage:
         if size >= LARGE_BYTES and kind != HOST:
             self.work["large_bytes"] += size
-        return super()._remember(tensor, size, kind)
+        storage = super()._remember(tensor, size, kind)
+        if self._tracing and kind != HOST:
+            self.trace.allocate(storage, self._held(storage.size, kind))
+        return storage
+
+    def _forget(self, key: int) -> None:
+        self.trace.free(self._storages[key])
+        super()._forget(key)
 
     def _count_work(
         self,
@@ -216,41 +236,6 @@ class StepCounter(MemoryTracker):
         if operation in (aten.copy_, aten._to_copy) and not all(host):
             return one, ("link_bytes", used[0].numel() * used[0].element_size())
         return one, ("host_memory_bytes", size)
-
-
-class TracingCounter(StepCounter):
-    """Records what is taken of the device's memory, and given back, in order: ``trace``."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self._tracing = True
-        super().__init__(*arguments)
-
-    def reset(self) -> None:
-        super().reset()
-        self.trace = Trace()
-
-    @contextmanager
-    def untraced(self) -> Iterator[None]:
-        """What is taken in this context is not in the trace."""
-        self._tracing = False
-        try:
-            yield
-        finally:
-            self._tracing = True
-
-    def _begin(self, *moment: Any) -> None:
-        super()._begin(*moment)
-        self.trace.begin(self._moment)
-
-    def _remember(self, tensor: Tensor, size: int, kind: str) -> Storage:
-        storage = super()._remember(tensor, size, kind)
-        if self._tracing and kind != HOST:
-            self.trace.allocate(storage, self._held(storage.size, kind))
-        return storage
-
-    def _forget(self, key: int) -> None:
-        self.trace.free(self._storages[key])
-        super()._forget(key)
 
 
 def _reads_numbers(tensor: Tensor, kwargs: dict[str, Any]) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from mst_train.config import Config
 from mst_train.memory.allocator import Block, CachingAllocator, DeviceFull
 from mst_train.memory.devices import Device
-from mst_train.memory.simulate import layer_period, recorded, with_layers
-from mst_train.memory.trace import Depths, Request, requests
+from mst_train.memory.extrapolate import layer_period, traced_layers, with_layers
+from mst_train.memory.simulated_step import SimulatedStep
+from mst_train.memory.trace import Depths, Request, Trace, requests
 
 MOST_STEPS = 8
 """A replay that takes more from step to step ends here."""
@@ -21,6 +22,7 @@ def reserved_bytes(
     expandable: bool,
     gpus: int = 1,
     per_machine: int | None = None,
+    trace: Trace | None = None,
 ) -> int | None:
     """The most that torch's allocator holds in the steps of ``config``, from the first on.
 
@@ -30,24 +32,20 @@ def reserved_bytes(
 
     expandable: whether segments can grow. per_machine: as ``simulate`` takes it. None where ZeRO
     shares states out, whose buffers are not followed. A deep model's step is run at its length with
-    a few blocks, and what they ask for stands for all.
+    a few blocks, and what they ask for stands for all; trace: of it, where a simulation has one.
     """
     if gpus > 1 and config.parallel.zero_stage > 0:
         return None
-    layers, period = config.model.num_layers, layer_period(config.model)
-    shallow = _SHALLOW * period
-    if layers <= shallow or layers % period:
-        shallow = layers
-    before, step = recorded(config, device, with_layers(config, shallow), gpus, per_machine)
+    step = SimulatedStep.of(config, device, gpus=gpus, per_machine=per_machine)
+    few = traced_layers(config)
+    trace = trace or step.run(with_layers(config, few)).trace
+    assert trace is not None
+    depths = Depths(few, config.model.num_layers, layer_period(config.model))
     allocator = CachingAllocator(
         expandable=expandable, device_bytes=device.memory_bytes, capacity=capacity
     )
-    replay(allocator, before, requests(step, Depths(shallow, layers, period)))
+    replay(allocator, step.before(config), requests(trace, depths))
     return allocator.peak_reserved_bytes
-
-
-_SHALLOW = 4
-"""Blocks that differ by their place (simulate.py), and one that sees none but those between."""
 
 
 def replay(allocator: CachingAllocator, start: Sequence[Request], step: Sequence[Request]) -> None:

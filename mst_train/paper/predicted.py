@@ -6,7 +6,7 @@ Each piece tells ``advance`` what it computes now.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mst_train.memory.simulate import Build
+from mst_train.memory.simulated_step import Build
 from mst_train.paper.reported import MODELS, SEVERAL_GPUS, K, Reported
 from mst_train.plan.baseline import transformers_baseline
 from mst_train.plan.choose import longest, over_lengths

@@ -55,7 +55,7 @@ def _run(arguments: list[str]) -> int:
 def _plan(config: "PlanConfig") -> tuple[dict[str, Any], str]:
     """The report and what to show of it."""
     from mst_train.bar import bar as new_bar
-    from mst_train.memory.simulate import with_length
+    from mst_train.memory.extrapolate import with_length
     from mst_train.plan import buckets
     from mst_train.plan.before import announce
     from mst_train.plan.choose import choose, longest, over_lengths

@@ -18,7 +18,7 @@ from mst_train.errors import UserError
 from mst_train.memory.counter import StepCounter
 from mst_train.memory.devices import Device
 from mst_train.memory.fakes import SimulatedKernel
-from mst_train.memory.simulate import Build
+from mst_train.memory.simulated_step import Build
 from mst_train.model import Policy
 from mst_train.model.hf.config import write_config
 from mst_train.mst import Documents, Scores, attend

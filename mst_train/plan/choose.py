@@ -7,7 +7,8 @@ from itertools import chain
 
 from mst_train.config import AUTO, Config
 from mst_train.errors import UserError
-from mst_train.memory.simulate import Build, with_length
+from mst_train.memory.extrapolate import with_length
+from mst_train.memory.simulated_step import Build
 from mst_train.plan import buckets
 from mst_train.plan.candidates import leanest, levers, settings
 from mst_train.plan.predict import Prediction, Target, predict

@@ -10,7 +10,8 @@ from mst_train.distributed.exchange import Exchange, choose_exchange
 from mst_train.errors import UserError
 from mst_train.memory.devices import Device, device_bytes
 from mst_train.memory.reserved import reserved_bytes
-from mst_train.memory.simulate import Build, Simulation, fixed_bytes, simulate
+from mst_train.memory.simulate import Simulation, fixed_bytes, simulate
+from mst_train.memory.simulated_step import Build
 from mst_train.memory.tracker import KINDS
 from mst_train.model.flops import parameter_count
 from mst_train.plan.rates import rates
@@ -190,6 +191,7 @@ def with_reserved(prediction: Prediction, *, expandable: bool) -> Prediction:
         expandable=expandable,
         gpus=target.gpus,
         per_machine=target.per_machine,
+        trace=found.trace,
     )
     if reserved is None:
         return prediction

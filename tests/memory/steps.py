@@ -15,7 +15,7 @@ import torch
 import mst_kernels.row_blocks as row_blocks
 import mst_train.attention.cpu as kernels_cpu
 import mst_train.attention.tiled as kernels_tiled
-import mst_train.memory.simulate as simulate_module
+import mst_train.memory.extrapolate as extrapolate
 from mst_train.attention import select_attention
 from mst_train.config import (
     ACTIVATIONS,
@@ -53,7 +53,7 @@ class Portions:
     key_tile: int = kernels_tiled.TILES["cpu"][1]
     window_tile: int = kernels_cpu.WINDOW_TILE
     block_elements: int = row_blocks._CPU_BLOCK_ELEMENTS
-    keys_at_once: int = simulate_module.KEYS_AT_ONCE
+    keys_at_once: int = extrapolate.KEYS_AT_ONCE
 
     @contextmanager
     def used(self):
@@ -62,7 +62,7 @@ class Portions:
             patch.object(kernels_tiled, "TILES", tiles),
             patch.object(kernels_cpu, "WINDOW_TILE", self.window_tile),
             patch.object(row_blocks, "_CPU_BLOCK_ELEMENTS", self.block_elements),
-            patch.object(simulate_module, "KEYS_AT_ONCE", self.keys_at_once),
+            patch.object(extrapolate, "KEYS_AT_ONCE", self.keys_at_once),
             patch.object(kernels_tiled.TiledKernel, "keys_at_once", self.keys_at_once),
             patch.object(kernels_cpu.CpuKernel, "keys_at_once", self.keys_at_once),
         ):

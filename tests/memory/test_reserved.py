@@ -6,8 +6,10 @@ import pytest
 from mst_train.cli.compose import compose
 from mst_train.memory.allocator import CachingAllocator
 from mst_train.memory.devices import find_device
+from mst_train.memory.extrapolate import layer_period, traced_layers, with_layers
 from mst_train.memory.reserved import replay, reserved_bytes
-from mst_train.memory.simulate import layer_period, recorded, simulate, with_layers
+from mst_train.memory.simulate import simulate
+from mst_train.memory.simulated_step import SimulatedStep
 from mst_train.memory.trace import Depths, States, requests
 from mst_train.units import GIB, MIB
 
@@ -38,8 +40,9 @@ SETTINGS = [
 
 def replayed(config, shallow):
     """Allocators after the steps, one with segments that grow and one without."""
-    before, step = recorded(config, DEVICE, with_layers(config, shallow), gpus=1)
-    again = requests(step, Depths(shallow, config.model.num_layers, layer_period(config.model)))
+    step = SimulatedStep.of(config, DEVICE)
+    before, trace = step.before(config), step.run(with_layers(config, shallow)).trace
+    again = requests(trace, Depths(shallow, config.model.num_layers, layer_period(config.model)))
     found = []
     for expandable in (True, False):
         found.append(CachingAllocator(expandable=expandable, device_bytes=DEVICE.memory_bytes))
@@ -51,7 +54,7 @@ def replayed(config, shallow):
 def test_a_few_blocks_stand_for_all(arguments):
     """But for numbers of 512 bytes in an update, where each has its own."""
     config = compose(arguments)
-    few = replayed(config, 4 * layer_period(config.model))
+    few = replayed(config, traced_layers(config))
     every = replayed(config, config.model.num_layers)
     assert every[0].peak_allocated_bytes == simulate(config, DEVICE).allocated_bytes
     for one, other in zip(few, every, strict=True):
@@ -62,11 +65,12 @@ def test_a_few_blocks_stand_for_all(arguments):
 def test_states_are_made_by_the_first_update():
     """Of a block, in its backward, between what the backward needs; of the rest, likewise."""
     config = compose([*TINY, *IN_BACKWARD, "model.num_layers=2"])
-    before, step = recorded(config, DEVICE, config, gpus=1)
+    step = SimulatedStep.of(config, DEVICE)
+    before, trace = step.before(config), step.run(config).trace
     kinds = simulate(config, DEVICE).breakdown
     assert sum(size for size in before if size > 0) == kinds["parameters"]
     blocks, sizes = [], 0
-    for moment, events in step.parts.items():
+    for moment, events in trace.parts.items():
         for event in events:
             if isinstance(event, States):
                 assert moment[1] == "backward"

@@ -6,10 +6,9 @@ import torch
 from mst_train.config import Config
 from mst_train.data import Batch
 from mst_train.engine import NativeEngine, step
-from mst_train.memory import simulate as simulate_module
 from mst_train.memory.counter import StepCounter
 from mst_train.memory.devices import find_device
-from mst_train.memory.simulate import build_decoder
+from mst_train.memory.simulated_step import build_decoder, build_ready_optimizer
 from mst_train.model import Policy
 from mst_train.plan.config import read
 
@@ -45,7 +44,7 @@ def waits_of_a_step(config: Config):
     batches = [Batch(tokens, tokens, positions, None)] * config.train.accumulation_steps
     with Waits() as counter:
         model = build_decoder(config, Policy.from_config(config.memory), dtype, device, counter)
-        engine = NativeEngine(model, simulate_module._optimizer(model, config, counter))
+        engine = NativeEngine(model, build_ready_optimizer(model, config, counter))
         counter.waits.clear()
         step.train_step(engine, batches, 1e-3, config.optimizer.max_grad_norm)
     return counter.waits

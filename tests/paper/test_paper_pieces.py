@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from mst_train.memory.simulate import with_length
+from mst_train.memory.extrapolate import with_length
 from mst_train.paper import __main__ as command
 from mst_train.paper import pieces, predicted
 from mst_train.paper.reported import MODELS, SEVERAL_GPUS, K

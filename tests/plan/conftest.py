@@ -4,9 +4,10 @@ from dataclasses import fields, replace
 
 import pytest
 
+import mst_train.memory.extrapolate as extrapolate
 import mst_train.memory.fakes as stand_ins
-import mst_train.memory.simulate as simulate_module
 from mst_train.config import Config, RunConfig
+from mst_train.memory.simulated_step import SimulatedStep
 
 
 @pytest.fixture(scope="session")
@@ -18,18 +19,17 @@ def known():
 @pytest.fixture(autouse=True)
 def simulated_once(known, monkeypatch):
     """What a step takes depends on neither its run's name nor what it is held against."""
-    run = simulate_module._run
+    run = SimulatedStep.run
 
-    def once(*arguments):
-        policy, dtype, device, *rest, config = arguments
-        device = replace(device, memory_bytes=0)
+    def once(step, config):
+        device = replace(step.device, memory_bytes=0)
         memory = replace(config.memory, device_budget_gib=None, host_budget_gib=None)
         settings = {field.name: getattr(config, field.name) for field in fields(Config)}
-        config = Config(**settings | {"run": RunConfig(), "memory": memory})
-        blocks = simulate_module.KEYS_AT_ONCE, stand_ins.KEYS_AT_ONCE
-        key = repr((policy, dtype, device, rest, config, blocks))
+        plain = Config(**settings | {"run": RunConfig(), "memory": memory})
+        blocks = extrapolate.KEYS_AT_ONCE, stand_ins.KEYS_AT_ONCE
+        key = repr((replace(step, device=device), plain, blocks))
         if key not in known:
-            known[key] = run(*arguments)
+            known[key] = run(step, config)
         return known[key]
 
-    monkeypatch.setattr(simulate_module, "_run", once)
+    monkeypatch.setattr(SimulatedStep, "run", once)

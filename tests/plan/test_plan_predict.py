@@ -7,11 +7,13 @@ import json
 import pytest
 import torch
 
+import mst_train.memory.extrapolate as extrapolate
 import mst_train.memory.fakes as stand_ins
-import mst_train.memory.simulate as simulate_module
 from mst_train.distributed.exchange import busiest, choose_exchange, sent_bytes
 from mst_train.memory.devices import DEVICES, find_device
-from mst_train.memory.simulate import simulate, with_length
+from mst_train.memory.extrapolate import with_length
+from mst_train.memory.simulate import simulate
+from mst_train.memory.simulated_step import SimulatedStep
 from mst_train.memory.tracker import KINDS
 from mst_train.model.flops import parameter_count, training_flops
 from mst_train.mst import attention_chunk
@@ -79,8 +81,8 @@ def in_full(monkeypatch):
 
     def run(config, device):
         with monkeypatch.context() as patch:
-            patch.setattr(simulate_module, "_SHALLOW", 10**6)
-            patch.setattr(simulate_module, "_MANY_CHUNKS", 10**9)
+            patch.setattr(extrapolate, "_SHALLOW", 10**6)
+            patch.setattr(extrapolate, "_MANY_CHUNKS", 10**9)
             return simulate(config, device)
 
     return run
@@ -126,15 +128,16 @@ def test_deep_models_are_extrapolated_exactly(in_full, arguments):
     ],
 )
 def test_long_sequences_are_extrapolated_exactly(in_full, monkeypatch, given, tokens, expected):
-    for module in (simulate_module, stand_ins, attention_chunk):
+    for module in (extrapolate, stand_ins, attention_chunk):
         monkeypatch.setattr(module, "KEYS_AT_ONCE", 1024)
     arguments = ["model=llama_tiny", "model.num_layers=1", f"data.sequence_length={tokens}"]
     arguments += ["memory.block_chunk_tokens=512", "memory.head_chunk_tokens=256", *given]
+    arguments += ["precision=bf16"]  # in fp32 attention is torch's own, which has no chunks
     if tokens == 32768:
-        arguments += ["parallel.sequence_parallel=2", "precision=bf16"]
+        arguments += ["parallel.sequence_parallel=2"]
     config, device = read(arguments), find_device("a100_80gb")
-    exchange, policy = choose_exchange(config, 2, "cuda"), simulate(config, device).policy
-    assert simulate_module._shorter_lengths(config, policy, False, exchange) == expected
+    step = SimulatedStep.of(config, device, per_machine=2)
+    assert extrapolate._shorter_lengths(step, config) == expected
     assert_same(simulate(config, device), in_full(config, device))
 
 

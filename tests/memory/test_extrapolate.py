@@ -1,0 +1,61 @@
+"""A few blocks stand for many: random settings, against steps of the depth that they have."""
+
+import random
+from dataclasses import asdict, replace
+
+import pytest
+from steps import describe, random_step
+
+import mst_train.memory.extrapolate as extrapolate
+from mst_train.memory.devices import find_device
+from mst_train.memory.simulate import simulate
+
+DEVICES = (find_device("cpu"), find_device("a100_80gb"))
+
+
+def deep_step(seed):
+    """A random step of enough blocks to be extrapolated, its device and how many share it."""
+    step, draw = random_step(seed), random.Random(-seed)
+    config = step.config
+    device = DEVICES[config.kernel.attention != "cpu" and draw.random() < 0.5]
+    period = extrapolate.layer_period(config.model)
+    layers = period * draw.randint(-(-7 // period), -(-9 // period))
+    config = replace(config, model=replace(config.model, num_layers=layers))
+    gpus = draw.choice([1, 1, 4])
+    if gpus > 1 and not config.optimizer.in_backward and config.precision != "bf16":
+        zero = replace(config.parallel, zero_stage=draw.randint(0, 3))
+        config = replace(config, parallel=zero)
+    return replace(step, config=config), device, gpus
+
+
+def found(step, device, gpus):
+    with step.portions.used():
+        found = simulate(step.config, device, gpus=gpus, cu_seqlens=step.cu_seqlens)
+    return found.allocated_bytes, found.host_bytes, found.breakdown, asdict(found.work)
+
+
+def at_full_depth(monkeypatch, *arguments):
+    with monkeypatch.context() as patch:
+        patch.setattr(extrapolate, "_SHALLOW", 10**6)
+        return found(*arguments)
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(12), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 60))]
+)
+def test_a_few_blocks_stand_for_all(monkeypatch, seed):
+    step = deep_step(seed)
+    assert found(*step) == at_full_depth(monkeypatch, *step), describe(step[0])
+
+
+@pytest.mark.parametrize(
+    ("seed", "name", "mistake"),
+    [(2, "layer_period", lambda _: 1), (44, "layer_period", lambda _: 1), (13, "AHEAD", 0)],
+    ids=["period, plain", "period, offloaded", "ahead"],
+)
+def test_a_mistake_would_be_seen(monkeypatch, seed, name, mistake):
+    """Blocks of two kinds taken for alike, and what comes back from the host ahead forgotten."""
+    step = deep_step(seed)
+    expected = at_full_depth(monkeypatch, *step)
+    monkeypatch.setattr(extrapolate, name, mistake)
+    assert found(*step) != expected
