@@ -123,8 +123,8 @@ class SimulatedStep:
         batches = _batches(config, cu_seqlens)
         with self._counter(config) as counter, simulated_device(self.device.kind):
             engine, model = self._ready(config, counter)
-            counter.reset()
             with _states_noted(engine, model, counter):
+                counter.reset()
                 train_step(engine, batches, 0.0, config.optimizer.max_grad_norm)
             counter.end_moment()
         repeated = config.train.accumulation_steps / len(batches)
