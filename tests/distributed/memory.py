@@ -1,6 +1,7 @@
 """What a process does in the tests of memory: its live bytes in a step."""
 
 import gc
+from dataclasses import replace
 
 import torch
 
@@ -34,18 +35,35 @@ POLICIES = {
 }
 
 
-def peak_bytes(degrees, exchange):
+def peak_bytes(degrees):
     """The peak of forward and backward beyond weights and gradients, by policy and degree."""
     with init_distributed(Config()) as everybody:
         return {
-            name: [peak(policy, degree, exchange, everybody) for degree in degrees]
+            name: [peak(policy, degree, "heads", everybody) for degree in degrees]
             for name, policy in POLICIES.items()
         }
 
 
-def peak(policy, degree, exchange, everybody):
+WIDE_HEADS = replace(MODEL, num_layers=1, num_heads=4, head_size=64)
+"""Attention has the peak."""
+
+
+def bytes_per_token(degrees, lengths):
+    """What a peak grows by with each token of the sequence, where keys are exchanged."""
+    policy = replace(POLICIES["mst"], block_chunk_tokens=64)
+    with init_distributed(Config()) as everybody:
+        grown = []
+        for degree in degrees:
+            shorter, longer = (
+                peak(policy, degree, "keys", everybody, WIDE_HEADS, length) for length in lengths
+            )
+            grown.append((longer - shorter) / (lengths[1] - lengths[0]))
+        return grown
+
+
+def peak(policy, degree, exchange, everybody, shape=MODEL, length=LENGTH):
     config = Config(
-        model=MODEL,
+        model=shape,
         parallel=ParallelConfig(
             sequence_parallel=degree, sequence_exchange=exchange, exchange_heads=1
         ),
@@ -55,11 +73,11 @@ def peak(policy, degree, exchange, everybody):
     alone = SharedSequence(Places(), GroupTransport(None), GroupTransport(None))
     local = select_attention("cpu", CPU, torch.float32)
     attention = shared(local, topology.sharing or alone, CPU)
-    model = build_model(MODEL, policy=policy, attention=attention)
+    model = build_model(shape, policy=policy, attention=attention)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    tokens = torch.zeros(1, LENGTH, dtype=torch.int64)
-    batch = topology.part_of(Batch(tokens, tokens, torch.arange(LENGTH)[None]))
+    tokens = torch.zeros(1, length, dtype=torch.int64)
+    batch = topology.part_of(Batch(tokens, tokens, torch.arange(length)[None]))
     peaks = []
     for _ in range(3):  # gloo's threads may let go of a buffer late
         with MemoryTracker() as tracker:

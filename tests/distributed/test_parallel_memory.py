@@ -1,7 +1,7 @@
 """What several processes hold: 1/P of the activations each, and what the planner predicts."""
 
 import pytest
-from memory import LENGTH, MODEL, peak_bytes, step_peaks
+from memory import WIDE_HEADS, bytes_per_token, peak_bytes, step_peaks
 from processes import run
 
 from mst_train.cli.compose import compose
@@ -102,7 +102,7 @@ SETTINGS_OF_FOUR = {name: [*SMALL, *given] for name, given in OF_FOUR.items()}
 
 @pytest.mark.slow
 def test_activations_are_shared_out(tmp_path):
-    for found in run(peak_bytes, 4, tmp_path, degrees=DEGREES, exchange="heads"):
+    for found in run(peak_bytes, 4, tmp_path, degrees=DEGREES):
         assert found.keys() == {"vanilla", "recompute", "mst"}
         for policy, peaks in found.items():
             for degree, peak in zip(DEGREES, peaks, strict=True):
@@ -111,14 +111,12 @@ def test_activations_are_shared_out(tmp_path):
 
 @pytest.mark.slow
 def test_but_for_the_keys_that_a_group_sees(tmp_path):
-    """Of one head, keys, values and their gradients, as the kernel gives them and their sum; keys
-    and values of the next one, which are on their way.
-    """
-    head = LENGTH * MODEL.head_dim * 4
-    for found in run(peak_bytes, 4, tmp_path, degrees=DEGREES, exchange="keys"):
-        for policy, peaks in found.items():
-            for degree, peak in zip(DEGREES, peaks, strict=True):
-                assert peak < 1.1 * peaks[0] / degree + 8 * head, policy
+    """Of one head: keys and values, those of the next, on their way, and gradients in fp32."""
+    group = (2 + 2 + 2) * WIDE_HEADS.head_dim * 4
+    found = run(bytes_per_token, 4, tmp_path, degrees=(2, 4), lengths=(1024, 2048))
+    two, four = found[0]  # the first process sees all keys
+    assert 2 * four - two == pytest.approx(group, rel=0.05)
+    assert four < group + 1.1 * (two - group) / 2
 
 
 @pytest.fixture(scope="module")

@@ -80,8 +80,16 @@ class KeyMap:
             What waits for them: for each span keys and values, [B, R, K, E] each.
         """
         nodes = range(transport.processes)
+        cut: dict[tuple[int, int], list[Tensor]] = {}  # once for all who want the same
+
+        def at(source: slice) -> list[Tensor]:
+            place = source.start, source.stop
+            if place not in cut:
+                cut[place] = [tensor[:, source].contiguous() for tensor in own]
+            return cut[place]
+
         sent = [
-            [tensor[:, move.source] for move in self._moves(self._node, node) for tensor in own]
+            [tensor for move in self._moves(self._node, node) for tensor in at(move.source)]
             for node in nodes
         ]
         found = [(_rows(own[0], span), _rows(own[1], span)) for span in self.spans]
