@@ -21,6 +21,7 @@ import yaml
 
 from mst_train.checkpoint.files import find_checkpoint, own_checkpoints
 from mst_train.config import AUTO, Config, leaves, lookup
+from mst_train.data.corpus import prepared_folder
 from mst_train.errors import InUse, UserError
 from mst_train.files import expanded, is_at, writing, writing_to
 
@@ -160,7 +161,9 @@ def check_continuation(before: dict[str, Any], config: Config, checkpoint: Path)
             continue
         if key == "data.source" and lookup(before, "data.mixture"):
             continue  # which it has not read
-        if _is_among(key, FIXED):
+        # A prepared folder may have moved: what it holds is compared when it is opened.
+        moved = key == "data.source" and prepared_folder(new) is not None
+        if _is_among(key, FIXED) and not moved:
             refused.append(
                 f"{key}={new}, but {checkpoint} was made with {old}: put it back, or start anew "
                 f"with another run.name (run.init_from={checkpoint} takes its weights along)"

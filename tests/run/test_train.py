@@ -22,6 +22,7 @@ from mst_train.engine.step import BadStep, evaluate, train_step
 from mst_train.errors import InUse, TrainingError, UserError
 from mst_train.model import Policy, build_model
 from mst_train.optim import InBackwardOptimizer, Optimizer
+from mst_train.prepare.__main__ import main as prepare
 from mst_train.run.train import train
 
 
@@ -326,6 +327,26 @@ def test_resuming_as_another_run_is_refused(small_config, change, setting, value
     train(change(small_config, **{"train.steps": 2}))
     with pytest.raises(UserError, match=f"{setting}={value}, but .* was made with"):
         train(change(small_config, **{setting: value}))
+
+
+def test_a_prepared_folder_may_move(small_config, change, corpus, tmp_path, caplog):
+    def prepared(name, source, tokenizer):
+        folder = tmp_path / name
+        arguments = [f"data.source={source}", tokenizer, "prepare.workers=1"]
+        assert prepare([*arguments, f"prepare.output={folder}"]) == 0
+        return folder
+
+    first = prepared("first", corpus, "data.tokenizer_vocab_size=512")
+    config = change(small_config, **{"data.source": str(first)})
+    train(change(config, **{"train.steps": 2}))
+    moved = first.rename(tmp_path / "second")
+    train(change(config, **{"data.source": str(moved), "train.steps": 4}))
+    assert list(losses(config)) == [1, 2, 3, 4]
+    assert f"data.source is {moved} now and was {first}" in caplog.text
+    (tmp_path / "text.txt").write_text("other words " * 2000)
+    other = prepared("other", tmp_path / "text.txt", f"data.tokenizer={moved}")
+    with pytest.raises(UserError, match=r"data\.source holds other documents"):
+        train(change(config, **{"data.source": str(other), "train.steps": 6}))
 
 
 def test_a_harmless_change_is_a_warning(small_config, change, caplog):
