@@ -12,7 +12,7 @@ import torch
 from mst_train.attention import Attention, select_kernels
 from mst_train.checkpoint.files import find_checkpoints, held
 from mst_train.checkpoint.form import load_progress, load_weights
-from mst_train.cli.compose import compose, recompose
+from mst_train.cli.compose import check_arguments, compose, recompose
 from mst_train.cli.run_folder import run_folder
 from mst_train.cli.settings import Settings
 from mst_train.config import Config, leaves
@@ -112,6 +112,7 @@ def trained_model(arguments: Sequence[str]) -> Iterator[TrainedModel]:
         raise UserError(
             f"cannot use {' '.join(changed)}: the model and its type are the checkpoint's"
         )
+    check_arguments(arguments)
     names_run = ("run.", "experiment=")
     named = [a for a in arguments if a.lstrip("+").startswith(names_run)]
     run = run_folder(compose(named).run.dir, named)

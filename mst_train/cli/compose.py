@@ -161,6 +161,13 @@ def _length_problems(tree: Mapping[str, Any], typed: Collection[str]) -> Iterato
         )
 
 
+def check_arguments(arguments: Sequence[str]) -> None:
+    """UserError with what cannot be read among the arguments, and with unknown settings."""
+    _, problems = _read(config_folders(), Settings(Config), arguments)
+    if problems:
+        raise UserError(problems)
+
+
 def warn_of_unused(arguments: Sequence[str], used: tuple[str, ...]) -> None:
     """Say which of the arguments do nothing for a command that reads these settings alone.
 
@@ -261,7 +268,8 @@ def _parsed(parser: OverridesParser, argument: str) -> tuple[str, Override]:
         except ValueError as error:  # of a number with thousands of digits
             problem = _first_line(error)
             break
-    raise UserError(f"cannot read '{shown(argument)}': expected key=value ({problem})")
+    reason = f" ({problem})" if texts[1:] else ": --help lists the settings"
+    raise UserError(f"cannot read '{shown(argument)}': expected key=value{reason}")
 
 
 def _levels(text: str) -> int:

@@ -7,7 +7,7 @@ YAML file has them, into its dataclasses.
 import difflib
 import math
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Generic, TypeVar, get_args, get_origin
@@ -140,7 +140,7 @@ def _fitted(kind: Any, key: str, value: Any, problems: list[str]) -> Any:
         if isinstance(value, (list, tuple)):
             (item,) = get_args(kind)
             return [_fitted(item, f"{key}[{i}]", v, problems) for i, v in enumerate(value)]
-        problems.append(f"{key}={shown(value)} is not a list, such as [a,b]")
+        problems.append(f"{key}={shown(value)} is not a list: put it in brackets, such as [a,b]")
     elif is_dataclass(kind):
         return _part(kind, key, value, problems)
     elif get_origin(kind) is dict:
@@ -249,5 +249,25 @@ _SCALARS: dict[Any, Callable[[Any], Any]] = {int: _whole, float: _number, bool: 
 
 
 def _instead(name: str, names: Iterable[str], otherwise: str) -> str:
-    close = difflib.get_close_matches(name[:200], names, n=1)
-    return f"did you mean {close[0]}?" if close else f"see {otherwise}"
+    """A hint at what was meant by ``name``: a setting of the same group, else of any."""
+    group, _, last = name[:200].rpartition(".")
+    keys = list(names)
+    near = [key for key in keys if key.rpartition(".")[0] == group]
+    tried = ((keys, 1), (near, 0.6), (keys, 0.8))
+    close = next(filter(None, (_closest(last, among, cutoff) for among, cutoff in tried)), None)
+    close = close or next(iter(difflib.get_close_matches(name[:200], keys, 1, 0.8)), None)
+    return f"did you mean {close}?" if close else f"see {otherwise}"
+
+
+def _closest(name: str, keys: Sequence[str], cutoff: float) -> str | None:
+    """The key whose last part is ``name`` to this extent, else the only one whose words begin with
+    its letters (lr), else, if any likeness counts, one with such a word (length)."""
+    lasts = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    if close := difflib.get_close_matches(name, lasts, 1, cutoff):
+        return lasts[close[0]]
+    short = [last for last in lasts if "".join(w[:1] for w in last.split("_")).endswith(name)]
+    if len(name) > 1 and len(short) == 1:
+        return lasts[short[0]]
+    words = {word: last for last in lasts for word in last.split("_")} if cutoff < 1 else {}
+    close = difflib.get_close_matches(name, words, 1, 0.8)
+    return lasts[words[close[0]]] if close else None

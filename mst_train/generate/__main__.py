@@ -107,6 +107,7 @@ def _read(arguments: list[str]) -> tuple[_Asked, list[str]]:
     try:
         prompt = _text(given["prompt"])
     except KeyError:
+        problems += [f"cannot read '{a:.80}': expected key=value" for a in settings if "=" not in a]
         problems.append("prompt is missing: give prompt=TEXT, or prompt=- for standard input")
     except UnicodeError:
         problems.append("prompt is no text: give it in UTF-8")

@@ -54,3 +54,9 @@ def test_without_other_runs_the_command_says_what_it_lacks(tmp_path, caplog):
     caplog.set_level(logging.INFO, "mst_train")
     assert run_folder(str(tmp_path / "tiny"), []) == tmp_path / "tiny"
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("command", [evaluate, lambda given: generate([*given, "prompt=x"])])
+def test_an_unknown_setting_is_told_before_a_run_that_is_missing(command, capsys):
+    assert command(["new_token=3"]) == 2
+    assert "new_token is not a setting" in capsys.readouterr().err

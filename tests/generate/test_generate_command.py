@@ -95,6 +95,7 @@ def test_it_ends_where_a_document_does_or_with_what_there_is(trained, generated,
     ("arguments", "messages"),
     [
         ([], ["prompt is missing"]),
+        (["hello"], ["cannot read 'hello': expected key=value", "prompt is missing"]),
         (["prompt=\udcff"], ["prompt is no text"]),
         (
             ["prompt=x", "new_tokens=1.5", "temperature=-1", "top_p=nan", "seed=a"],
