@@ -23,8 +23,8 @@ def render(predictions: Sequence[Prediction], notes: Sequence[str], width: int =
     text = io.StringIO()
     console = Console(file=text, width=width, force_terminal=False, color_system=None)
     body = _one(predictions[0]) if len(predictions) == 1 else _several(predictions)
-    console.print(Group(body, *(Text(note, overflow="ignore", no_wrap=True) for note in notes)))
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+    console.print(body)
+    return "\n".join([*(line.rstrip() for line in text.getvalue().splitlines()), *notes])
 
 
 def _one(prediction: Prediction) -> Group:

@@ -9,6 +9,7 @@ from mst_train.plan.candidates import levers, settings
 from mst_train.plan.choose import choose, describe
 from mst_train.plan.config import configured_target, read
 from mst_train.plan.predict import predict
+from mst_train.plan.show import render
 from mst_train.run.train import train
 
 AUTO = ["model=llama_bench", "plan.device=cpu", "memory.policy=auto"]
@@ -22,6 +23,8 @@ def choice(*arguments):
 
 def test_the_fastest_that_fits():
     found = choice("data.sequence_length=1024")
+    shown = render([found.chosen], ["", "what was compared, " * 10 + "chosen"])
+    assert shown.endswith("compared, chosen")
     fitting = [p for p in found.compared if p.fits]
     assert found.chosen.seconds == min(p.seconds for p in fitting)
     assert found.chosen.config.memory.policy in ("vanilla", "mst")
