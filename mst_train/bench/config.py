@@ -7,6 +7,7 @@ from mst_train.cli.compose import compose_as
 from mst_train.config import Config
 from mst_train.config.rules import at_least
 from mst_train.config.schema import MOST_PROCESSES, MOST_TOKENS, choice
+from mst_train.errors import UserError
 
 BENCHES = ("none", "step", "systems", "peers", "short", "max_sequence")
 
@@ -46,7 +47,14 @@ class BenchConfig(Config):
 
 def read(arguments: Sequence[str]) -> BenchConfig:
     """The configuration that the arguments make; UserError with every problem found."""
-    return compose_as(BenchConfig, arguments, _problems)
+    config = compose_as(BenchConfig, arguments, _problems)
+    given = [a for a in arguments if a.lstrip("+").startswith("data.sequence_length=")]
+    if given and config.bench.lengths:
+        raise UserError(
+            f"{given[-1].lstrip('+')} has no effect: the bench measures bench.lengths="
+            f"{config.bench.lengths}: set that instead"
+        )
+    return config
 
 
 def _problems(config: BenchConfig) -> Iterator[str]:

@@ -125,6 +125,7 @@ def test_a_file_that_is_no_result_is_refused(tmp_path, capsys, text):
         (["+bench=step", "bench.repetition=3"], "bench.repetition is not a setting"),
         (["+bench=step", "bench.repetitions=0"], "bench.repetitions=0 must be at least 1"),
         (["+bench=step", "bench.lengths=[0]"], "bench.lengths=0 must be at least 2"),
+        (["+bench=step", "data.sequence_length=64"], "the bench measures bench.lengths=[8192]"),
         (["+bench=step", "bench.output=xml"], "bench.output=xml is not one of table, json"),
         (["+bench=step", "bench.variants=[nobody]"], "bench.variants names nobody"),
         (["+bench=step", "model.num_heads=3"], "model.num_heads=3"),
