@@ -48,3 +48,12 @@ class Autocast:
         if self.dtype is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
             return tensor
         return tensor.to(self.dtype)
+
+
+def check_tensors(**arguments: Tensor) -> None:
+    """TypeError where one is none, such as a linear layer in the place of its weight."""
+    for name, given in arguments.items():
+        if not isinstance(given, Tensor):
+            weight = isinstance(getattr(given, "weight", None), Tensor)
+            hint = ": give its weight" if weight else ""
+            raise TypeError(f"{name} is a {type(given).__name__}, not a tensor{hint}")

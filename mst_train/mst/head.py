@@ -17,7 +17,7 @@ from torch.autograd.function import FunctionCtx
 
 from mst_kernels import cross_entropy_
 from mst_train.mst.accumulate import WeightGradient
-from mst_train.mst.autocast import Autocast
+from mst_train.mst.autocast import Autocast, check_tensors
 from mst_train.mst.autograd import first_order_only
 from mst_train.mst.chunking import chunk_slices, resolve_chunk_tokens
 
@@ -93,6 +93,7 @@ def mini_sequence_cross_entropy(
 
     Raises:
         ValueError: shapes that do not fit each other, an unusable chunk size.
+        TypeError: a module in the place of its weight.
         RuntimeError: a second backward through the same result (its gradients are gone).
 
     Memory: one chunk of logits, and until the backward the gradients of hidden and weight; the
@@ -100,6 +101,7 @@ def mini_sequence_cross_entropy(
     it the product of the chunk that is added, [V, D] in their own type. Under ``torch.no_grad``, or
     where neither input needs a gradient, no gradient is computed or held.
     """
+    check_tensors(hidden=hidden, weight=weight, labels=labels)
     autocast = Autocast.here(hidden.device)
     hidden, weight = autocast.cast(hidden), autocast.cast(weight)
     chunk = _chunk_size(hidden, weight, labels, chunk_tokens)
@@ -134,6 +136,7 @@ def mini_sequence_losses(
     Arguments and errors as in ``mini_sequence_cross_entropy``, which gives the sum of these losses.
     They are fp32 (fp64 for fp64 input), and 0 where the label is ``ignore_index``.
     """
+    check_tensors(hidden=hidden, weight=weight, labels=labels)
     autocast = Autocast.here(hidden.device)
     hidden, weight = autocast.cast(hidden), autocast.cast(weight)
     chunk_size = _chunk_size(hidden, weight, labels, chunk_tokens)

@@ -23,7 +23,7 @@ from torch import Tensor
 from mst_kernels import glu_backward_, glu_forward
 from mst_kernels.glu import ACTIVATIONS
 from mst_train.mst.accumulate import WeightGradient
-from mst_train.mst.autocast import Autocast
+from mst_train.mst.autocast import Autocast, check_tensors
 from mst_train.mst.autograd import first_order_only
 from mst_train.mst.chunking import chunk_slices, resolve_chunk_tokens
 
@@ -84,12 +84,14 @@ def mini_sequence_mlp(
 
     Raises:
         ValueError: shapes that do not fit each other, an unknown activation or chunk size.
+        TypeError: a module in the place of its weight.
 
     Memory: input and output, and the intermediates of one chunk (two arrays of [C, F] in the
     forward, three in the backward); the backward also holds the weights' gradients, in fp32 while
     they are summed. Recomputation: the gate and up products, so 11 products in all where the
     standard MLP has 9.
     """
+    check_tensors(x=x, gate_weight=gate_weight, up_weight=up_weight, down_weight=down_weight)
     if gate_weight.ndim != 2:
         raise ValueError(f"gate_weight {tuple(gate_weight.shape)} must be [F, D]")
     intermediate, hidden = gate_weight.shape

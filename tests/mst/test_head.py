@@ -187,6 +187,14 @@ def test_evaluation_holds_no_gradient():
     assert extra < min(weight_bytes, hidden_bytes)
 
 
+def test_a_module_is_no_weight():
+    hidden, weight, labels = make_inputs(12)
+    with pytest.raises(TypeError, match="weight is a Linear, not a tensor: give its weight"):
+        mini_sequence_cross_entropy(hidden, torch.nn.Linear(*weight.shape), labels)
+    with pytest.raises(TypeError, match="labels is a list, not a tensor"):
+        mini_sequence_cross_entropy(hidden, weight, labels.tolist())
+
+
 def test_shapes_that_do_not_fit():
     hidden, weight, labels = make_inputs(12)
     with pytest.raises(ValueError, match=r"hidden .* and weight .* do not fit"):

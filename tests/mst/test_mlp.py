@@ -161,6 +161,13 @@ def test_unusable_options(change, message):
         mini_sequence_mlp(*make_inputs((4,)), **change)
 
 
+def test_a_module_is_no_weight():
+    x, gate, up, down = make_inputs((4,))
+    message = "up_weight is a Linear, not a tensor: give its weight"
+    with pytest.raises(TypeError, match=message):
+        mini_sequence_mlp(x, gate, torch.nn.Linear(*up.shape), down)
+
+
 def test_shapes_that_do_not_fit():
     x, gate, up, down = make_inputs((4,))
     with pytest.raises(ValueError, match="do not fit"):
