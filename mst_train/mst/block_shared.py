@@ -78,10 +78,11 @@ class SharedSchedule:
                 )
             if qkv is None:  # no sooner: they need not be there beside a chunk's intermediates
                 qkv = self._projected(x_BLD, arguments)
-            self._attention.backward(out_BLHE, qkv, attended, into=qkv)
-            del out_BLHE
+            given = [out_BLHE, *qkv]  # it alone, so that they can go
+            del out_BLHE, qkv
+            gradients = self._attention.backward(given, attended, overwrite=True)
             for chunk in reversed(call.chunks):
-                cut = [t[:, chunk] for t in qkv]
+                cut = [t[:, chunk] for t in gradients]
                 self._before_attention_backward(
                     x_BLD[:, chunk], arguments, chunk, cut, dx_BLD[:, chunk], sums
                 )

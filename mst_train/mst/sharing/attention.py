@@ -72,15 +72,13 @@ class _Attend(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
-        into = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
-        ctx.attention.backward(dout, (q, k, v), kept, into)
-        return *into, None
+        return *ctx.attention.backward([dout, q, k, v], kept, overwrite=False), None
 
 
 class _Opened(NamedTuple):
     """A group of heads, ready to be attended with.
 
-    rows: queries, and in the backward the result's gradient, [B, N, heads, E] each. spans: of each
+    rows: in the backward the result's gradient; queries: [B, N, heads, E] each. spans: of each
     span of keys (``KeyMap``), keys and values. own: keys and values at the node's positions.
     """
 
@@ -129,7 +127,7 @@ class SharedAttention:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         kept: list[Tensor] = []
         closing = _nothing
-        for group, opened in self._opened((q,), (k, v)):
+        for group, opened in self._opened([q, k, v], rows=1):
             result, lse = self._attend(opened)
             del opened
             closing()
@@ -147,41 +145,48 @@ class SharedAttention:
             self._to_positions(group, [result], [], [out])()
         return out
 
-    def backward(
-        self,
-        dout: Tensor,
-        qkv: Sequence[Tensor],
-        kept: list[Tensor],
-        into: Sequence[Tensor],
-    ) -> None:
+    def backward(self, given: list[Tensor], kept: list[Tensor], *, overwrite: bool) -> list[Tensor]:
         """The gradients of q, k and v.
 
         Args:
-            dout: [B, L, H, E].
-            qkv: as ``forward`` took them.
+            given: the result's gradient, [B, L, H, E], and q, k and v as ``forward`` took them;
+                emptied as soon as other processes have their heads.
             kept: as ``forward`` gave it; emptied.
-            into: where they are written. It may be q, k and v themselves: a group's are written
-                after all of its were read.
+            overwrite: whether gradients may be written where q, k and v are, each group's after all
+                of its were read.
+
+        Memory: where all heads are exchanged at once, a process's positions of them are not there
+        while it attends.
         """
-        (q, k, v), closing = qkv, _nothing
-        for group, opened in self._opened((q, dout), (k, v)):
+        overwrite &= len(self._groups) > 1 or self.sharing.places.heads == 1
+        shapes = [t.shape for t in given[1:]]
+        into = given[1:] if overwrite else []
+        closing = _nothing
+        for group, opened in self._opened(given, rows=2):
             result, lse = kept.pop(0), kept.pop(0)
             dq, dk, dv = self._attend_backward(opened, result, lse)
             del opened, result, lse
             closing()
+            into = into or [dq.new_empty(shape) for shape in shapes]
             closing = self._to_positions(group, [dq], [dk, dv], into)
             del dq, dk, dv
         closing()
+        return into
 
-    def _opened(
-        self, rows: Sequence[Tensor], keys_values: Sequence[Tensor]
-    ) -> Iterator[tuple[Sequence[Share], _Opened]]:
-        """Each group of heads; the next one's tensors are on their way."""
+    def _opened(self, given: list[Tensor], rows: int) -> Iterator[tuple[Sequence[Share], _Opened]]:
+        """Each group of heads; the next one's tensors are on their way.
+
+        given: so many that queries have rows in, keys and values; emptied when the last are sent.
+        """
         following = [*self._groups[1:], None]
-        pending = self._open(self._groups[0], rows, keys_values)
+        pending = self._open(self._groups[0], given[:rows], given[rows:])
         for group, after in zip(self._groups, following, strict=True):
             opened = [pending()]
-            pending = _nothing if after is None else self._open(after, rows, keys_values)
+            if after is None:
+                pending = _nothing
+                given.clear()
+            else:
+                pending = self._open(after, given[:rows], given[rows:])
             yield group, opened.pop()  # which then is the caller's alone
 
     def _open(
@@ -238,7 +243,7 @@ class SharedAttention:
         self, opened: _Opened, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of a group's queries, keys and values at the node's positions."""
-        q, dout = opened.rows
+        dout, q = opened.rows
         spans = [self._for_each_reader(pair) for pair in opened.spans]
         opened.spans.clear()
         if self.sharing.places.keys == 1:
