@@ -29,13 +29,12 @@ def train(config: Config) -> dict[str, Any]:
         start = find_start(config, topology)
         length = start.config.train
         if start.progress["step"] >= length.steps:
+            step, key = start.progress["step"], "steps" if length.tokens is None else "tokens"
+            come = f"come to step {step} of {length.steps} and is finished"
+            if step > length.steps:
+                come = f"already come to step {step}, beyond train.{key}={getattr(length, key)}"
             log.info(
-                "the run in %s has come to step %d of %d and is finished: set train.%s higher to "
-                "go on",
-                start.folder.path,
-                start.progress["step"],
-                length.steps,
-                "steps" if length.tokens is None else "tokens",
+                "the run in %s has %s: set train.%s higher to go on", start.folder.path, come, key
             )
             return finished_before(start)
         with running(set_up(start)) as run:
