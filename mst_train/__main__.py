@@ -5,7 +5,6 @@ import sys
 import textwrap
 from importlib.util import find_spec
 
-from mst_train import __version__
 from mst_train.cli.command import run_command
 from mst_train.errors import UserError
 from mst_train.rendezvous.dist_env import rank
@@ -45,9 +44,6 @@ def _run(arguments: list[str]) -> int:
 
     if "--help" in arguments or "-h" in arguments:
         print(_help([a for a in arguments if a not in ("--help", "-h")]))
-        return 0
-    if "--version" in arguments:
-        print(f"mst_train {__version__}")
         return 0
     swept = points([a for a in arguments if a != "--config"])
     if swept and "--config" not in arguments:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from mst_train import __version__
 from mst_train.cli.config_folders import take_option
 from mst_train.cli.signals import interruptible_once
 from mst_train.errors import (
@@ -58,6 +59,8 @@ def run_command(
 ) -> int:
     """Run ``command`` with ``arguments`` (None: the process's own); returns its exit status.
 
+    With --version among them the version is printed instead.
+
     2 and one line per problem for what the user gave, for a path that is forbidden and for a
     package that is not installed; 75 where another process is using a path; 1 and one line for what
     failed later; 143 and 138 and one line for SIGTERM and SIGUSR1, which asked a run to stop; 130
@@ -76,7 +79,11 @@ def run_command(
     try:
         _require_working_folder()
         with interruptible_once():
-            status = command(take_option(sys.argv[1:] if arguments is None else arguments))
+            given = sys.argv[1:] if arguments is None else arguments
+            if "--version" in given:
+                print(f"mst_train {__version__}", flush=True)
+                return 0
+            status = command(take_option(given))
             print(end="", flush=True)
             return status
     except UserError as error:

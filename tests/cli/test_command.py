@@ -1,6 +1,7 @@
 """python -m mst_train, as a user runs it."""
 
 import errno
+import importlib
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import mst_train
-from mst_train.__main__ import main
+from mst_train.__main__ import COMMANDS, main
 from mst_train.bench import __main__ as bench
 from mst_train.cli.command import ALLOCATOR, run_command
 from mst_train.plan import __main__ as plan
@@ -68,7 +69,9 @@ def test_it_trains_and_says_where(tmp_path, arguments, monkeypatch, caplog):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
     monkeypatch.chdir(tmp_path)
     assert main([*arguments, "train.steps=4", "run.name=short"]) == 0
-    assert "is finished" in caplog.text
+    assert "has come to step 4 of 4 and is finished: set train.steps higher" in caplog.text
+    assert main([*arguments, "train.steps=3", "run.name=short"]) == 0
+    assert "has already come to step 4, beyond train.steps=3: set train.steps hi" in caplog.text
 
 
 @pytest.mark.slow
@@ -141,9 +144,15 @@ def test_help_and_config(tmp_path):
     assert "did you mean optimizer?" in run(tmp_path, "--help", "optimiser").stderr
     assert "there are run, train, data" in run(tmp_path, "--help", "zzz").stderr
     assert "model.rope_scaling.factor=1.0" in run(tmp_path, "--help", "rope_scaling").stdout
-    assert run(tmp_path, "--version").stdout == f"mst_train {mst_train.__version__}\n"
     shown = run(tmp_path, "--config", "train.steps=3").stdout
     assert "steps: 3" in shown
+
+
+@pytest.mark.parametrize("name", ["", *(f".{name}" for name in COMMANDS), ".paper"])
+def test_every_command_has_a_version(name, capsys):
+    module = "mst_train.export" if name == ".export" else f"mst_train{name}.__main__"
+    assert importlib.import_module(module).main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mst_train {mst_train.__version__}\n"
 
 
 @pytest.mark.slow
