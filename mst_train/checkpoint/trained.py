@@ -103,6 +103,10 @@ def trained_model(arguments: Sequence[str]) -> Iterator[TrainedModel]:
     if "model.from_pretrained" in keys:
         yield _pretrained(arguments)
         return
+    for argument, key in zip(arguments, keys, strict=True):
+        if key == "checkpoint":
+            folder = argument.partition("=")[2] or "DIR"
+            raise UserError(f"cannot use {argument}: name the model as run.dir={folder}")
     changed = [
         argument
         for argument, key in zip(arguments, keys, strict=True)

@@ -60,3 +60,10 @@ def test_without_other_runs_the_command_says_what_it_lacks(tmp_path, caplog):
 def test_an_unknown_setting_is_told_before_a_run_that_is_missing(command, capsys):
     assert command(["new_token=3"]) == 2
     assert "new_token is not a setting" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [evaluate, lambda given: generate([*given, "prompt=x"])])
+def test_a_checkpoint_named_as_for_export_is_told_how_to_name_it(command, capsys):
+    assert command(["checkpoint=runs/x"]) == 2
+    assert "cannot use checkpoint=runs/x: " in (printed := capsys.readouterr().err)
+    assert "run.dir=runs/x" in printed
