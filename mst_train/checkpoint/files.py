@@ -42,6 +42,9 @@ MARKER = "COMPLETE"
 FORMAT = 1
 """Raise it when the files mean something else. Markers without one are older, and of format 1."""
 
+RUNS = Path("runs")
+"""Where runs are that are given no other folder."""
+
 log = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step_(\d{8,})")
@@ -194,6 +197,11 @@ def find_checkpoints(path: Path, setting: str) -> list[Path]:
         complete = complete_checkpoints(folder)
         if complete:
             return complete[::-1]
+    if complete_checkpoints(RUNS / path / "checkpoints"):
+        raise UserError(
+            f"{setting}={path} is no place with a whole checkpoint: did you mean "
+            f"{setting}={RUNS / path}?"
+        )
     also = ", nor auto or never" if setting == "run.resume" else ""
     raise UserError(
         f"{setting}={path} is no place with a whole checkpoint{also}: give a run's folder, or a "

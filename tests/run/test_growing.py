@@ -143,3 +143,10 @@ def test_what_is_refused(small_config, grown, settings, message):
 def test_continuing_and_starting_anew_are_not_both(small_config, change):
     config = change(small_config, **{"run.resume": "runs/a", "run.init_from": "runs/b"})
     assert "run.resume=runs/a continues a run and run.init_from=runs/b" in validate(config)[0]
+
+
+def test_the_name_of_a_run_is_not_its_folder(small_config, grown, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    train(grown(**{"run.init_from": None, "run.dir": "runs/own", "train.steps": 1}))
+    with pytest.raises(UserError, match=r"did you mean run\.init_from=runs/own\?"):
+        train(grown(**{"run.init_from": "own"}))
