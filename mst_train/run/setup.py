@@ -227,5 +227,6 @@ def _check_data(start: Start, config: Config, data: Data) -> None:
         raise UserError(
             f"data.source holds other documents than when {start.checkpoint} was made, or another "
             f"version of mst_train made tokens of them, so the run's place in them is lost: "
-            f"restore them, or that version, or start anew with another run.name"
+            f"restore them, or that version, or go on with these in a new run, by another run.name "
+            f"and run.init_from={start.checkpoint}"
         )
