@@ -60,7 +60,13 @@ def _evaluate(trained: TrainedModel) -> dict[str, Any]:
     if found is not None:
         record["val_tokens"] = {str(bucket.start): bucket.tokens for bucket in found.buckets}
     passkeys = passkey_record(model, probes) if probes else dict.fromkeys(PASSKEY)
-    return {"checkpoint": trained.name, "step": trained.progress.get("step"), **record, **passkeys}
+    about = {
+        "checkpoint": trained.name,
+        "step": trained.progress.get("step"),
+        "data": [part.source for part in config.data.mixture] or [config.data.source],
+        "sequence_length": config.data.sequence_length,
+    }
+    return {**about, **record, **passkeys}
 
 
 def _probes(config: Config, tokenizer: Vocabulary) -> list[Probe]:

@@ -7,7 +7,7 @@ from rich.table import Table
 
 
 def render(result: dict[str, Any]) -> str:
-    """Text: which checkpoint, the losses by position, the passkeys by length and depth."""
+    """Text: which checkpoint and data, the losses by position, the passkeys by length and depth."""
     console = Console(width=100, force_terminal=False, color_system=None)
     parts: list[RenderableType] = []
     if result["val_loss"] is not None:
@@ -26,7 +26,8 @@ def render(result: dict[str, Any]) -> str:
     head = result["checkpoint"]
     if result["step"] is not None:
         head += f", after {result['step']:,} steps"
-    return "\n".join([head, *(line.rstrip() for line in shown.get().splitlines())])
+    data = f"on {', '.join(result['data'])}, in sequences of {result['sequence_length']:,} tokens"
+    return "\n".join([head, data, *(line.rstrip() for line in shown.get().splitlines())])
 
 
 def _positions(result: dict[str, Any]) -> Table:

@@ -50,6 +50,8 @@ def test_a_run_records_the_loss_of_each_set(config, change, capsys):
     assert f"{said}{summary['val_loss_backwards']:.4f}" in capsys.readouterr().err
     assert main([f"run.dir={config.run.dir}"]) == 0
     shown = capsys.readouterr().out
+    length = config.data.sequence_length
+    assert f"\non {config.data.source}, in sequences of {length:,} tokens\n" in shown
     assert f"backwards           {summary['val_loss_backwards']:.4f}" in shown
     saved = json.loads(Path(config.run.dir, "evaluation.json").read_text())
     assert saved["val_loss_backwards"] == pytest.approx(summary["val_loss_backwards"], rel=1e-6)
