@@ -24,7 +24,7 @@ when it makes its first batch.
 """
 
 from mst_train.data.corpus import load_corpus
-from mst_train.data.load import Data, load_data, load_vocabulary
+from mst_train.data.load import Data, load_data, load_vocabulary, vocabulary_file
 from mst_train.data.loader import Batch, Loader, fixed_batches
 from mst_train.data.packing import IGNORED, Sequences
 from mst_train.data.tokenizer import Vocabulary
@@ -42,4 +42,5 @@ __all__ = [
     "load_data",
     "load_tokenizer",
     "load_vocabulary",
+    "vocabulary_file",
 ]

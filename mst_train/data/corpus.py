@@ -40,6 +40,9 @@ from mst_train.data.tokenizer_file import load_tokenizer
 from mst_train.errors import UserError
 from mst_train.files import expanded, writing_to
 
+TOKENIZERS = "tokenizers"
+"""The folder, in the cache, of those that were trained for a source."""
+
 log = logging.getLogger(__name__)
 
 
@@ -260,7 +263,7 @@ def _trained_tokenizer(source: Source, vocab_size: int, cache: Path) -> Tokenize
 
     key = digest(FORMAT, source.fingerprint, vocab_size)
     with writing_cache(cache):
-        return kept_tokenizer(cache / "tokenizers", key, train)
+        return kept_tokenizer(cache / TOKENIZERS, key, train)
 
 
 def _whole(folder: Path) -> Corpus | None:

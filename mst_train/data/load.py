@@ -1,5 +1,6 @@
 """Everything a run reads, from what its configuration names."""
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,13 +11,20 @@ from numpy.typing import NDArray
 from mst_train.config import DataConfig
 from mst_train.data import best_fit
 from mst_train.data.best_fit import BestFitSequences
-from mst_train.data.corpus import Corpus, cache_folder, load_corpus, writing_cache
+from mst_train.data.corpus import (
+    TOKENIZERS,
+    Corpus,
+    cache_folder,
+    load_corpus,
+    prepared_folder,
+    writing_cache,
+)
 from mst_train.data.documents import digest
 from mst_train.data.mixture import MixedSequences
 from mst_train.data.packing import PackedSequences, Sequences
 from mst_train.data.splitting import long_documents, split_corpus
 from mst_train.data.tokenizer import Vocabulary
-from mst_train.data.tokenizer_file import load_tokenizer
+from mst_train.data.tokenizer_file import load_tokenizer, tokenizer_file
 from mst_train.errors import UserError
 from mst_train.files import name_of
 
@@ -55,7 +63,7 @@ def load_data(data: DataConfig) -> Data:
             )
         whole = replace(data, source=settings.source, mixture=[], validation_fraction=0.0)
         part = load_source(whole)
-        _require_same_tokenizer(part, loaded, f"data.validation_sets: {settings.source} has")
+        _require_same_tokenizer(part, loaded, data, f"data.validation_sets: {settings.source} has")
         sets[settings.name] = part.training
     return replace(loaded, validation_sets=sets)
 
@@ -66,7 +74,7 @@ def _load_mixture(data: DataConfig) -> Data:
         for part in data.mixture
     ]
     for part, settings in zip(parts, data.mixture, strict=True):
-        _require_same_tokenizer(part, parts[0], f"data.mixture: {settings.source} has")
+        _require_same_tokenizer(part, parts[0], data, f"data.mixture: {settings.source} has")
     weights = [part.weight for part in data.mixture]
     validations = [part.validation for part in parts if part.validation is not None]
     names = _names([part.source for part in data.mixture])
@@ -92,12 +100,27 @@ def _names(sources: Iterable[str]) -> list[str]:
     return names
 
 
-def _require_same_tokenizer(part: Data, first: Data, which: str) -> None:
+def _require_same_tokenizer(part: Data, first: Data, data: DataConfig, which: str) -> None:
     if part.tokenizer.fingerprint != first.tokenizer.fingerprint:
+        file = vocabulary_file(data, first.tokenizer.fingerprint)
         raise UserError(
-            f"{which} another tokenizer than what is before it: set data.tokenizer, or prepare "
-            f"them with the same one"
+            f"{which} another tokenizer than what is before it: set data.tokenizer"
+            f"{'' if file is None else f'={file}'}, or prepare them with the same one"
         )
+
+
+def vocabulary_file(data: DataConfig, fingerprint: str) -> Path | None:
+    """The file of the tokenizer with this fingerprint that ``load_data`` has used; None where it is
+    no longer there, or was none."""
+    sources = [part.source for part in data.mixture] or [data.source]
+    folders = [folder for source in sources if (folder := prepared_folder(source)) is not None]
+    kept = (cache_folder(data) / TOKENIZERS).glob(f"*-{fingerprint}.model")
+    given = [] if data.tokenizer is None else [Path(data.tokenizer)]
+    for file in (*given, *filter(None, map(tokenizer_file, folders)), *kept):
+        with contextlib.suppress(UserError):
+            if load_tokenizer(file).fingerprint == fingerprint:
+                return file
+    return None
 
 
 def load_vocabulary(data: DataConfig) -> Vocabulary:

@@ -14,8 +14,9 @@ from mst_train.attention import keep_to, select_kernels
 from mst_train.attention.select import Attention, shared
 from mst_train.checkpoint.files import first_undamaged, load_part
 from mst_train.checkpoint.form import load_progress, load_states, load_weights
+from mst_train.checkpoint.trained import run_settings
 from mst_train.config import Config, MemoryConfig, OptimizerConfig
-from mst_train.data import Data, load_data
+from mst_train.data import Data, load_data, vocabulary_file
 from mst_train.distributed import Topology, check_same, together
 from mst_train.engine import Engine, build_engine, check_engine, partition, whole_parameters
 from mst_train.errors import UserError
@@ -212,11 +213,13 @@ def _build_model(config: Config, attention: Attention, topology: Topology) -> Tr
 
 
 def _check_data(start: Start, config: Config, data: Data) -> None:
-    if start.origin is not None and start.tokenizer not in (None, data.tokenizer.fingerprint):
+    known = start.tokenizer or data.tokenizer.fingerprint
+    if start.origin is not None and known != data.tokenizer.fingerprint:
+        before = run_settings(load_progress(start.origin)["config"], start.origin)
+        file = vocabulary_file(before.data, known)
         raise UserError(
             f"run.init_from={start.origin} was trained with another tokenizer than these data: set "
-            f"data.tokenizer to its file (one that was made for a run is in tokenizers/ in "
-            f"data.cache_dir, and in a folder that mst_train.prepare or export has written)"
+            f"data.tokenizer{' to its file' if file is None else f'={file}'}"
         )
     if data.tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
