@@ -23,9 +23,10 @@ from mst_train.cli.config_files import DEEPEST, file_problems
 from mst_train.cli.config_folders import choices, config_folders, groups
 from mst_train.cli.run_name import run_name
 from mst_train.cli.settings import Schema, Settings, nested, shown
-from mst_train.cli.settings_file import another_run, settings_file
+from mst_train.cli.settings_file import another_run, settings_file, trained_length
 from mst_train.config import AUTO, Config, validate
 from mst_train.errors import UserError
+from mst_train.files import expanded
 
 log = logging.getLogger(__name__)
 
@@ -352,10 +353,20 @@ def _checked(
     config = settings.build(given.items(), problems)
     if not problems:  # or what they are made of is wrong
         config = settings.build((given | derived).items(), problems)
-    problems = problems or [*validate(config), *rules(config)]
+    problems = problems or [*validate(config), *_stretched_from(config), *rules(config)]
     if problems:
         raise UserError(list(dict.fromkeys(problems)))
     return config
+
+
+def _stretched_from(config: Config) -> Iterator[str]:
+    """The length that positions are stretched from, where it is needed and a run has it."""
+    scaling, origin = config.model.rope_scaling, config.run.init_from
+    if scaling.type in ("yarn", "llama3") and scaling.original_length is None and origin:
+        length = trained_length(expanded(origin))
+        if length is not None:
+            key = "model.rope_scaling.original_length"
+            yield f"run.init_from={origin} was trained on {key}={length}"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """The settings of a run, to begin another one with: +experiment=runs/NAME."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import yaml
 
 from mst_train.cli.config_files import file_problems
 from mst_train.cli.settings import shown
+from mst_train.config import lookup
 from mst_train.errors import UserError
 from mst_train.files import expanded
 
@@ -55,3 +57,17 @@ def another_run(
     if not any(argument.startswith("run.name=") for argument in arguments):
         raise UserError(f"the settings of {path} are for another run now: give run.name=NAME")
     return {name: group for name, group in tree.items() if name != "run"}
+
+
+def trained_length(path: Path) -> int | None:
+    """The length that a run's model was trained on, before its positions were stretched if they
+    are; None where neither ``path`` nor the run around a checkpoint has settings that say it.
+    """
+    for folder in (path, path.parent.parent):
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+            tree = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            stretched = lookup(tree, "model.rope_scaling.original_length")
+            length = stretched or lookup(tree, "data.sequence_length")
+            if isinstance(length, int):
+                return length
+    return None

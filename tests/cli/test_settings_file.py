@@ -60,3 +60,28 @@ def test_an_empty_file_has_the_defaults(tmp_path):
     (tmp_path / "empty.yaml").write_text("")
     config = compose([f"+experiment={tmp_path}/empty.yaml", "run.name=x"])
     assert config.train.steps == 1000
+
+
+@pytest.mark.parametrize("named", ["{}", "{}/checkpoints/step_00000010"])
+@pytest.mark.parametrize(
+    ("settings", "length"),
+    [
+        ("data: {sequence_length: 640}", 640),
+        ("{data: {sequence_length: 640}, model: {rope_scaling: {original_length: 64}}}", 64),
+    ],
+)
+def test_a_run_tells_the_length_that_positions_are_stretched_from(
+    tmp_path, named, settings, length
+):
+    (tmp_path / "config.yaml").write_text(settings)
+    origin = f"run.init_from={named.format(tmp_path)}"
+    stretched = ["model.rope_scaling.type=yarn", "model.rope_scaling.factor=4"]
+    with pytest.raises(UserError, match=r"needs model\.rope_scaling\.original_length") as caught:
+        compose([origin, *stretched])
+    given = f"model.rope_scaling.original_length={length}"
+    assert caught.value.problems[1] == f"{origin} was trained on {given}"
+    compose([origin, *stretched, given])
+    (tmp_path / "config.yaml").write_text("data: [")
+    with pytest.raises(UserError) as caught:
+        compose([origin, *stretched])
+    assert len(caught.value.problems) == 1
