@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from mst_train.cli.command import run_command
 from mst_train.errors import UserError
-from mst_train.rendezvous.dist_env import rank
+from mst_train.rendezvous.dist_env import rank, world_size
 
 HELP = """\
 python -m mst_train [+experiment=NAME] [GROUP=NAME ...] [key=value ...]
@@ -48,7 +48,14 @@ def _run(arguments: list[str]) -> int:
     swept = points([a for a in arguments if a != "--config"])
     if swept and "--config" not in arguments:
         return run_all(swept)
-    config = compose([a for a in arguments if a != "--config"])
+    try:
+        config = compose([a for a in arguments if a != "--config"])
+    except UserError as error:
+        if world_size() == 1:
+            raise
+        from mst_train.distributed.init import told_together
+
+        raise told_together(error) from error
     if "--config" in arguments:
         print(describe(config), end="")
         return 0

@@ -1,6 +1,7 @@
 """Joining the processes that torchrun has started, and leaving them."""
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -32,6 +33,9 @@ LEAVING = timedelta(hours=6)
 MEETING = timedelta(minutes=15)
 """How long processes wait for each other to start."""
 
+REFUSAL = timedelta(seconds=10)
+"""How long one that has nothing to start with waits for the others to be as badly off."""
+
 
 @contextmanager
 def init_distributed(config: Config) -> Iterator[Topology]:
@@ -51,7 +55,7 @@ def init_distributed(config: Config) -> Iterator[Topology]:
         return
     timeout, in_contact = exchange_timeout(config), True
     try:
-        store = _store(world)
+        store = _store(world, MEETING)
         if on_one_machine():
             for library in ("GLOO", "NCCL"):
                 os.environ[f"{library}_SOCKET_IFNAME"] = "lo"
@@ -102,7 +106,27 @@ def init_distributed(config: Config) -> Iterator[Topology]:
             dist.destroy_process_group()
 
 
-def _store(world: int) -> Store:
+def told_together(error: UserError) -> UserError:
+    """``error``, which ends this process before it could join the others.
+
+    Where all of them have the same, it has no message but on the first. They find each other in the
+    launcher's store; where they do not, each tells its own.
+    """
+    everyone = [f"refused/{process}" for process in range(world_size())]
+    own = json.dumps(error.problems)
+    with contextlib.suppress(OSError, RuntimeError, UserError):
+        store = _store(world_size(), REFUSAL)
+        store.set(everyone[rank()], own)
+        store.wait(everyone, REFUSAL)
+        if rank() == 0:
+            store.set("told", "")
+        elif all(store.get(process).decode() == own for process in everyone):
+            store.wait(["told"], REFUSAL)  # the launcher ends all as soon as one has gone
+            error.problems = []
+    return error
+
+
+def _store(world: int, timeout: timedelta) -> Store:
     """Where processes leave each other their addresses: the launcher's, else the first one's."""
     unset = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if unset:
@@ -113,9 +137,9 @@ def _store(world: int) -> Store:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     found: Store
     if rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        found = serve(listen(address, port), MEETING)
+        found = serve(listen(address, port), timeout)
     else:
-        found = connect(address, port, MEETING)
+        found = connect(address, port, timeout)
     # A launcher's store outlives the processes that it starts again; those before left addresses.
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -232,6 +232,15 @@ def test_what_cannot_be_is_told_by_the_status(arguments, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_setting_that_cannot_be_is_said_once(arguments, tmp_path):
+    """Before the processes have joined, too."""
+    status, log = launch(*arguments, "train.stepz=3", folder=tmp_path, PROCESSES="2")
+    assert status == 2, log
+    assert log.startswith("error: train.stepz is not a setting")
+    assert log.count("train.stepz") == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("restarts", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_process_that_dies(restarts, arguments, tmp_path):
     """The others do not wait for it; with RESTARTS all of them go on from the last checkpoint."""
