@@ -45,7 +45,7 @@ def test_a_group_is_bound_to_its_device(monkeypatch, device, backend, device_id)
 
     monkeypatch.setattr(init, "world_size", lambda: 4)
     monkeypatch.setattr(init, "_device", lambda: device)
-    monkeypatch.setattr(init, "_store", lambda world: None)
+    monkeypatch.setattr(init, "_store", lambda world, timeout: None)
     monkeypatch.setattr(init, "on_one_machine", lambda: False)
     monkeypatch.setattr(init.dist, "init_process_group", join)
     with pytest.raises(Joined), init_distributed(Config()):
