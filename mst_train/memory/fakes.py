@@ -173,8 +173,8 @@ class SimulatedTransport(Transport):
     """
 
     machines: Sequence[int]
-    own: int = 0
-    counter: "StepCounter | None" = None
+    own: int
+    counter: "StepCounter"
 
     @property
     def processes(self) -> int:
@@ -186,8 +186,6 @@ class SimulatedTransport(Transport):
 
     def carry(self, outgoing: Addressed, incoming: Addressed) -> Callable[[], None]:
         under_way = [outgoing, incoming]
-        if self.counter is None:
-            return under_way.clear
         awaited = self.counter.exchange(
             *(max(self._bytes(tensors, here) for tensors in under_way) for here in (True, False))
         )

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mst_train.config import Config
+from mst_train.distributed.exchange import Exchange
 from mst_train.memory.counter import Work
 from mst_train.memory.devices import Device
 from mst_train.memory.extrapolate import at_any_length
@@ -51,7 +52,7 @@ without."""
 class Simulation:
     """A step's memory and work on one device.
 
-    policy: with the numbers that "auto" stood for. allocated_bytes: the most that tensors and
+    policy, exchange: with what "auto" stood for. allocated_bytes: the most that tensors and
     workspaces take at once, what ``torch.cuda.max_memory_allocated`` reports. overhead_bytes: what
     the device holds beside them. breakdown: allocated_bytes by kind. host_bytes: for what is
     offloaded. reserved_bytes: what torch's allocator holds for tensors, as
@@ -60,6 +61,7 @@ class Simulation:
     """
 
     policy: Policy
+    exchange: Exchange
     allocated_bytes: int
     overhead_bytes: int
     host_bytes: int
@@ -110,6 +112,7 @@ def simulate(
     allocated = sum(breakdown.values())
     return Simulation(
         policy=step.policy,
+        exchange=step.exchange,
         allocated_bytes=allocated,
         overhead_bytes=_overhead(allocated, config, device, gpus),
         host_bytes=round(found.host_bytes),

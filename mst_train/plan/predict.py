@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from mst_train.config import Config
-from mst_train.distributed.exchange import Exchange, choose_exchange
 from mst_train.errors import UserError
 from mst_train.memory.devices import Device, device_bytes
 from mst_train.memory.reserved import reserved_bytes
@@ -85,13 +84,6 @@ class Prediction:
         return None if rates is None else seconds(self.simulation, rates, self.target.device)
 
     @property
-    def exchange(self) -> Exchange | None:
-        """Of the processes that share a sequence, where several do."""
-        if self.config.parallel.sequence_parallel == 1:
-            return None
-        return choose_exchange(self.config, self.target.per_machine, self.target.device.kind)
-
-    @property
     def tokens_per_step(self) -> int:
         """Of all devices."""
         train, parallel = self.config.train, self.config.parallel
@@ -102,6 +94,7 @@ class Prediction:
     def report(self) -> dict[str, Any]:
         """For programs; sizes in bytes, each for one device."""
         found, memory = self.simulation, self.config.memory
+        shared = self.config.parallel.sequence_parallel > 1
         return {
             "fits": self.fits,
             "peak_bytes": found.peak_bytes,
@@ -115,7 +108,7 @@ class Prediction:
             "flops_per_step": found.work.flops,
             "predicted_step_seconds": self.seconds,
             "tokens_per_step": self.tokens_per_step,
-            "sequence_exchange": self.exchange.name if self.exchange else None,
+            "sequence_exchange": found.exchange.name if shared else None,
             "peer_bytes_per_step": found.work.peer_bytes,
             "network_bytes_per_step": found.work.network_bytes,
             "device": self.target.device.name,

@@ -64,9 +64,9 @@ def _one(prediction: Prediction) -> Group:
 
 def _add_exchange(table: Table, prediction: Prediction) -> None:
     """What a process that shares its sequences sends to others, or gets from them."""
-    exchange, work = prediction.exchange, prediction.simulation.work
-    if exchange is None:
+    if prediction.config.parallel.sequence_parallel == 1:
         return
+    exchange, work = prediction.simulation.exchange, prediction.simulation.work
     exchanging, awaited = exchange_seconds(work, prediction.target.device)
     name = {"both": "heads and keys"}.get(exchange.name, exchange.name)
     time = f", {duration(exchanging)}, {duration(awaited)} of it waited for" if exchanging else ""

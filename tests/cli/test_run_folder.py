@@ -23,18 +23,21 @@ def make_run(folder, seconds):
     return folder
 
 
+def said(caplog):
+    """Without what other packages' loggers say."""
+    return [r.getMessage() for r in caplog.records if r.name.startswith("mst_train")]
+
+
 @COMMANDS
 def test_what_is_taken_without_run_dir_is_said(command, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO, "mst_train")
     make_run(tmp_path / "runs/tiny", 1)
     assert command([]) == 2
-    assert [r.getMessage() for r in caplog.records if r.name.startswith("mst_train")] == [
-        "run.dir is not given: taking the run in runs/tiny"
-    ]
+    assert said(caplog) == ["run.dir is not given: taking the run in runs/tiny"]
     caplog.clear()
     assert command(["run.dir=runs/tiny"]) == 2
-    assert not [r.getMessage() for r in caplog.records if r.name.startswith("mst_train")]
+    assert not said(caplog)
 
 
 @COMMANDS
@@ -55,7 +58,7 @@ def test_the_newest_run_is_the_example_where_there_is_none(command, tmp_path, mo
 def test_without_other_runs_the_command_says_what_it_lacks(tmp_path, caplog):
     caplog.set_level(logging.INFO, "mst_train")
     assert run_folder(str(tmp_path / "tiny"), []) == tmp_path / "tiny"
-    assert not [r.getMessage() for r in caplog.records if r.name.startswith("mst_train")]
+    assert not said(caplog)
 
 
 @pytest.mark.parametrize("command", [evaluate, lambda given: generate([*given, "prompt=x"])])

@@ -8,8 +8,7 @@ from exact import LENGTH, POLICIES, largest_differences, traffic
 from processes import run
 
 from mst_train.attention.select import CpuKernel
-from mst_train.memory.fakes import SimulatedTransport
-from mst_train.mst.sharing import Places, SharedSequence
+from mst_train.mst.sharing import Places, SharedSequence, Transport
 from mst_train.mst.sharing.attention import SharedAttention
 from mst_train.mst.sharing.heads import Heads
 from mst_train.mst.sharing.keys import KeyMap
@@ -114,10 +113,15 @@ def test_a_node_gets_the_keys_that_it_sees(window):
     assert sum(one.sent for one in maps) == sum(one.received for one in maps)
 
 
-class NotingTransport(SimulatedTransport):
-    """Notes what it is asked for."""
+class NotingTransport(Transport):
+    """The first of so many processes; notes what it is asked for, and carries nothing."""
 
     notes = []  # noqa: RUF012
+    rank = 0
+    processes = None
+
+    def __init__(self, processes):
+        self.processes = processes
 
     def start(self, sent, into):
         self.notes.append("start")
@@ -128,6 +132,9 @@ class NotingTransport(SimulatedTransport):
             return wait()
 
         return finish
+
+    def carry(self, outgoing, incoming):
+        return lambda: None
 
 
 class NotingKernel(CpuKernel):
@@ -143,8 +150,8 @@ def test_the_next_group_is_on_its_way(heads, keys):
     NotingTransport.notes.clear()
     sharing = SharedSequence(
         Places(heads, keys),
-        NotingTransport([0] * heads),
-        NotingTransport([0] * keys),
+        NotingTransport(heads),
+        NotingTransport(keys),
         keys_at_once=1,
     )
     q, k, v = (torch.randn(1, LENGTH, 4 * heads, 8) for _ in range(3))
