@@ -5,9 +5,9 @@ import sys
 import textwrap
 from importlib.util import find_spec
 
-from mst_train.cli.command import run_command
+from mst_train.cli.command import run_command, show, show_help, told_once
 from mst_train.errors import UserError
-from mst_train.rendezvous.dist_env import rank, world_size
+from mst_train.rendezvous.dist_env import rank
 
 HELP = """\
 python -m mst_train [+experiment=NAME] [GROUP=NAME ...] [key=value ...]
@@ -17,7 +17,6 @@ Trains a language model. With no arguments: a small one on Python's own source f
   --help [GROUP]   this page, or a group of settings alone, such as optimizer
   --config         print the configuration that the arguments make, and stop
   --config-dir DIR use files of your own too: DIR/model/mine.yaml is model=mine (or MST_CONFIG_DIR)
-  --version        print the version, and stop
 
 Other commands, python -m mst_train.NAME, each with its own --help:
   {commands}
@@ -42,22 +41,16 @@ def _run(arguments: list[str]) -> int:
     from mst_train.cli.compose import compose, describe
     from mst_train.cli.sweep import points, run_all
 
-    if "--help" in arguments or "-h" in arguments:
-        print(_help([a for a in arguments if a not in ("--help", "-h")]))
-        return 0
-    swept = points([a for a in arguments if a != "--config"])
-    if swept and "--config" not in arguments:
-        return run_all(swept)
-    try:
+    with told_once():
+        if "--help" in arguments or "-h" in arguments:
+            show_help(_help([a for a in arguments if a not in ("--help", "-h")]))
+            return 0
+        swept = points([a for a in arguments if a != "--config"])
+        if swept and "--config" not in arguments:
+            return run_all(swept)
         config = compose([a for a in arguments if a != "--config"])
-    except UserError as error:
-        if world_size() == 1:
-            raise
-        from mst_train.distributed.init import told_together
-
-        raise told_together(error) from error
     if "--config" in arguments:
-        print(describe(config), end="")
+        show(describe(config).rstrip("\n"))
         return 0
     # torch is imported only now: a mistake in the command line is answered at once.
     from mst_train.run.train import train

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mst_train.cli.command import run_command
+from mst_train.cli.command import run_command, show_help
 from mst_train.errors import UserError
 from mst_train.files import expanded
 
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
-        print(HELP)
+        show_help(HELP)
         return 0
     settings, problems = {}, []
     for argument in arguments:

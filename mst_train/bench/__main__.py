@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mst_train.cli.command import run_command
+from mst_train.cli.command import run_command, show_help
 from mst_train.errors import TrainingError, UserError
 from mst_train.files import expanded, make_folder
 
@@ -50,7 +50,7 @@ def _run(arguments: list[str]) -> int:
 
     if "--help" in arguments or "-h" in arguments:
         settings, benches = as_text(BenchConfig, "bench"), ", ".join(choices("bench"))
-        print(HELP.format(benches=benches, about=ABOUT, settings=settings))
+        show_help(HELP.format(benches=benches, about=ABOUT, settings=settings))
         return 0
     config = read([a for a in arguments if a != "--config"])
     if "--config" in arguments:

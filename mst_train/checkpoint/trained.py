@@ -13,7 +13,7 @@ from mst_train.attention import Attention, select_kernels
 from mst_train.checkpoint.files import find_checkpoints, held
 from mst_train.checkpoint.form import load_progress, load_weights
 from mst_train.cli.compose import check_arguments, compose, recompose
-from mst_train.cli.run_folder import run_folder
+from mst_train.cli.run_folder import check_names_no_checkpoint, run_folder
 from mst_train.cli.settings import Settings
 from mst_train.config import Config, leaves
 from mst_train.data import Vocabulary
@@ -103,10 +103,7 @@ def trained_model(arguments: Sequence[str]) -> Iterator[TrainedModel]:
     if "model.from_pretrained" in keys:
         yield _pretrained(arguments)
         return
-    for argument, key in zip(arguments, keys, strict=True):
-        if key == "checkpoint":
-            folder = argument.partition("=")[2] or "DIR"
-            raise UserError(f"cannot use {argument}: name the model as run.dir={folder}")
+    check_names_no_checkpoint(arguments)
     changed = [
         argument
         for argument, key in zip(arguments, keys, strict=True)

@@ -5,8 +5,10 @@ import errno
 import io
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mst_train import __version__
@@ -20,7 +22,7 @@ from mst_train.errors import (
     memory_ran_out,
     reason_of,
 )
-from mst_train.rendezvous.dist_env import end_with_launcher, process_name, rank
+from mst_train.rendezvous.dist_env import end_with_launcher, process_name, rank, world_size
 
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 """What is wrong with a path until the user changes it."""
@@ -81,9 +83,11 @@ def run_command(
         with interruptible_once():
             given = sys.argv[1:] if arguments is None else arguments
             if "--version" in given:
-                print(f"mst_train {__version__}", flush=True)
+                show(f"mst_train {__version__}")
                 return 0
-            status = command(take_option(given))
+            with told_once():
+                given = take_option(given)
+            status = command(given)
             print(end="", flush=True)
             return status
     except UserError as error:
@@ -122,6 +126,33 @@ def run_command(
     except KeyboardInterrupt:
         _tell("interrupted", "" if rank() else interrupted)
         return 130
+
+
+def show(text: str) -> None:
+    """Print what every process would print the same; the first one does."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def show_help(page: str) -> None:
+    """Show a command's page, with --version, which every command has, below its --help."""
+    help_line = re.compile(r"^(  --help(?: \[GROUP\])? +).+$", re.MULTILINE)
+    version = "print the version, and stop"
+    show(help_line.sub(lambda m: f"{m[0]}\n{'  --version':<{len(m[1])}}{version}", page, count=1))
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Have what all processes refuse, before they have joined, told by the first one alone."""
+    try:
+        yield
+    except UserError as error:
+        if world_size() == 1:
+            raise
+        # It imports torch, for which one process with a mistake does not wait.
+        from mst_train.distributed.init import told_together
+
+        raise told_together(error) from error
 
 
 def _require_working_folder() -> None:

@@ -224,7 +224,11 @@ def _read_one(
 ) -> _Argument:
     text, override = _parsed(parser, argument)
     if text[0] == "~" or override.is_sweep_override():
-        raise UserError(f"cannot use '{shown(argument)}': give a setting one value (null for none)")
+        key, _, typed = argument.partition("=")
+        listed = f", and several in brackets: {key}=[{typed}]" if settings.is_list(key) else ""
+        raise UserError(
+            f"cannot use '{shown(argument)}': give a setting one value (null for none){listed}"
+        )
     key, value = override.key_or_group, override.value()
     typed = text.partition("=")[2].strip()
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):

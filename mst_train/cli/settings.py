@@ -51,6 +51,10 @@ class Settings(Generic[Schema]):
         """Whether the setting is a text, or one or none."""
         return self._types.get(key) in (str, str | None)
 
+    def is_list(self, key: str) -> bool:
+        """Whether the setting is several values."""
+        return get_origin(self._types.get(key)) is list
+
     def unknown(self, key: str) -> str:
         """What to say of a key that is no setting."""
         members = [name for name in self._types if name.startswith(f"{key}.")]
@@ -140,7 +144,8 @@ def _fitted(kind: Any, key: str, value: Any, problems: list[str]) -> Any:
         if isinstance(value, (list, tuple)):
             (item,) = get_args(kind)
             return [_fitted(item, f"{key}[{i}]", v, problems) for i, v in enumerate(value)]
-        problems.append(f"{key}={shown(value)} is not a list: put it in brackets, such as [a,b]")
+        example = f"{key}=[{shown(value)}]" if isinstance(value, str) else "such as [a,b]"
+        problems.append(f"{key}={shown(value)} is not a list: put it in brackets, {example}")
     elif is_dataclass(kind):
         return _part(kind, key, value, problems)
     elif get_origin(kind) is dict:

@@ -2,7 +2,7 @@
 
 import sys
 
-from mst_train.cli.command import run_command
+from mst_train.cli.command import run_command, show_help
 from mst_train.files import write_json
 
 HELP = """\
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
-        print(HELP)
+        show_help(HELP)
         return 0
     from mst_train.evaluate.checkpoint import evaluate_trained
     from mst_train.evaluate.show import render

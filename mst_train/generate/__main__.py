@@ -4,7 +4,7 @@ import sys
 from itertools import islice
 from typing import Any, NamedTuple
 
-from mst_train.cli.command import run_command
+from mst_train.cli.command import run_command, show_help
 from mst_train.errors import UserError
 
 HELP = """\
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
-        print(HELP)
+        show_help(HELP)
         return 0
     asked, settings = _read(arguments)
     from mst_train.checkpoint.trained import best_device, trained_model

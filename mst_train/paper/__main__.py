@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", choices=NAMES, action="append", help="make this piece alone; can be repeated"
     )
+    parser.add_argument("--version", action="store_true", help="print the version, and stop")
     return parser
 
 

@@ -4,7 +4,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from mst_train.cli.command import has_expandable_segments, run_command
+from mst_train.cli.command import has_expandable_segments, run_command, show_help
 from mst_train.config import AUTO
 from mst_train.files import expanded, make_folder
 from mst_train.units import GIB
@@ -41,7 +41,7 @@ def _run(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         from mst_train.memory.devices import DEVICES
 
-        print(HELP.format(devices=", ".join(DEVICES), settings=as_text(PlanConfig, "plan")))
+        show_help(HELP.format(devices=", ".join(DEVICES), settings=as_text(PlanConfig, "plan")))
         return 0
     config = read([a for a in arguments if a != "--config"])
     if "--config" in arguments:

@@ -2,7 +2,7 @@
 
 import sys
 
-from mst_train.cli.command import run_command
+from mst_train.cli.command import run_command, show_help
 
 HELP = """\
 python -m mst_train.prepare prepare.output=DIR data.source=... [key=value ...]
@@ -29,7 +29,7 @@ def _run(arguments: list[str]) -> int:
 
     if "--help" in arguments or "-h" in arguments:
         groups = [as_text(PrepareConfig, group) for group in ("prepare", "data")]
-        print(HELP.format(settings="\n\n".join(groups)))
+        show_help(HELP.format(settings="\n\n".join(groups)))
         return 0
     config = read([a for a in arguments if a != "--config"])
     if "--config" in arguments:

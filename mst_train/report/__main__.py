@@ -3,7 +3,7 @@
 import logging
 import sys
 
-from mst_train.cli.command import run_command
+from mst_train.cli.command import run_command, show_help
 from mst_train.errors import TrainingError
 from mst_train.files import expanded, replace_file
 
@@ -23,12 +23,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
-        print(HELP)
+        show_help(HELP)
         return 0
     from mst_train.cli.compose import warn_of_unused
-    from mst_train.cli.run_folder import run_folder
+    from mst_train.cli.run_folder import check_names_no_checkpoint, run_folder
     from mst_train.report.config import read
 
+    check_names_no_checkpoint(arguments)
     config = read(arguments)
     warn_of_unused(arguments, ("run.", "report."))
     folder = run_folder(config.run.dir, arguments)

@@ -116,6 +116,9 @@ def read_run(folder: Path) -> Run:
 
 def _records(path: Path) -> list[Record]:
     if not path.exists():
+        around = path.parents[2] if len(path.parents) > 2 else path
+        if (around / path.name).exists():
+            raise UserError(f"{path.parent} is a part of a run: give the run's folder, {around}")
         raise UserError(
             f"{path.parent} holds no metrics.jsonl: give the folder of a run (run.dir=DIR, "
             f"report.compare=[DIR,...])"

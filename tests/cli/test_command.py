@@ -1,10 +1,12 @@
 """python -m mst_train, as a user runs it."""
 
+import contextlib
 import errno
 import importlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import mst_train
 from mst_train.__main__ import COMMANDS, main
 from mst_train.bench import __main__ as bench
 from mst_train.cli.command import ALLOCATOR, run_command
+from mst_train.errors import UserError
 from mst_train.plan import __main__ as plan
 
 
@@ -153,6 +156,34 @@ def test_every_command_has_a_version(name, capsys):
     module = "mst_train.export" if name == ".export" else f"mst_train{name}.__main__"
     assert importlib.import_module(module).main(["--version"]) == 0
     assert capsys.readouterr().out == f"mst_train {mst_train.__version__}\n"
+    with contextlib.suppress(SystemExit):  # argparse's
+        importlib.import_module(module).main(["--help"])
+    assert len(re.findall(r"^  --version +print the version", capsys.readouterr().out, re.M)) == 1
+
+
+@pytest.mark.parametrize(
+    "given", [["--version"], ["--help"], ["--help", "optimizer"], ["--config"]]
+)
+def test_of_several_processes_one_answers(given, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    answers = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(given) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] and not answers[1]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["train.stepz=3"], ["train.seed=1,2"], ["--help", "optimiser"], ["--config-dir"]],
+)
+def test_of_several_processes_one_says_what_all_refuse(given, monkeypatch, capsys):
+    """They compare it in the launcher's store (``told_together``), which is left out here."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("mst_train.distributed.init.told_together", lambda error: UserError([]))
+    assert main(given) == 2
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow

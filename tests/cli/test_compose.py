@@ -136,6 +136,15 @@ def test_one_message_lists_every_problem():
         ("run.dir=${nope}", "run.dir=${nope}: Interpolation key 'nope' not found"),
         ("train.steps=0", "train.steps=0 must be at least 1"),
         ("train.steps=1,2", "cannot use 'train.steps=1,2': give a setting one value"),
+        (
+            "data.text_suffixes=.a",
+            "data.text_suffixes=.a is not a list: put it in brackets, data.text_suffixes=[.a]",
+        ),
+        (
+            "data.text_suffixes=.a,.b",
+            "cannot use 'data.text_suffixes=.a,.b': give a setting one value (null for none), and "
+            "several in brackets: data.text_suffixes=[.a,.b]",
+        ),
         ("~train.steps", "cannot use '~train.steps': give a setting one value"),
         (
             "train.seed=99999999999999999999999999",

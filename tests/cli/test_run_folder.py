@@ -55,9 +55,20 @@ def test_the_newest_run_is_the_example_where_there_is_none(command, tmp_path, mo
     assert "such as run.dir=runs/c, the newest" in message
 
 
-def test_without_other_runs_the_command_says_what_it_lacks(tmp_path, caplog):
+@COMMANDS
+def test_without_any_run_it_is_said_which_was_looked_for(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command([]) == 2
+    assert capsys.readouterr().err == (
+        "error: there is no run in runs/tiny, which is taken where run.dir is not given: give the "
+        "folder of one as run.dir=DIR\n"
+    )
+
+
+def test_one_that_was_given_is_the_commands_to_miss(tmp_path, caplog):
     caplog.set_level(logging.INFO, "mst_train")
-    assert run_folder(str(tmp_path / "tiny"), []) == tmp_path / "tiny"
+    folder = tmp_path / "tiny"
+    assert run_folder(str(folder), [f"run.dir={folder}"]) == folder
     assert not said(caplog)
 
 
@@ -67,7 +78,7 @@ def test_an_unknown_setting_is_told_before_a_run_that_is_missing(command, capsys
     assert "new_token is not a setting" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [evaluate, lambda given: generate([*given, "prompt=x"])])
+@COMMANDS
 def test_a_checkpoint_named_as_for_export_is_told_how_to_name_it(command, capsys):
     assert command(["checkpoint=runs/x"]) == 2
     assert "cannot use checkpoint=runs/x: " in (printed := capsys.readouterr().err)

@@ -179,7 +179,7 @@ def test_mixture_on_the_command_line() -> None:
         ("data.validation_sets=[{name: a/b, source: c}]", "[0].name=a/b cannot be a name"),
         ("data.validation_sets=[{name: by_position, source: c}]", "cannot be a name"),
         ("data.validation_sets=[{name: a, source: c},{name: a, source: d}]", "[1].name=a is there"),
-        ("data.mixture=3", "data.mixture=3 is not a list"),
+        ("data.mixture=3", "data.mixture=3 is not a list: put it in brackets, such as [a,b]"),
     ):
         with pytest.raises(UserError) as caught:
             compose([argument])

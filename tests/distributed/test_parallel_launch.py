@@ -232,12 +232,23 @@ def test_what_cannot_be_is_told_by_the_status(arguments, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_setting_that_cannot_be_is_said_once(arguments, tmp_path):
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["train.stepz=3"], "train.stepz is not a setting"),
+        (["train.seed=1,2"], "a sweep starts each of its runs by itself"),
+        (["--help", "optimiser"], "--help optimiser: did you mean optimizer?"),
+        (["--config-dir", "nowhere"], "MST_CONFIG_DIR=nowhere is not a folder"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_said_once(given, message, arguments, tmp_path):
     """Before the processes have joined, too."""
-    status, log = launch(*arguments, "train.stepz=3", folder=tmp_path, PROCESSES="2")
+    if given[0] != "--help":
+        given = [*arguments, *given]
+    status, log = launch(*given, folder=tmp_path, PROCESSES="2")
     assert status == 2, log
-    assert log.startswith("error: train.stepz is not a setting")
-    assert log.count("train.stepz") == 1
+    assert log.startswith(f"error: {message}")
+    assert log.count(message) == 1
 
 
 @pytest.mark.slow

@@ -372,6 +372,21 @@ def test_a_folder_without_a_run_is_refused(tmp_path, capsys, others):
     assert not list(tmp_path.glob("*/*report.html*"))
 
 
+def test_a_checkpoint_of_a_run_is_told_the_runs_folder(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    checkpoint = run / "checkpoints" / "step_00000003"
+    checkpoint.mkdir(parents=True)
+    assert main([f"run.dir={checkpoint}"]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: {checkpoint} is a part of a run: give the run's folder, {run}\n"
+
+
+def test_a_run_may_be_compared_with_itself(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert main([f"run.dir={run}", f"report.compare=[{run}]"]) == 0
+    assert (run / "report.html").exists()
+
+
 def test_a_run_without_a_step_is_refused(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "val_loss": 5.0}\n')
     assert main([f"run.dir={tmp_path}"]) == 2
