@@ -352,6 +352,24 @@ def test_the_trainer_sees_the_same_losses(tmp_path):
     assert torch.equal(*generated)
 
 
+def test_evaluation_has_logits_where_they_are_asked_for(tmp_path):
+    pytest.importorskip("accelerate")
+    model, seen = make_model(), []
+    twin = apply_mini_sequence(copy.deepcopy(model), evaluation_logits=True, **CHUNKS)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    for each in (model, twin):
+        trainer = transformers.Trainer(
+            each, arguments, compute_metrics=lambda found: seen.append(found.predictions) or {}
+        )
+        trainer.evaluate([Texts()[index] for index in range(3)])
+    assert seen[0].ndim == 3
+    assert seen[1] == pytest.approx(seen[0], abs=1e-5)
+    assert twin.train()(**make_batch()).logits is None
+    assert apply_mini_sequence(twin).eval()(**make_batch()).logits is None
+
+
 @pytest.mark.slow
 def test_the_trainer_in_bf16_with_checkpointing_asked_for(tmp_path):
     model = make_model("gemma2")

@@ -62,12 +62,13 @@ def apply_mini_sequence(
     keep_attention: bool = True,
     recompute: bool = True,
     attention: str = AUTO,
+    evaluation_logits: bool = False,
 ) -> nn.Module:
     """Give a transformers causal language model mini-sequences, in place.
 
     A call with labels computes the loss without the logits, in chunks of tokens, and
-    ``output.logits`` is None (so a Trainer's compute_metrics gets none); it honours
-    ``num_items_in_batch``, ``shift_labels`` and ``ignore_index``. Decoder layers run in
+    ``output.logits`` is None: ``evaluation_logits`` gives them to a Trainer's compute_metrics. It
+    honours ``num_items_in_batch``, ``shift_labels`` and ``ignore_index``. Decoder layers run in
     mini-sequences in such calls, and in training mode without labels. Loss and gradients are those
     of the model as it was, up to rounding.
 
@@ -94,6 +95,8 @@ def apply_mini_sequence(
         recompute: keep each layer's input alone and run the layer again in the backward. False:
             autograd keeps what it would, but for the MLP's and the head's intermediates.
         attention: the backend, as ``kernel.attention``.
+        evaluation_logits: a call with labels outside of training mode returns the logits too, as
+            long as they are; else compute_metrics and preprocess_logits_for_metrics get ``()``.
 
     Returns:
         ``model``.
@@ -122,6 +125,7 @@ def apply_mini_sequence(
         keep_attention,
         recompute,
         attention,
+        evaluation_logits,
     )
     for kind, module in _places(causal_lm):
         before: Any = type(module)

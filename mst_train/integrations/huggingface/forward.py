@@ -43,6 +43,7 @@ class Settings:
     keep_attention: bool
     recompute: bool
     attention: str
+    evaluation_logits: bool = False
     warned: set[str] = field(default_factory=set)
     as_before: bool = False
     """Whether a call that does not suit is being computed, as the model always did."""
@@ -162,7 +163,10 @@ def causal_lm_forward(base: Any) -> Any:
             return CausalLMOutputWithPast(logits=logits_of(self, hidden_BSD))
         with record_function(HEAD_RANGE):
             loss = loss_of(self, hidden_BSD, labels, settings.head_chunk_tokens, **kwargs)
-        return CausalLMOutputWithPast(loss=loss)
+        wanted = settings.evaluation_logits and not self.training
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits_of(self, hidden_BSD) if wanted else None
+        )
 
     return forward
 
