@@ -254,6 +254,7 @@ def _trained_tokenizer(source: Source, vocab_size: int, cache: Path) -> Tokenize
 
     def train() -> Tokenizer:
         start = time.monotonic()
+        log.info("training a tokenizer of %d tokens on %s", vocab_size, source.name)
         tokenizer = train_tokenizer(source.documents(limit=SAMPLED_BYTES), vocab_size)
         seconds = time.monotonic() - start
         log.info(

@@ -1,4 +1,5 @@
-"""How far tokenising has come: a bar where someone watches, a line each minute where not."""
+"""How far tokenising has come: a bar where someone watches, a line at first and each minute where
+not."""
 
 import logging
 import sys
@@ -33,6 +34,9 @@ class Rate:
         )
 
     def __enter__(self) -> Self:
+        if self._bar.disable:
+            size = f"{(self._size - self._done) / 1e6:,.1f} MB of " if self._size else ""
+            log.info("tokenising %s%s", size, self._name)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,14 +1,15 @@
 """Evaluation of a trained model: a run's checkpoint, or one in Hugging Face's format."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mst_train.bar import bar
 from mst_train.checkpoint.trained import WEIGHTS, TrainedModel, best_device, trained_model
 from mst_train.cli.compose import warn_of_unused
 from mst_train.config import Config
-from mst_train.data import Vocabulary, load_data
+from mst_train.data import Batch, Vocabulary, load_data
 from mst_train.environment import describe
 from mst_train.errors import UserError
 from mst_train.evaluate.passkey import Probe, make_probes, passkey_record
@@ -53,13 +54,18 @@ def _evaluate(trained: TrainedModel) -> dict[str, Any]:
         log.warning("data.source is not what %s was trained on", trained.name)
     trained.check_tokenizer(data.tokenizer)
     probes = _probes(config, data.tokenizer)
+    batches = validation_batches(data, config.train)
+    log.info("%s", _work(trained, batches, probes))
     model = trained.load(best_device())
     record: dict[str, Any] = {"val_loss": None, "val_loss_by_position": None, "val_tokens": None}
-    found, losses = validate(model, validation_batches(data, config.train))
+    shown = {name: _bar(some, name or "validation") for name, some in batches.items()}
+    found, losses = validate(model, shown)
     record |= losses
     if found is not None:
         record["val_tokens"] = {str(bucket.start): bucket.tokens for bucket in found.buckets}
-    passkeys = passkey_record(model, probes) if probes else dict.fromkeys(PASSKEY)
+    passkeys = dict.fromkeys(PASSKEY)
+    if probes:
+        passkeys = passkey_record(model, probes, shown=lambda some: _bar(some, "passkeys"))
     about = {
         "checkpoint": trained.name,
         "step": trained.progress.get("step"),
@@ -67,6 +73,25 @@ def _evaluate(trained: TrainedModel) -> dict[str, Any]:
         "sequence_length": config.data.sequence_length,
     }
     return {**about, **record, **passkeys}
+
+
+def _work(trained: TrainedModel, batches: Mapping[str, list[Batch]], probes: list[Probe]) -> str:
+    """What is about to be computed, of what and on which device."""
+    parts = [
+        f"{name or 'validation'}, {sum(len(batch.tokens) for batch in some):,} sequences of "
+        f"{trained.config.data.sequence_length:,} tokens"
+        for name, some in batches.items()
+    ]
+    if probes:
+        tokens = sum(probe.length for probe in probes)
+        parts.append(f"passkeys, {len(probes)} texts of {tokens:,} tokens together")
+    on = "the GPU" if best_device().type == "cuda" else "the CPU"
+    return f"evaluating {trained.name} on {on}: {'; '.join(parts) or 'there is nothing to do'}"
+
+
+def _bar(some: Sequence[Any], what: str) -> Iterable[Any]:
+    done: Iterable[Any] = bar(some, desc=what, leave=False, disable=None)
+    return done
 
 
 def _probes(config: Config, tokenizer: Vocabulary) -> list[Probe]:

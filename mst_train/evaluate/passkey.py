@@ -11,7 +11,7 @@ for a text of any length and gives the same tokens every time.
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import dropwhile, zip_longest
 from typing import Any
@@ -94,18 +94,21 @@ def make_probe(tokenizer: Vocabulary, length: int, depth: float, seed: int) -> P
 
 
 def passkey_record(
-    model: Transformer, probes: Sequence[Probe], topology: Topology | None = None
+    model: Transformer,
+    probes: Sequence[Probe],
+    topology: Topology | None = None,
+    shown: Callable[[Sequence[Probe]], Iterable[Probe]] = iter,
 ) -> dict[str, Any]:
     """How a model does, for metrics.jsonl: means over all probes, and each by length and depth.
 
     accuracy: the share of the answer's tokens that the model would choose; loss: theirs. Several
-    processes share the work, and return the same.
+    processes share the work, and return the same. shown: shows how far they are.
     """
     topology = topology or Topology(device=model.embedding.weight.device)
     groups = topology.data_parallel
     rounds = math.ceil(len(probes) / groups)
     sums_PS = torch.zeros(rounds * groups, 2, dtype=torch.float64, device=topology.device)
-    batches = topology.shared(_batch(probe, topology.length_multiple) for probe in probes)
+    batches = topology.shared(_batch(probe, topology.length_multiple) for probe in shown(probes))
     for turn, batch in enumerate(batches):
         sums_PS[turn * groups + topology.data_index] = _score(model, batch, topology.device)
     topology.sum_([sums_PS])

@@ -1,6 +1,6 @@
 """The validation loss, and that of each set that has a name."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mst_train.config import TrainConfig
@@ -26,7 +26,7 @@ def validation_batches(data: Data, train: TrainConfig) -> dict[str, list[Batch]]
 
 
 def validate(
-    model: Transformer, batches: Mapping[str, list[Batch]], topology: Topology | None = None
+    model: Transformer, batches: Mapping[str, Iterable[Batch]], topology: Topology | None = None
 ) -> tuple[ValidationLoss | None, dict[str, Any]]:
     """The loss over all that is held out, and for metrics.jsonl that and those of the sets.
 

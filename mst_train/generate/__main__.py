@@ -1,5 +1,6 @@
 """python -m mst_train.generate run.dir=DIR prompt=TEXT [key=value ...]: text from a model."""
 
+import logging
 import sys
 from itertools import islice
 from typing import Any, NamedTuple
@@ -38,6 +39,9 @@ USED = ("run.", "data.", "kernel.", "memory.mlp_chunk_tokens", "model.", "precis
 """How the settings begin, besides those, that this command reads."""
 
 
+log = logging.getLogger("mst_train.generate")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     return run_command(_run, arguments, "the text is not finished")
@@ -61,8 +65,15 @@ def _run(arguments: list[str]) -> int:
         trained.check_tokenizer(tokenizer)
         if tokenizer.model is None:
             raise UserError("the tokens of data.source have no tokenizer: give data.tokenizer=FILE")
+        tokens = tokenizer.encode([asked.prompt])[0] or [tokenizer.eod]
+        log.info(
+            "%s on %s: up to %s tokens after a prompt of %s",
+            trained.name,
+            "the GPU" if best_device().type == "cuda" else "the CPU",
+            f"{asked.new_tokens:,}",
+            f"{len(tokens):,}",
+        )
         model = trained.load(best_device(), CachedAttention)
-    tokens = tokenizer.encode([asked.prompt])[0] or [tokenizer.eod]
     sampler = Sampler(asked.temperature, asked.top_p, asked.seed, tokenizer.vocab_size)
     stream = TextStream(tokenizer, tokens)
     for token in islice(continuation(model, tokens, sampler), asked.new_tokens):

@@ -45,7 +45,8 @@ def test_a_log_has_a_line_each_minute(
         assert progress.tokens == 5_000_000
     assert capsys.readouterr().err == ""
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) >= 2
-    assert lines[0].startswith("tokenising corpus/: ")
-    assert " MB of 40 MB, " in lines[0] and " minutes left, " in lines[0]
-    assert lines[0].endswith(" tokens/s")
+    assert len(lines) >= 3
+    assert lines[0] == "tokenising 30.0 MB of corpus/"
+    assert lines[1].startswith("tokenising corpus/: ")
+    assert " MB of 40 MB, " in lines[1] and " minutes left, " in lines[1]
+    assert lines[1].endswith(" tokens/s")

@@ -123,7 +123,8 @@ def test_a_model_before_and_after_it_has_learned_the_number(config, ours):
     assert after == passkey_record(model, [probe])["passkey"][0]
 
 
-def test_the_run_records_it_and_the_command_says_the_same(config, change, capsys):
+def test_the_run_records_it_and_the_command_says_the_same(config, change, capsys, caplog):
+    caplog.set_level("INFO", "mst_train")
     config = change(
         config,
         **{"train.steps": 4, "train.eval_every": 2, "evaluation.passkey_every": 3},
@@ -138,7 +139,15 @@ def test_the_run_records_it_and_the_command_says_the_same(config, change, capsys
     assert json.loads((folder / "prediction.json").read_text())["sequence_length"] == LENGTH
 
     arguments = [f"run.dir={folder}", "memory.head_chunk_tokens=32"]
+    caplog.clear()
     assert main(arguments) == 0
+    (said,) = [r.getMessage() for r in caplog.records if "evaluating" in r.getMessage()]
+    lengths = [probe["length"] for probe in summary["passkey"]]
+    assert said.startswith(f"evaluating {folder}/checkpoints/step_00000004 on the ")
+    assert said.endswith(
+        f": validation, 4 sequences of {LENGTH:,} tokens; passkeys, {len(lengths)} texts of "
+        f"{sum(lengths):,} tokens together"
+    )
     result = json.loads((folder / "evaluation.json").read_text())
     assert result["step"] == 4
     for key in ("val_loss", "val_loss_by_position", "passkey", "passkey_accuracy"):
