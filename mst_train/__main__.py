@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 from mst_train.cli.command import run_command, show, show_help, told_once
 from mst_train.errors import UserError
+from mst_train.files import expanded
 from mst_train.rendezvous.dist_env import rank
 
 HELP = """\
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     from mst_train.cli.compose import compose, describe
     from mst_train.cli.sweep import points, run_all
+    from mst_train.data import check_sources
 
     with told_once():
         if "--help" in arguments or "-h" in arguments:
@@ -49,9 +51,11 @@ def _run(arguments: list[str]) -> int:
         if swept and "--config" not in arguments:
             return run_all(swept)
         config = compose([a for a in arguments if a != "--config"])
-    if "--config" in arguments:
-        show(describe(config).rstrip("\n"))
-        return 0
+        if "--config" in arguments:
+            show(describe(config).rstrip("\n"))
+            return 0
+        if not expanded(config.run.dir).exists():  # a run that is finished needs no data
+            check_sources(config.data, config.model.vocab_size)
     # torch is imported only now: a mistake in the command line is answered at once.
     from mst_train.run.train import train
 

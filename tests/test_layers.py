@@ -39,7 +39,7 @@ HOMES = {
     "datasets": ("mst_train.data.huggingface",),
     "flash_attn": ("mst_train.attention.cuda",),
     "safetensors": ("mst_train.model.hf.weights",),
-    "huggingface_hub": ("mst_train.model.hf.weights",),
+    "huggingface_hub": ("mst_train.model.hf.weights", "mst_train.data.huggingface"),
     "sentencepiece": ("mst_train.data.tokenizer",),
     "triton": ("mst_kernels",),
     "deepspeed": (

@@ -183,7 +183,8 @@ class DataConfig:
     """A sentencepiece .model file, a tokenizer.json, or a folder with one of them; null: one is
     trained on the source, once."""
     tokenizer_vocab_size: int = 4096
-    """The vocabulary of a tokenizer trained here."""
+    """The ids of a tokenizer trained here: at most model.vocab_size. Of a model that has more, the
+    others are never used."""
     cache_dir: str | None = None
     """Where tokenizers and tokens are kept; null: mst_train in $XDG_CACHE_HOME or ~/.cache."""
 
@@ -217,7 +218,8 @@ class ModelConfig:
     """The form of a decoder: Llama's where nothing else is said."""
 
     vocab_size: int = 4096
-    """Rows of the embedding and of the LM head: at least the tokenizer's ids."""
+    """Rows of the embedding and of the LM head: at least the tokenizer's ids, which are
+    data.tokenizer_vocab_size where it is trained here."""
     hidden_size: int = 256
     """Features of a token between layers."""
     intermediate_size: int = 704

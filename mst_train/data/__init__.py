@@ -24,7 +24,13 @@ when it makes its first batch.
 """
 
 from mst_train.data.corpus import load_corpus
-from mst_train.data.load import Data, load_data, load_vocabulary, vocabulary_file
+from mst_train.data.load import (
+    Data,
+    check_sources,
+    load_data,
+    load_vocabulary,
+    vocabulary_file,
+)
 from mst_train.data.loader import Batch, Loader, fixed_batches
 from mst_train.data.packing import IGNORED, Sequences
 from mst_train.data.tokenizer import Vocabulary
@@ -37,6 +43,7 @@ __all__ = [
     "Loader",
     "Sequences",
     "Vocabulary",
+    "check_sources",
     "fixed_batches",
     "load_corpus",
     "load_data",

@@ -12,7 +12,7 @@ import math
 import os
 import stat
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -33,6 +33,7 @@ from mst_train.data.readers import (
 )
 from mst_train.errors import UserError
 from mst_train.files import expanded, reading
+from mst_train.rendezvous.dist_env import world_size
 
 STDLIB = "stdlib"
 DIVIDED = (*JSON_LINES, PARQUET, MEGATRON)
@@ -109,9 +110,7 @@ def find_documents(data: DataConfig) -> Source:
         if _looks_like_a_path(data):
             return _files(data)
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"data.source={data.source} cannot be looked up ({error}): correct the path"
-        ) from error
+        raise _cannot_be_looked_up(data, error) from error
     rows = HuggingFaceRows.load(data)
     return Source(
         name=data.source,
@@ -120,6 +119,26 @@ def find_documents(data: DataConfig) -> Source:
         reader=rows,
         divide=rows.divide,
     )
+
+
+def check_source(data: DataConfig) -> None:
+    """Raises UserError where ``data.source`` is a path that leads to nothing that can be read, or
+    the name of no data set.
+
+    Files are looked at up to the first that can be read, and none is opened.
+    """
+    if data.source == STDLIB:
+        return
+    try:
+        if not _looks_like_a_path(data):
+            if world_size() == 1:  # many processes would ask at once
+                HuggingFaceRows.check_name(data.source)
+            return
+        _, names = _usable_files(data)
+        if next(names, None) is None:
+            raise _nothing_to_read(data)
+    except (OSError, RuntimeError) as error:
+        raise _cannot_be_looked_up(data, error) from error
 
 
 def digest(*parts: object) -> str:
@@ -240,20 +259,36 @@ def _stdlib() -> Source:
 
 
 def _files(data: DataConfig) -> Source:
+    files, found = _usable_files(data)
+    names = list(found)
+    if not names:
+        raise _nothing_to_read(data)
+    settings = (data.text_field, files.text_suffixes, files.repository_depth)
+    return _source(data.source, files, names, "files", *settings)
+
+
+def _usable_files(data: DataConfig) -> tuple[Files, Iterator[str]]:
+    """What reads the files that ``data.source`` leads to, and their names."""
     suffixes = tuple(suffix.lower() for suffix in data.text_suffixes)
     root, found = _found_files(data.source)
     depth = None
     if data.documents == "repository":
         depth = 0 if (root / ".git").exists() else 1  # one checkout, or a folder of them
     files = Files(root, data.text_field, suffixes, depth)
-    names = [name for name in found if files.usable(name)]
-    if not names:
-        known = ", ".join((*suffixes, *JSON_LINES[:3], PARQUET, MEGATRON))
-        raise UserError(
-            f"data.source={data.source} has no file that can be read: it must hold or be {known} "
-            f"files (data.text_suffixes adds others that are text)"
-        )
-    return _source(data.source, files, names, "files", data.text_field, suffixes, depth)
+    return files, filter(files.usable, found)
+
+
+def _nothing_to_read(data: DataConfig) -> UserError:
+    suffixes = (suffix.lower() for suffix in data.text_suffixes)
+    known = ", ".join((*suffixes, *JSON_LINES[:3], PARQUET, MEGATRON))
+    return UserError(
+        f"data.source={data.source} has no file that can be read: it must hold or be {known} "
+        f"files (data.text_suffixes adds others that are text)"
+    )
+
+
+def _cannot_be_looked_up(data: DataConfig, error: Exception) -> UserError:
+    return UserError(f"data.source={data.source} cannot be looked up ({error}): correct the path")
 
 
 def _source(name: str, files: Files, names: list[str], *settings: object) -> Source:
@@ -335,11 +370,11 @@ def _looks_like_a_path(data: DataConfig) -> bool:
     )
 
 
-def _found_files(source: str) -> tuple[Path, list[str]]:
+def _found_files(source: str) -> tuple[Path, Iterable[str]]:
     """The folder that a path or glob leads to, and its files, relative to it."""
     path = expanded(source)
     if path.is_dir():
-        return path, list(_walk(path))
+        return path, _walk(path)
     if path.exists():
         # Megatron's pair of files goes by the name of either, or of both without a suffix.
         return path.parent, [

@@ -1,5 +1,6 @@
 """Hugging Face data sets to documents: the one place that imports ``datasets``."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ PIECE_ROWS = 1 << 16
 """The most rows in a piece."""
 PIECES = 64
 SMALLEST_PIECE_ROWS = 1 << 10
+ANSWER_SECONDS = 5.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,27 @@ class HuggingFaceRows:
     streamed: bool
     fingerprint: str
     """The one that ``datasets`` gives the loaded split or, where it is streamed, its files."""
+
+    @staticmethod
+    def check_name(source: str) -> None:
+        """Raises UserError where the Hub answers that it has no such data set.
+
+        Where it does not answer, as without a network, ``datasets`` may have a copy.
+        """
+        try:
+            from huggingface_hub import dataset_info
+            from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+        except ImportError:
+            return
+        try:
+            dataset_info(source.partition(":")[0], timeout=ANSWER_SECONDS)
+        except (HFValidationError, RepositoryNotFoundError) as error:
+            raise UserError(
+                f"data.source={source} is neither a file or folder here nor a data set on the "
+                f"Hugging Face Hub, or not one for you: correct the name, start a path with ./ or /"
+            ) from error
+        except Exception:  # of as many types as there are ways not to reach it
+            log.info("data.source=%s is no file or folder here: looking for a data set", source)
 
     @classmethod
     def load(cls, data: DataConfig) -> "HuggingFaceRows":

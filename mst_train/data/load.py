@@ -19,7 +19,7 @@ from mst_train.data.corpus import (
     prepared_folder,
     writing_cache,
 )
-from mst_train.data.documents import digest
+from mst_train.data.documents import check_source, digest
 from mst_train.data.mixture import MixedSequences
 from mst_train.data.packing import PackedSequences, Sequences
 from mst_train.data.splitting import long_documents, split_corpus
@@ -44,6 +44,24 @@ class Data:
     """Stands for the tokens of the corpus, their tokenizer and how they become sequences."""
     validation_sets: Mapping[str, Sequences] = field(default_factory=dict)
     """By names: what is held out of each source of a mixture, and ``data.validation_sets``."""
+
+
+def check_sources(data: DataConfig, vocab_size: int) -> None:
+    """What ``load_data`` would refuse, as far as it shows before anything is read.
+
+    Raises UserError for a path that leads to nothing, and for a tokenizer that is to be trained to
+    more ids than ``vocab_size``, the model's.
+    """
+    names = [part.source for part in data.mixture] or [data.source]
+    names += [part.source for part in data.validation_sets]
+    raw = [name for name in dict.fromkeys(names) if prepared_folder(name) is None]
+    for name in raw:
+        check_source(replace(data, source=name))
+    if raw and data.tokenizer is None and data.tokenizer_vocab_size > vocab_size:
+        raise UserError(
+            f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} is more than model.vocab_size="
+            f"{vocab_size}: lower it, or raise model.vocab_size to that at least"
+        )
 
 
 def load_data(data: DataConfig) -> Data:

@@ -63,9 +63,11 @@ def _data(config: Config, data: Data) -> str:
     parts = [part.source for part in config.data.mixture]
     length, count = config.data.sequence_length, len(data.training)
     held_out = 0 if data.validation is None else len(data.validation)
+    known, ids = data.tokenizer.vocab_size, config.model.vocab_size
+    unused = f"; it uses {known:,} of the model's {ids:,} token ids" if known < ids else ""
     return (
         f"{', '.join(parts) or config.data.source}; {count:,} sequences of {length:,} tokens in an "
-        f"epoch, {held_out:,} held out"
+        f"epoch, {held_out:,} held out{unused}"
     )
 
 

@@ -224,7 +224,8 @@ def _check_data(start: Start, config: Config, data: Data) -> None:
     if data.tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
-            f"vocabulary of {data.tokenizer.vocab_size}: raise it to that at least"
+            f"vocabulary of {data.tokenizer.vocab_size}: raise it to that at least, or take "
+            f"another tokenizer (data.tokenizer, or data.tokenizer_vocab_size for one trained here)"
         )
     if start.checkpoint is not None and start.progress["corpus"] != data.corpus_fingerprint:
         raise UserError(

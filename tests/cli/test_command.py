@@ -129,6 +129,23 @@ def test_bad_input_is_one_clear_message(tmp_path, arguments, messages, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("given", [["data.source=./missing.txt"], ["model.vocab_size=300"]])
+def test_data_that_cannot_be_are_told_without_torch(tmp_path, given):
+    script = (
+        "import sys; from mst_train.__main__ import main; "
+        "status = main(); print('torch' in sys.modules, status)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, *given],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == "False 2\n", result.stderr
+    assert result.stderr.count("error: ") == 1
+
+
 def test_an_empty_corpus_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "blank.txt").write_text("\n \n")

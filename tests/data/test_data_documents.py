@@ -4,14 +4,15 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mst_train.config import DataConfig
-from mst_train.data import load_tokenizer
+from mst_train.config import DataConfig, ValidationSetConfig
+from mst_train.data import check_sources, load_tokenizer
 from mst_train.data.documents import find_documents
 from mst_train.errors import UserError
 
@@ -316,3 +317,68 @@ def test_data_set_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None
         "load (data.split=test): Couldn't reach 'corpsu' on the Hub. Correct the name, or start a "
         "path with ./ or /"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing", "matches no file or folder"),
+        ("missing/*.txt", "matches no file or folder"),
+        ("images", "has no file that can be read"),
+    ],
+)
+def test_a_path_to_nothing_is_told_before_anything_is_read(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").touch()
+    with pytest.raises(UserError, match=message):
+        check_sources(DataConfig(source=f"{tmp_path}/{name}"), 4096)
+    sets = [ValidationSetConfig("other", f"{tmp_path}/{name}")]
+    with pytest.raises(UserError, match=message):
+        check_sources(DataConfig(validation_sets=sets), 4096)
+
+
+def test_of_a_source_that_is_there_no_file_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").touch()
+    monkeypatch.setattr(Path, "open", None)
+    check_sources(DataConfig(source=str(tmp_path)), 4096)
+    check_sources(DataConfig(), 4096)
+
+
+def test_a_tokenizer_that_the_model_has_too_few_ids_for_is_not_trained() -> None:
+    check_sources(DataConfig(tokenizer_vocab_size=512), 512)
+    with pytest.raises(UserError, match="tokenizer_vocab_size=512 is more than model"):
+        check_sources(DataConfig(tokenizer_vocab_size=512), 511)
+    check_sources(DataConfig(tokenizer_vocab_size=512, tokenizer="a.model"), 511)
+
+
+@pytest.mark.parametrize("answer", ["none", "no name", "silence", "yes"])
+def test_a_data_set_that_the_hub_does_not_have(
+    answer: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    errors = huggingface_hub.errors
+    asked = []
+
+    def dataset_info(name: str, timeout: float) -> None:
+        asked.append(name)
+        if answer == "none":
+            raise errors.RepositoryNotFoundError("404", response=Mock())
+        if answer == "no name":
+            raise errors.HFValidationError("it is none")
+        if answer == "silence":
+            raise ConnectionError("nobody is there")
+
+    monkeypatch.setattr(huggingface_hub, "dataset_info", dataset_info)
+    caplog.set_level("INFO", "mst_train")
+    data = DataConfig(source="wikitxt:small")
+    if answer.startswith("no"):
+        with pytest.raises(UserError, match="wikitxt:small is neither a file or folder"):
+            check_sources(data, 4096)
+    else:
+        check_sources(data, 4096)
+    assert asked == ["wikitxt"]
+    assert ("looking for a data set" in caplog.text) == (answer == "silence")

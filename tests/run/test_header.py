@@ -11,7 +11,8 @@ from mst_train.plan.predict import make_target, predict
 from mst_train.run.header import header
 
 SMALL = ["data.sequence_length=512", "model.num_layers=1", "memory.block_chunk_tokens=128"]
-DATA = SimpleNamespace(training=range(40), validation=range(3))
+TOKENIZER = SimpleNamespace(vocab_size=4096)
+DATA = SimpleNamespace(training=range(40), validation=range(3), tokenizer=TOKENIZER)
 
 
 def lines(*arguments, gpus=1, data=DATA, step=0):
@@ -51,8 +52,13 @@ def test_what_is_shared_and_kept_on_the_host():
 
 
 def test_without_mini_sequences_and_validation():
-    data = SimpleNamespace(training=range(40), validation=None)
+    data = SimpleNamespace(training=range(40), validation=None, tokenizer=TOKENIZER)
     found, _ = lines("memory.policy=vanilla", "precision=bf16", data=data)
     assert "in bf16 on one h200" in found[0]
     assert found[1] == "memory: vanilla; no mini-sequences"
     assert found[2].endswith("0 held out")
+
+
+def test_ids_of_the_model_that_the_tokenizer_leaves_unused():
+    found, _ = lines("model.vocab_size=5000")
+    assert found[2].endswith("held out; it uses 4,096 of the model's 5,000 token ids")
