@@ -22,9 +22,10 @@ from mst_train.checkpoint.files import load_part
 from mst_train.deepspeed_adapter import full_shape
 from mst_train.engine.protocol import State
 from mst_train.errors import UserError
+from mst_train.optim import ADAMW_STATES, MUON_STATES
 
-STATES = {"exp_avg", "exp_avg_sq", "step"}
-"""What AdamW keeps of a parameter, once it has been updated."""
+STATES = ((), ADAMW_STATES, MUON_STATES)
+"""What there is of a parameter: nothing before its first update."""
 
 
 def load_progress(checkpoint: Path) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def _require_names(found: dict[str, Any], wanted: dict[str, nn.Parameter]) -> No
 def _require_states(name: str, states: Any, shape: torch.Size) -> None:
     if not isinstance(states, dict):
         raise _Wrong(f"{name} has no states")
-    if states.keys() - {"master"} not in (set(), STATES):
+    if states.keys() - {"master"} not in map(set, STATES):
         raise _Wrong(f"{name} has the states {', '.join(sorted(map(str, states)))}")
     for key, state in states.items():
         dtype = torch.float32 if key == "master" else None

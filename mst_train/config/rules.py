@@ -276,7 +276,7 @@ def _optimizer_problems(optimizer: OptimizerConfig) -> Iterator[str]:
                 f"optimizer.decay_steps is not used with optimizer.schedule={optimizer.schedule}: "
                 f"set it to null"
             )
-    for name in ("beta1", "beta2"):
+    for name in ("beta1", "beta2", "muon_momentum"):
         beta = getattr(optimizer, name)
         if not 0 <= beta < 1:
             yield f"optimizer.{name}={beta} must be at least 0 and below 1"
@@ -389,6 +389,19 @@ def _update_problems(config: Config) -> Iterator[str]:
         yield (
             "optimizer.offload=host takes each gradient off the device in the backward already, "
             "and updates after it: set optimizer.in_backward=false or optimizer.offload=none"
+        )
+    if optimizer.name == "muon" and optimizer.offload == "host":
+        yield (
+            "optimizer.name=muon makes whole matrices orthogonal, which takes a host minutes where "
+            "a GPU takes a second, so not with optimizer.offload=host: set optimizer.offload=none "
+            "(optimizer.in_backward=true saves memory too), or optimizer.name=adamw"
+        )
+    stage = config.parallel.zero_stage
+    if optimizer.name == "muon" and stage > 0:
+        yield (
+            f"optimizer.name=muon updates whole matrices, and parallel.zero_stage={stage} shares "
+            f"them out in flat parts: set parallel.zero_stage=0, with which several processes "
+            f"train too, or optimizer.name=adamw"
         )
     if optimizer.offload == "host" and config.precision == "bf16":
         yield (

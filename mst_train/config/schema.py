@@ -80,7 +80,7 @@ class RunConfig:
     checkpoint, on other data, at another length, with another rope scaling, batch, schedule or
     number of processes. Where run.dir has a checkpoint of its own, that one is continued."""
     init_optimizer: bool = True
-    """With init_from: its optimizer's states too; false: AdamW starts anew."""
+    """With init_from: its optimizer's states too; false: the optimizer starts anew."""
 
 
 @dataclass(frozen=True)
@@ -338,8 +338,13 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with decoupled weight decay, and its learning rate's schedule."""
+    """AdamW or Muon with decoupled weight decay, and the learning rate's schedule."""
 
+    name: str = choice("adamw", ("adamw", "muon"))
+    """adamw: for all parameters. muon: Muon (Jordan et al. 2024), with one state in the place of
+    two, for the matrices of the blocks, and AdamW for embeddings, LM head, norms and biases. Both
+    have one learning rate and weight decay: an orthogonal update is scaled to the size of AdamW's,
+    by 0.2 sqrt(larger dimension) (Liu et al. 2025, "Muon is Scalable for LLM Training")."""
     learning_rate: float = 3e-4
     """The highest."""
     schedule: str = choice("cosine", ("cosine", "wsd", "constant"))
@@ -357,6 +362,8 @@ class OptimizerConfig:
     """AdamW's decay of the mean of their squares."""
     epsilon: float = 1e-8
     """Added to the root of that mean."""
+    muon_momentum: float = 0.95
+    """Muon's decay of the mean of gradients (Jordan et al. 2024); with Nesterov's momentum."""
     weight_decay: float = 0.1
     """What matrices lose of themselves in a step, times the learning rate; one-dimensional
     parameters (norms, biases) lose nothing."""

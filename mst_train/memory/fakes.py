@@ -25,8 +25,8 @@ from mst_train.optim import HostOptimizer
 class SimulatedHostOptimizer(HostOptimizer):
     """The host's AdamW by torch, which works on tensors without data as CPUAdam does not."""
 
-    def _build_adamw(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([{"params": [w]} for w in self._weights.values()], fused=True)
+    def _build_adamw(self, weights: Sequence[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([{"params": [w]} for w in weights], fused=True)
 
     def set_learning_rate(self, rate: float) -> None:
         pass

@@ -173,19 +173,22 @@ def _states_noted(
     blocks = {id(w): index for index, block in enumerate(model.blocks) for w in block.parameters()}
     _, states = engine.state()
     owner = {
-        id(states[name]["exp_avg"]): blocks.get(id(parameter))
+        id(state): blocks.get(id(parameter))
         for name, parameter in model.named_parameters()
+        for key, state in states[name].items()
+        if key not in ("step", "master")  # which are made anew
     }
 
     def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         counter.trace.keep(
             [
-                (owner[id(state["exp_avg"])], tensor.untyped_storage().nbytes())
+                (block, tensor.untyped_storage().nbytes())
                 for group in optimizer.param_groups
                 for parameter in group["params"]
                 if parameter.grad is not None
-                for state in [optimizer.state[parameter]]
-                for tensor in state.values()
+                for state in [optimizer.state[parameter].values()]
+                for block in [next(owner[id(t)] for t in state if id(t) in owner)]
+                for tensor in state
                 if counter.counts(tensor) and not counter.on_host(tensor)
             ]
         )
@@ -265,8 +268,9 @@ def build_ready_optimizer(model: Transformer, config: Config, counter: StepCount
     optimizer = build(model, config.optimizer, master_weights=config.precision == "bf16_master")
     state = optimizer.state_dict()
     for name, parameter in model.named_parameters():
-        state[name] |= dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter.detach())
-        state[name]["step"] = torch.ones(())
+        state[name] |= dict.fromkeys(optimizer.state_names(name), parameter.detach())
+        if "step" in state[name]:
+            state[name]["step"] = torch.ones(())
     with counter.untraced():
         optimizer.load_state_dict(state)
     return optimizer

@@ -1,6 +1,7 @@
 """AdamW on the host: the device holds no states."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,9 +44,10 @@ class HostOptimizer(Optimizer):
             rate / c1 * m / (sqrt(v / c2) + epsilon)
                 = rate * sqrt(c2) / c1 * m / (sqrt(v) + epsilon * sqrt(c2)).
         """
-        for group in self._adamw.param_groups:
+        (adamw,) = self._optimizers
+        for group in adamw.param_groups:
             (weight,) = group["params"]
-            step = self._adamw.state.get(weight, {}).get("step", 0) + 1
+            step = adamw.state.get(weight, {}).get("step", 0) + 1
             first = 1 - self._config.beta1**step
             second = math.sqrt(1 - self._config.beta2**step)
             decay = self._config.weight_decay if weight.ndim > 1 else 0.0
@@ -71,10 +73,10 @@ class HostOptimizer(Optimizer):
         home = "meta" if parameter.is_meta else "cpu"  # a simulated step has no memory there either
         return self._memory.empty(parameter.shape, torch.float32, home)
 
-    def _build_adamw(self) -> torch.optim.Optimizer:
+    def _build_adamw(self, weights: Sequence[Tensor]) -> torch.optim.Optimizer:
         return cpu_adam(
             # One group each, because its bias correction is its own.
-            [{"params": [weight]} for weight in self._weights.values()],
+            [{"params": [weight]} for weight in weights],
             betas=(self._config.beta1, self._config.beta2),
             bias_correction=False,
             adamw_mode=True,

@@ -1,4 +1,4 @@
-"""AdamW in the backward: no gradient outlives its parameter's update."""
+"""Updates in the backward: no gradient outlives its parameter's update."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ from mst_train.optim.adamw import Optimizer, global_norm
 
 
 class InBackwardOptimizer(Optimizer):
-    """AdamW that updates each parameter in the backward, as soon as its gradient is there.
+    """Updates each parameter in the backward, as soon as its gradient is there.
 
     The numbers are those of ``Optimizer``: once a parameter's gradient is complete, nothing else in
     the backward reads the parameter. There is one backward per step, and no clipping, because the
@@ -75,6 +75,6 @@ class InBackwardOptimizer(Optimizer):
         weight.grad = gradient.to(weight.dtype)
         self.exchange([weight.grad])
         self._norms[name] = global_norm([weight.grad])
-        self._adamw.step()  # of this weight: it alone has a gradient
+        self._updates[name].step()  # of this weight: it alone has a gradient
         weight.grad = None
         self._write_back([name])

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -64,8 +65,19 @@ def before_training(config: Config, device: torch.device, processes: int = 1) ->
     return prediction
 
 
-BYTES_PER_PARAMETER = {"fp32": 4 + 8, "bf16": 2 + 4, "bf16_master": 2 + 4 + 8}
-"""Of the weights, fp32 masters and AdamW's states."""
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "bf16_master": 2 + 4}
+STATE_BYTES = {"fp32": 4, "bf16": 2, "bf16_master": 4}
+"""Per parameter: its weight with its fp32 master, and one of the optimizer's states."""
+
+
+def _resident_bytes(config: Config) -> int:
+    """Of the weights and the optimizer's states: two of each parameter, one where Muon updates."""
+    model = config.model
+    parameters = parameter_count(model)
+    states = 2 * parameters
+    if config.optimizer.name == "muon":
+        states -= parameters - parameter_count(replace(model, num_layers=0))
+    return parameters * WEIGHT_BYTES[config.precision] + states * STATE_BYTES[config.precision]
 
 
 def _require_gpu(config: Config, processes: int) -> None:
@@ -74,7 +86,7 @@ def _require_gpu(config: Config, processes: int) -> None:
     Raises UserError where it does not, and no budget says that the CPU is meant.
     """
     memory = device_bytes(torch.device("cpu")) // local_world_size()
-    needed = parameter_count(config.model) * BYTES_PER_PARAMETER[config.precision]
+    needed = _resident_bytes(config)
     if config.parallel.zero_stage:  # the states at least are shared out
         needed //= processes
     if config.memory.device_budget_gib is None and needed > memory:
@@ -175,7 +187,7 @@ def _advice(prediction: Prediction) -> str:
         ways.append("precision=bf16")
     if not config.optimizer.in_backward and config.train.accumulation_steps == 1:
         ways.append("optimizer.in_backward=true with optimizer.max_grad_norm=null")
-    if config.optimizer.offload == "none":
+    if config.optimizer.offload == "none" and config.optimizer.name == "adamw":
         bf16 = " with precision=bf16_master" if config.precision == "bf16" else ""
         ways.append(f"optimizer.offload=host{bf16}")
     return (

@@ -51,8 +51,8 @@ def leanest(config: Config, gpus: int = 1) -> list[Config]:
 
 
 def _host_works(config: Config, gpus: int) -> bool:
-    """Whether the optimizer can be on the host: that of several processes with ZeRO alone."""
-    return gpus == 1 or config.parallel.zero_stage > 0
+    """Whether the optimizer can be on the host: AdamW, and that of several processes with ZeRO."""
+    return config.optimizer.name == "adamw" and (gpus == 1 or config.parallel.zero_stage > 0)
 
 
 def levers(config: Config, gpus: int = 1) -> Iterator[tuple[str, Config]]:

@@ -28,6 +28,7 @@ from mst_train.files import expanded, is_at, writing, writing_to
 FIXED = (
     "precision",
     "model",
+    "optimizer.name",
     "train.seed",
     "data.source",
     "data.mixture",
@@ -43,7 +44,7 @@ FIXED = (
     "data.tokenizer",
     "data.tokenizer_vocab_size",
 )
-"""What a run's weights and its order of data depend on."""
+"""What a run's weights, its optimizer's states and its order of data depend on."""
 
 SHAPE = ("precision", "model")
 MAY_GROW = ("model.rope_theta", "model.rope_scaling", "model.max_positions")
@@ -156,7 +157,7 @@ def check_continuation(before: dict[str, Any], config: Config, checkpoint: Path)
     """
     refused = []
     for key, new in leaves(asdict(config)):
-        old = lookup(before, key)
+        old = _before(before, key)
         if old == new or key.startswith("run."):
             continue
         if key == "data.source" and lookup(before, "data.mixture"):
@@ -177,7 +178,7 @@ def check_continuation(before: dict[str, Any], config: Config, checkpoint: Path)
 def check_beginning(before: dict[str, Any], config: Config, origin: Path) -> None:
     """Whether a new run can start with the weights of a checkpoint that had these settings.
 
-    Raises UserError where its model is another.
+    Raises UserError where its model is another, or its optimizer, whose states it is to take along.
     """
     refused = [
         f"{key}={new}, but run.init_from={origin} was made with {old}: its weights are for that "
@@ -187,8 +188,20 @@ def check_beginning(before: dict[str, Any], config: Config, origin: Path) -> Non
         and not _is_among(key, MAY_GROW)
         and (old := lookup(before, key)) != new
     ]
+    name, old = config.optimizer.name, _before(before, "optimizer.name")
+    if config.run.init_optimizer and name != old:
+        refused.append(
+            f"optimizer.name={name}, but run.init_from={origin} was made with {old} and its states "
+            f"are of that: set run.init_optimizer=false to start them anew, or put it back"
+        )
     if refused:
         raise UserError(refused)
+
+
+def _before(before: dict[str, Any], key: str) -> Any:
+    """A checkpoint's setting. Those from before there was ``optimizer.name`` are of AdamW."""
+    found = lookup(before, key)
+    return "adamw" if found is None and key == "optimizer.name" else found
 
 
 def _is_among(key: str, settings: Iterable[str]) -> bool:

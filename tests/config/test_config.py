@@ -1,8 +1,10 @@
 """Every rule of the configuration refuses what breaks it, by name."""
 
+import itertools
+
 import pytest
 
-from mst_train.config import ACTIVATIONS, Config, validate
+from mst_train.config import ACTIVATIONS, PRECISIONS, Config, validate
 
 
 def test_defaults_are_valid():
@@ -132,6 +134,16 @@ def test_what_deepspeed_does_not_decide(change, settings, key, ours):
             ("optimizer.offload=host", "precision=bf16"),
             "set precision=bf16_master",
         ),
+        (
+            {"optimizer.name": "muon", "optimizer.offload": "host"},
+            ("optimizer.name=muon", "optimizer.offload=host"),
+            "set optimizer.offload=none",
+        ),
+        (
+            {"optimizer.name": "muon", "parallel.zero_stage": 2},
+            ("optimizer.name=muon", "parallel.zero_stage=2"),
+            "set parallel.zero_stage=0",
+        ),
     ],
 )
 def test_what_the_optimizers_cannot_do(change, settings, both, way_out):
@@ -144,8 +156,9 @@ def test_what_the_optimizers_can_do(change):
     in_backward = change(
         Config(), **{"optimizer.in_backward": True, "optimizer.max_grad_norm": None}
     )
-    for precision in ("fp32", "bf16", "bf16_master"):
-        assert validate(change(in_backward, precision=precision)) == []
+    for precision, name in itertools.product(PRECISIONS, ("adamw", "muon")):
+        settings = {"precision": precision, "optimizer.name": name}
+        assert validate(change(in_backward, **settings)) == []
     offload = change(Config(), **{"optimizer.offload": "host", "train.accumulation_steps": 2})
     assert validate(offload) == []
     assert validate(change(offload, precision="bf16_master")) == []

@@ -80,6 +80,7 @@ def make_config(
     offload="none",
     max_grad_norm=0.3,
     exchange="auto",
+    optimizer="adamw",
 ):
     """Whatever the processes, a step has the same sequences, in two micro-batches.
 
@@ -103,6 +104,7 @@ def make_config(
             sequence_parallel=degree, zero_stage=stage, sequence_exchange=exchange
         ),
         optimizer=OptimizerConfig(
+            name=optimizer,
             learning_rate=3e-3,
             warmup_steps=4,
             max_grad_norm=None if in_backward else max_grad_norm,

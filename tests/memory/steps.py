@@ -6,7 +6,7 @@
 import random
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from unittest.mock import patch
 
@@ -93,6 +93,8 @@ def random_step(seed):
             keys_at_once=_part(draw, length),
         )
     cu_seqlens = _random_boundaries(draw, config) if config.data.attention == "documents" else None
+    if config.optimizer.offload == "none" and draw.random() < 0.5:
+        config = replace(config, optimizer=replace(config.optimizer, name="muon"))
     return Step(config, cu_seqlens, portions)
 
 

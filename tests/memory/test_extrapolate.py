@@ -24,7 +24,8 @@ def deep_step(seed):
     gpus = draw.choice([1, 1, 4])
     if gpus > 1 and not config.optimizer.in_backward and config.precision != "bf16":
         zero = replace(config.parallel, zero_stage=draw.randint(0, 3))
-        config = replace(config, parallel=zero)
+        adamw = replace(config.optimizer, name="adamw")
+        config = replace(config, parallel=zero, optimizer=adamw)
     return replace(step, config=config), device, gpus
 
 

@@ -23,12 +23,14 @@ GEMMA2 = ["+experiment=gemma2_9b_seq36k", "data.sequence_length=9216", "model.nu
 SETTINGS = [
     [*TINY, *IN_BACKWARD],
     [*TINY, *MASTERS, "memory.policy=vanilla"],
+    [*TINY, "optimizer.name=muon"],
     *(
         pytest.param(settings, marks=pytest.mark.slow)
         for settings in (
             [*TINY, "memory.offload=host", "train.accumulation_steps=3"],
             [*TINY, *MASTERS, "memory.policy=recompute", "optimizer.offload=host"],
             [*LLAMA3],
+            [*LLAMA3, "optimizer.name=muon"],
             [*LLAMA3, "memory.offload=host", "memory.keep_attention=true"],
             GEMMA2,
             [*GEMMA2, "memory.offload=host"],

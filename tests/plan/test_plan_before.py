@@ -47,6 +47,9 @@ def test_advice_for_states():
     assert "optimizer.in_backward=true with optimizer.max_grad_norm=null" in ordinary
     full = refusal(*paper, "precision=fp32", "memory.device_budget_gib=23")
     assert "precision=bf16," in full or "weights alone" in full
+    muon = refusal(*paper, "optimizer.name=muon", "memory.device_budget_gib=20")
+    assert "weights and their states alone are too large" in muon
+    assert "offload" not in muon
 
 
 def test_what_the_host_cannot_hold():
@@ -66,15 +69,23 @@ def test_a_cpu_has_one_memory_for_both():
 
 
 @pytest.mark.parametrize(
-    ("precision", "gib"), [("bf16", "44.87"), ("bf16_master", "104.70"), ("fp32", "89.75")]
+    ("precision", "optimizer", "gib"),
+    [
+        ("bf16", "adamw", "44.87"),
+        ("bf16", "muon", "31.87"),
+        ("bf16_master", "adamw", "104.70"),
+        ("bf16_master", "muon", "78.70"),
+        ("fp32", "adamw", "89.75"),
+    ],
 )
-def test_without_a_gpu_what_is_for_one_is_refused_at_once(monkeypatch, precision, gib):
+def test_without_a_gpu_what_is_for_one_is_refused_at_once(monkeypatch, precision, optimizer, gib):
     def never(*arguments):
         raise AssertionError("a prediction was made")
 
     monkeypatch.setattr(before, "predict", never)
     monkeypatch.setattr(before, "device_bytes", lambda device: 24 * GIB)
-    message = refusal("+experiment=llama3_8b_seq60k", f"precision={precision}")
+    settings = (f"precision={precision}", f"optimizer.name={optimizer}")
+    message = refusal("+experiment=llama3_8b_seq60k", *settings)
     assert message.startswith("there is no GPU here, and llama3_8b_seq60k needs one: its weights")
     assert f"alone take {gib} GiB, and this machine has 24.00 GiB" in message
     with pytest.raises(AssertionError, match="a prediction"):

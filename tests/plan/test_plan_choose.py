@@ -2,7 +2,7 @@
 
 import pytest
 
-from mst_train.config import validate
+from mst_train.config import PRECISIONS, validate
 from mst_train.errors import UserError
 from mst_train.memory.tracker import MemoryTracker
 from mst_train.plan.candidates import levers, settings
@@ -121,6 +121,15 @@ def test_updates_in_the_backward_only_where_they_are_allowed():
     asked = among("memory.keep_attention=false")
     assert not any(c.memory.keep_attention for c in asked)
     assert all(c.memory.offload == "host" for c in among("memory.offload=host"))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_is_offered_with_muon_can_be_trained(precision):
+    config = read([*AUTO, *IN_BACKWARD, "optimizer.name=muon", f"precision={precision}"])
+    offered = [c for group in settings(config) for c in group]
+    offered += [c for _, c in levers(config)]
+    assert any(c.optimizer.in_backward for c in offered)
+    assert not any(problem for c in offered for problem in validate(c))
 
 
 @pytest.mark.slow

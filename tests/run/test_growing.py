@@ -73,6 +73,18 @@ def test_the_optimizer_may_start_anew(small_config, grown, change, precision):
     assert found[True][2] != found[False][2]
 
 
+def test_another_optimizer_starts_anew(small_config, grown):
+    train(small_config)
+    first = {}
+    for name in ("adamw", "muon"):
+        settings = {"optimizer.name": name, "run.dir": f"{small_config.run.dir}_{name}"}
+        config = grown(**settings, **{"run.init_optimizer": False, "train.steps": 2})
+        train(config)
+        first[name] = losses(config)[1]
+    assert first["muon"] == first["adamw"]  # the same weights
+    assert "momentum_buffer" in part(config, 2, "optimizer")["blocks.0.mlp.up.weight"]
+
+
 def test_lengths_grow_with_the_rope_and_each_stage_resumes(small_config, grown, change):
     """Three stages, each of which is killed once and ends as if it had not been."""
     scaling = {"model.rope_scaling.type": "yarn", "model.rope_scaling.original_length": 100}
@@ -128,6 +140,7 @@ def test_other_data_with_the_same_tokenizer(small_config, grown, change, corpus,
     [
         ({"model.num_layers": 3}, r"model\.num_layers=3, but run\.init_from=.* was made with 2: "),
         ({"precision": "bf16"}, r"precision=bf16, but run\.init_from=.* was made with fp32"),
+        ({"optimizer.name": "muon"}, r"made with adamw and .* set run\.init_optimizer=false"),
         ({"data.tokenizer_vocab_size": 400}, "with another tokenizer than"),
         ({"run.init_from": "nowhere"}, r"run\.init_from=nowhere is no place with a whole checkpoi"),
     ],

@@ -6,6 +6,7 @@ import os
 import runpy
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from mst_train.errors import InUse, TrainingError, UserError
 from mst_train.model import Policy, build_model
 from mst_train.optim import InBackwardOptimizer, Optimizer
 from mst_train.prepare.__main__ import main as prepare
+from mst_train.run.folder import check_beginning, check_continuation
 from mst_train.run.train import train
 
 
@@ -109,7 +111,15 @@ IN_BACKWARD = {"optimizer.in_backward": True, "optimizer.max_grad_norm": None}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"train.accumulation_steps": 2}, IN_BACKWARD])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train.accumulation_steps": 2},
+        {"train.accumulation_steps": 2, "optimizer.name": "muon"},
+        IN_BACKWARD,
+        IN_BACKWARD | {"optimizer.name": "muon"},
+    ],
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_master"])
 def test_resuming_continues_bit_for_bit(small_config, change, precision, settings):
     whole = change(small_config, precision=precision, **settings)
@@ -321,12 +331,29 @@ def test_a_warm_up_longer_than_the_run_is_warned_of(small_config, change, caplog
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("model.num_layers", 3), ("data.sequence_length", 50), ("precision", "bf16")],
+    [
+        ("model.num_layers", 3),
+        ("data.sequence_length", 50),
+        ("precision", "bf16"),
+        ("optimizer.name", "muon"),
+    ],
 )
 def test_resuming_as_another_run_is_refused(small_config, change, setting, value):
     train(change(small_config, **{"train.steps": 2}))
     with pytest.raises(UserError, match=f"{setting}={value}, but .* was made with"):
         train(change(small_config, **{setting: value}))
+
+
+def test_a_checkpoint_that_names_no_optimizer_is_of_adamw(small_config, change, caplog):
+    before = asdict(small_config)
+    del before["optimizer"]["name"]
+    check_continuation(before, small_config, Path("checkpoint"))
+    check_beginning(before, small_config, Path("checkpoint"))
+    assert caplog.text == ""
+    muon = change(small_config, **{"optimizer.name": "muon"})
+    for check in (check_continuation, check_beginning):
+        with pytest.raises(UserError, match="was made with adamw"):
+            check(before, muon, Path("checkpoint"))
 
 
 def test_a_prepared_folder_may_move(small_config, change, corpus, tmp_path, caplog):
