@@ -20,7 +20,7 @@ import mst_train.optim.host
 from mst_train.config import OptimizerConfig
 
 CPU = torch.device("cpu")
-EXAMPLES = [200, pytest.param(2000, marks=pytest.mark.slow)]
+EXAMPLES = [200, pytest.param(2000, marks=pytest.mark.exhaustive)]
 WIDTHS = (2, 90, 2)
 """Of what the blocks keep beside their input: [3, 90] takes more than one unit of memory."""
 

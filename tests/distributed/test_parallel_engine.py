@@ -26,14 +26,16 @@ EXCHANGES = [
     (4, 4, "both"),
 ]
 """Processes, how many of them share a sequence, and what these exchange."""
-MASTERS = [{"degree": 1, "stage": stage, "precision": "bf16_master"} for stage in STAGES]
+FEWER = {"steps": 10}
+"""For what is not the exchange: these share the steps' code with those of twenty."""
+MASTERS = [{"degree": 1, "stage": stage, "precision": "bf16_master", **FEWER} for stage in STAGES]
 TIED = [
-    {"degree": 1, "stage": 3, "policy": policy, "tied": True}
+    {"degree": 1, "stage": 3, "policy": policy, "tied": True, **FEWER}
     for policy in ("vanilla", "recompute", "mst")
 ]
 
 ON_HOST = [
-    {"degree": degree, "stage": stage, "precision": precision, "offload": "host"}
+    {"degree": degree, "stage": stage, "precision": precision, "offload": "host", **FEWER}
     for degree, stage, precision in (
         (2, 1, "fp32"),
         (1, 2, "fp32"),
@@ -42,10 +44,10 @@ ON_HOST = [
         (1, 3, "bf16_master"),
     )
 ]
-UNCLIPPED = [{"degree": 1, "stage": stage, "max_grad_norm": None} for stage in (1, 2, 3)]
-IN_BACKWARD = [{"degree": degree, "stage": 0, "in_backward": True} for degree in (1, 2)]
+UNCLIPPED = [{"degree": 1, "stage": stage, "max_grad_norm": None, **FEWER} for stage in (1, 2, 3)]
+IN_BACKWARD = [{"degree": degree, "stage": 0, "in_backward": True, **FEWER} for degree in (1, 2)]
 MUON = [
-    {"degree": degree, "stage": 0, "optimizer": "muon", "in_backward": in_backward}
+    {"degree": degree, "stage": 0, "optimizer": "muon", "in_backward": in_backward, **FEWER}
     for degree in (1, 2)
     for in_backward in (False, True)
 ]
@@ -99,6 +101,19 @@ def test_two_processes(alone, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_exchange_with_a_stage(alone, world, tmp_path):
+    of_world = [exchange[1:] for exchange in EXCHANGES if exchange[0] == world]
+    runs = [
+        {"degree": degree, "exchange": exchange, "stage": STAGES[-1 - place % len(STAGES)]}
+        for place, (degree, exchange) in enumerate(of_world)
+    ]
+    for settings, found in train_all(world, runs, tmp_path, timeout=600):
+        print(settings)
+        check_equal(alone, found, 1e-5)
+
+
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("world", "degree", "exchange"), EXCHANGES)
 def test_every_exchange_and_stage(alone, world, degree, exchange, tmp_path):
@@ -146,8 +161,8 @@ def errors(found, truth):
 @pytest.mark.slow
 def test_fp32_masters_of_bf16_weights(two_together):
     """As near to what fp32 gives as one process is."""
-    truth = train_alone(rounded=True)["weights"]
-    expected = train_alone(precision="bf16_master")
+    truth = train_alone(rounded=True, **FEWER)["weights"]
+    expected = train_alone(precision="bf16_master", **FEWER)
     allowed = errors(expected, truth)
     results = those_of(two_together, MASTERS)
     assert len(results) == len(STAGES)
@@ -162,7 +177,7 @@ def test_fp32_masters_of_bf16_weights(two_together):
 
 @pytest.mark.slow
 def test_other_policies_and_tied_embeddings_with_shared_weights(two_together):
-    expected = train_alone(tied=True)
+    expected = train_alone(tied=True, **FEWER)
     results = those_of(two_together, TIED)
     assert len(results) == 3
     for one in results:
@@ -171,7 +186,7 @@ def test_other_policies_and_tied_embeddings_with_shared_weights(two_together):
 
 @pytest.mark.slow
 def test_the_optimizer_in_the_backward(two_together):
-    expected = train_alone(in_backward=True)
+    expected = train_alone(in_backward=True, **FEWER)
     results = those_of(two_together, IN_BACKWARD)
     assert len(results) == 2
     for one in results:
@@ -184,7 +199,7 @@ def test_muon_without_zero(two_together):
     an update. AdamW's differ from them by more than 0.02, and the losses by 0.8%."""
     for settings in MUON:
         (found,) = those_of(two_together, [settings])
-        expected = train_alone(optimizer="muon", in_backward=settings["in_backward"])
+        expected = train_alone(optimizer="muon", in_backward=settings["in_backward"], **FEWER)
         torch.testing.assert_close(found["losses"], expected["losses"], rtol=5e-5, atol=0)
         torch.testing.assert_close(found["norms"], expected["norms"], rtol=5e-4, atol=0)
         for name, weight in expected["weights"].items():
@@ -193,19 +208,19 @@ def test_muon_without_zero(two_together):
 
 @pytest.mark.slow
 def test_without_clipping_nothing_is_clipped(two_together):
-    expected = train_alone(max_grad_norm=None)
+    expected = train_alone(max_grad_norm=None, **FEWER)
     assert (expected["norms"] > 1.01).any()  # DeepSpeed would clip to 1 by default
     for found in those_of(two_together, UNCLIPPED):
         check_equal(expected, found, 1e-5)
 
 
 @pytest.mark.slow
-def test_parts_of_the_optimizer_on_the_host(alone, two_together):
-    in_bf16 = train_alone(precision="bf16_master")
+def test_parts_of_the_optimizer_on_the_host(two_together):
+    in_fp32, in_bf16 = (train_alone(precision=p, **FEWER) for p in ("fp32", "bf16_master"))
     for settings in ON_HOST:
         (found,) = those_of(two_together, [settings])
         if settings["precision"] == "fp32":
-            check_equal(alone, found, 1e-5)
+            check_equal(in_fp32, found, 1e-5)
         else:
             torch.testing.assert_close(found["losses"], in_bf16["losses"], rtol=5e-4, atol=0)
             torch.testing.assert_close(found["norms"], in_bf16["norms"], rtol=5e-3, atol=0)
