@@ -146,7 +146,7 @@ def predicted(row: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
         *(a for a in arguments if a.startswith(("model.", "optimizer", "kernel.", "precision="))),
         f"data.sequence_length={row['tokens']}",
         f"memory.policy={policy}",
-        f"memory.keep_attention={str(rest != 'without_keeping').lower()}",
+        f"memory.keep.attention={0 if rest == 'without_keeping' else 'all'}",
         f"memory.offload={'host' if rest == 'offload' else 'none'}",
         "plan.output=json",
     ]

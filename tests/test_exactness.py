@@ -91,7 +91,7 @@ def settings():
 )
 def test_every_combination(expected, packed, keep, offload, chunks, accumulation, in_backward):
     mlp, head, block = chunks
-    policy = Policy(True, True, mlp, head, keep, block)
+    policy = Policy(True, True, mlp, head, {"attention": "all"} if keep else {}, block)
     actual = run(policy, accumulation, packed, offload=offload, in_backward=in_backward)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 

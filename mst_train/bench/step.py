@@ -11,7 +11,7 @@ from mst_train.bench.config import BenchConfig
 from mst_train.bench.measure import Variant, collect_garbage, measure
 from mst_train.bench.progress import progress
 from mst_train.bench.workload import Batch, build, chosen, lengths, loss_problems, random_batch
-from mst_train.config import MemoryConfig
+from mst_train.config import ALL, KeepConfig, MemoryConfig
 from mst_train.memory.devices import this_device
 from mst_train.model import Policy, Transformer
 from mst_train.model.flops import training_flops
@@ -82,7 +82,7 @@ def memory_of(name: str, memory: MemoryConfig) -> MemoryConfig:
     return replace(
         memory,
         policy=name.partition("_")[0],
-        keep_attention=name != "mst_without_keeping",
+        keep=KeepConfig(attention=0 if name == "mst_without_keeping" else ALL),
         offload="host" if name == "mst_offload" else "none",
     )
 

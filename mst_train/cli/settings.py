@@ -5,16 +5,20 @@ YAML file has them, into its dataclasses.
 """
 
 import difflib
+import logging
 import math
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Generic, TypeVar, get_args, get_origin
 
-from mst_train.config import Config
+from mst_train.config import ALL, Config
 
 Schema = TypeVar("Schema", bound=Config)
+
+log = logging.getLogger(__name__)
 
 LONGEST_TEXT = 4095
 LONGEST_NAME = 255
@@ -22,6 +26,10 @@ LONGEST_NAME = 255
 
 _TRUTHS = {"true": True, "yes": True, "on": True, "1": True}
 _TRUTHS |= {"false": False, "no": False, "off": False, "0": False}
+
+
+RENAMED = {"memory.keep_attention": ("memory.keep.attention", {True: ALL, False: 0})}
+"""Settings that have another key now, and what their values mean there."""
 
 
 class Settings(Generic[Schema]):
@@ -36,11 +44,15 @@ class Settings(Generic[Schema]):
         return iter(self._types)
 
     def __contains__(self, key: str) -> bool:
-        """Whether this is a setting, or inside one that takes settings of another program."""
-        return key in self._types or any(
-            key.startswith(f"{name}.")
-            for name, kind in self._types.items()
-            if get_origin(kind) is dict
+        """Whether this is or was a setting, or inside one that takes another program's."""
+        return (
+            key in self._types
+            or key in RENAMED
+            or any(
+                key.startswith(f"{name}.")
+                for name, kind in self._types.items()
+                if get_origin(kind) is dict
+            )
         )
 
     def is_group(self, key: str) -> bool:
@@ -81,6 +93,8 @@ class Settings(Generic[Schema]):
         fitted: dict[str, Any] = {}
         for key, value in values:
             found = list[str]()
+            if key in RENAMED:
+                key, value = _renamed(key, value, found)
             if key in self._types:
                 fit = _fitted(self._types[key], key, value, found)
                 if not found:
@@ -89,6 +103,19 @@ class Settings(Generic[Schema]):
                 found.append(self.unknown(key))
             problems += found
         return _made(self.schema, nested(fitted.items()))  # type: ignore[no-any-return]
+
+
+def _renamed(key: str, value: Any, problems: list[str]) -> tuple[str, Any]:
+    """The present key and value of a setting; what is wrong with the value goes to ``problems``."""
+    new, meaning = RENAMED[key]
+    was = _fitted(bool, key, value, problems)
+    _warn_once(f"{key} is {new} now: taking {new}={meaning.get(was)}")
+    return new, meaning.get(was)
+
+
+@cache
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)
 
 
 def shown(value: object, most: int = 80) -> str:

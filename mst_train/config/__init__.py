@@ -7,6 +7,7 @@ rules    what must hold of settings and between them
 from mst_train.config.rules import model_problems, validate
 from mst_train.config.schema import (
     ACTIVATIONS,
+    ALL,
     AUTO,
     NORM_PLACEMENTS,
     OFFLOADS,
@@ -17,6 +18,7 @@ from mst_train.config.schema import (
     Config,
     DataConfig,
     EvaluationConfig,
+    KeepConfig,
     KernelConfig,
     LoggingConfig,
     MemoryConfig,
@@ -35,6 +37,7 @@ from mst_train.config.schema import (
 
 __all__ = [
     "ACTIVATIONS",
+    "ALL",
     "AUTO",
     "NORM_PLACEMENTS",
     "OFFLOADS",
@@ -45,6 +48,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvaluationConfig",
+    "KeepConfig",
     "KernelConfig",
     "LoggingConfig",
     "MemoryConfig",

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from mst_train.config.schema import (
+    ALL,
     AUTO,
     DECIDED,
     LONGEST_PROJECT,
@@ -254,6 +255,11 @@ def _memory_problems(memory: MemoryConfig) -> Iterator[str]:
             yield f"memory.{name}={tokens} must be a number of tokens, at least 1, or {AUTO}"
         elif isinstance(tokens, int):
             yield from at_least(f"memory.{name}", tokens, 1)
+    for name, blocks in asdict(memory.keep).items():
+        if isinstance(blocks, str) and blocks not in (ALL, AUTO):
+            yield f"memory.keep.{name}={blocks} must be a number of blocks, {ALL}, or {AUTO}"
+        elif isinstance(blocks, int):
+            yield from at_least(f"memory.keep.{name}", blocks, 0)
     if memory.offload != "none" and memory.policy not in ("mst", AUTO):
         yield (
             f"memory.offload={memory.offload} works with memory.policy=mst alone, and it is "

@@ -43,6 +43,7 @@ DECIDED = {
 
 OFFLOADS = ("none", "host")
 AUTO = "auto"
+ALL = "all"
 MOST_TOKENS = 2**31
 """In a step: one process holds their ids on the host, and kernels count them in 32 bits."""
 
@@ -287,13 +288,32 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class KeepConfig:
+    """What blocks under mst keep for the backward beside their input, rather than compute it again:
+    in how many of them, counted from the last."""
+
+    attention: int | str = AUTO
+    """How many blocks keep attention's result and log-sum-exp, the last ones, or "all"; auto: all,
+    and under memory.policy=auto as many as fit."""
+    keys: int | str = AUTO
+    """How many keep the results of the key and value projections; auto: none, and under
+    memory.policy=auto as many as fit, as below."""
+    queries: int | str = AUTO
+    """How many keep the query projection's results."""
+    output: int | str = AUTO
+    """How many keep the output projection's results."""
+    mlp: int | str = AUTO
+    """How many keep the results of the MLP's gate and up projections."""
+
+
+@dataclass(frozen=True)
 class MemoryConfig:
     """What exists between forward and backward, and where."""
 
     policy: str = choice("mst", POLICIES)
     """vanilla: keep every intermediate. recompute: keep each block's input, recompute the rest in
     the backward. mst: blocks and LM head in mini-sequences, and recompute only what is read. auto:
-    the fastest of these that fits, as predicted, and with it keep_attention, offload and
+    the fastest of these that fits, as predicted, and with it keep, offload and
     optimizer.in_backward."""
     mlp_chunk_tokens: int | str = AUTO
     """Under mst, tokens of the MLP's mini-sequences where blocks are recomputed whole; auto: as
@@ -303,8 +323,7 @@ class MemoryConfig:
     logits."""
     block_chunk_tokens: int | str = AUTO
     """Under mst, tokens of a block's mini-sequences; auto: as many as bound its intermediates."""
-    keep_attention: bool = True
-    """Under mst: keep attention's result and log-sum-exp rather than compute them again."""
+    keep: KeepConfig = KeepConfig()
     offload: str = choice("none", OFFLOADS)
     """Under mst, where the kept tensors wait. none: on the device. host: in host memory."""
     device_budget_gib: float | None = None

@@ -1,18 +1,22 @@
 """A deep model's step, and that of a long sequence, from steps of a few blocks and chunks.
 
-Blocks are alike and so are chunks. At each moment of a step (the forward of the first block, the
-head, the backward of the last block, ...) memory is a straight line over the number of blocks, and
-over the length; the work is one over the blocks, and with attention a parabola over the length.
+Blocks that keep the same are alike, and so are chunks. At each moment of a step (the forward of the
+first block, the head, the backward of the last block, ...) memory is a straight line over the
+number of blocks that keep the same, and over the length; the work is one over the blocks, and with
+attention a parabola over the length.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import accumulate, groupby
 from typing import Any
 
-from mst_train.config import Config, ModelConfig
+from mst_train.config import Config, KeepConfig, ModelConfig
 from mst_train.memory.counter import Numbers
 from mst_train.memory.simulated_step import Found, SimulatedStep
+from mst_train.model import Policy
 from mst_train.mst.attention import KEYS_AT_ONCE
 from mst_train.mst.offload import AHEAD
 from mst_train.mst.sharing import Places
@@ -41,27 +45,59 @@ def at_any_length(step: SimulatedStep, config: Config) -> Found:
 def traced_layers(config: Config) -> int:
     """The depth at which a trace stands for those of deeper models: for that of ``config``."""
     layers, period = config.model.num_layers, layer_period(config.model)
-    return layers if layers % period else min(layers, _TRACED * period)
+    if layers % period or len(_runs(config)) > 1:
+        return layers
+    return min(layers, _TRACED * period)
 
 
 def _at_any_depth(step: SimulatedStep, config: Config) -> Found:
+    """From a model whose runs of blocks are short, and for each one with that run a bit longer."""
     period, ahead = layer_period(config.model), _ahead(config)
-    shallow = max(_SHALLOW * period, _SHALLOW + ahead)
-    deep = shallow + period
-    layers, traced = config.model.num_layers, traced_layers(config)
+    least = max(_SHALLOW * period, _SHALLOW + ahead)
+    runs = _runs(config)
+    short = [min(n, least + (n - least) % period) for n in runs]
+    short = [n if n <= m + period else m for n, m in zip(runs, short, strict=True)]
+    long = [r for r, n in enumerate(runs) if n > short[r]]
+    longer = [[m + period * (i == r) for i, m in enumerate(short)] for r in long]
+    depths = [short, *longer]
 
-    def at(depth: int) -> Found:
-        found = step.run(with_layers(config, depth))
-        return found if depth == traced else found._replace(trace=None)
+    def at(depth: list[int]) -> Found:
+        found = step.run(_with_runs(config, runs, depth))
+        return found if sum(depth) == traced_layers(config) else found._replace(trace=None)
 
-    def keyed(depth: int) -> Found:
+    def keyed(depth: list[int]) -> Found:
         found = at(depth)
-        return found._replace(moments=_keyed(found.moments, depth, 2 * period, ahead))
+        return found._replace(moments=_keyed(found.moments, depth, 2 * period + ahead))
 
-    if layers <= deep or layers % period:
-        return at(layers)
-    both = [keyed(shallow), keyed(deep)]
-    return _combined(both, lambda values: _line(layers, (shallow, deep), values))
+    if not long or sum(map(sum, depths)) >= sum(runs):
+        return at(runs)
+    times = [(runs[r] - short[r]) // period for r in long]
+
+    def line(values: list[float]) -> float:
+        first, *others = values
+        return first + sum(n * (other - first) for n, other in zip(times, others, strict=True))
+
+    return _combined([keyed(depth) for depth in depths], line)
+
+
+def _runs(config: Config) -> list[int]:
+    """How many blocks, one after the other, keep the same, from the first of the model."""
+    layers = config.model.num_layers
+    kept = [Policy.from_config(config.memory).kept_in(n, layers) for n in range(layers)]
+    return [len([*same]) for _, same in groupby(kept)]
+
+
+def _with_runs(config: Config, runs: list[int], depths: list[int]) -> Config:
+    """The same configuration with other lengths of these runs."""
+    before, after = ([0, *accumulate(reversed(lengths))] for lengths in (runs, depths))
+    number = dict(zip(before, after, strict=True))
+    keep = {
+        name: min(count, before[-1]) if isinstance(count, int) else count
+        for name, count in asdict(config.memory.keep).items()
+    }
+    counts = {name: number.get(count, count) for name, count in keep.items()}
+    memory = replace(config.memory, keep=KeepConfig(**counts))
+    return replace(with_layers(config, after[-1]), memory=memory)
 
 
 def _ahead(config: Config) -> int:
@@ -130,22 +166,27 @@ def _parabola(x: float, places: Sequence[int], values: Sequence[float]) -> float
     )
 
 
-def _keyed(
-    moments: Mapping[Any, Numbers], layers: int, near: int, ahead: int
-) -> dict[Any, Numbers]:
-    """Moments by names that mean the same at any depth: blocks counted from their nearer end.
+def _keyed(moments: Mapping[Any, Numbers], runs: list[int], near: int) -> dict[Any, Numbers]:
+    """Moments by names that mean the same at any depth: by a run of blocks, and in it by the
+    distance from its nearer end.
 
     Of blocks between them, one of the two ends takes the most. near: blocks at either end that are
-    counted from there, with ``ahead`` more at the backward's end.
+    told apart.
     """
-    last = {"forward": layers - 1, "backward": layers}
+    ends = [*accumulate(runs)]
     keyed: dict[Any, Numbers] = {}
-    for (micro_batch, phase, block), kinds in moments.items():
-        from_end = last.get(phase, 0) - block
-        if block < near:
-            keyed[micro_batch, phase, "from the start", block] = kinds
-        if from_end < near + ahead * (phase == "backward"):
-            keyed[micro_batch, phase, "from the end", from_end] = kinds
+    for (micro_batch, phase, number), kinds in moments.items():
+        block = {"forward": number, "backward": ends[-1] - 1 - number}.get(phase, -1)
+        if block < 0:
+            keyed[micro_batch, phase] = kinds
+            continue
+        run = bisect_right(ends, block)
+        from_end = ends[run] - 1 - block
+        from_start = runs[run] - 1 - from_end
+        if from_start < near:
+            keyed[micro_batch, phase, run, "from the start", from_start] = kinds
+        if from_end < near:
+            keyed[micro_batch, phase, run, "from the end", from_end] = kinds
     return keyed
 
 

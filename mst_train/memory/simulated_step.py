@@ -6,7 +6,7 @@ them under a counter (counter.py).
 
 import mmap
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -151,7 +151,9 @@ class SimulatedStep:
 
     def _ready(self, config: Config, counter: StepCounter) -> tuple[NativeEngine, Any]:
         """An engine and its model, its optimizer's states there, as the counter sees them."""
-        model = self.build(config, self.policy, self.dtype, self.device, counter)
+        keep = Policy.from_config(config.memory).keep  # which depends on the depth
+        policy = replace(self.policy, keep=keep)
+        model = self.build(config, policy, self.dtype, self.device, counter)
         counter.watch_module(model)
         with record_function(OPTIMIZER_RANGE):
             engine: NativeEngine

@@ -1,10 +1,13 @@
 """What a memory policy means for the pieces of a step."""
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from mst_train.config import AUTO, MemoryConfig, ModelConfig
+from mst_train.config import ALL, AUTO, KeepConfig, MemoryConfig, ModelConfig
+from mst_train.mst import ATTENTION, PIECES
 from mst_train.mst.chunking import BLOCK_BYTES, resolve_chunk_tokens
 from mst_train.mst.mlp import BACKWARD_INTERMEDIATES
 
@@ -17,14 +20,15 @@ class Policy:
     mini_sequence: MLP and LM head go through the tokens in chunks; with recompute, whole blocks do,
         and what is run again computes only what the backward reads.
     mlp_chunk_tokens, head_chunk_tokens, block_chunk_tokens: tokens in a chunk, or "auto".
-    keep_attention: with both of the above, do not compute attention again.
+    keep: with both of the above, the names of results that blocks keep (mst/kept.py), each with the
+        number of blocks that do, counted from the last, or "all".
     """
 
     recompute: bool = False
     mini_sequence: bool = False
     mlp_chunk_tokens: int | str = AUTO
     head_chunk_tokens: int | str = AUTO
-    keep_attention: bool = True
+    keep: Mapping[str, int | str] = field(default_factory=lambda: {ATTENTION: ALL})
     block_chunk_tokens: int | str = AUTO
 
     @classmethod
@@ -35,9 +39,13 @@ class Policy:
             mini_sequence=memory.policy == "mst",
             mlp_chunk_tokens=memory.mlp_chunk_tokens,
             head_chunk_tokens=memory.head_chunk_tokens,
-            keep_attention=memory.keep_attention,
+            keep=_kept(memory.keep),
             block_chunk_tokens=memory.block_chunk_tokens,
         )
+
+    def kept_in(self, block: int, blocks: int) -> frozenset[str]:
+        """What this one of so many blocks keeps."""
+        return frozenset(n for n, count in self.keep.items() if _blocks(count) >= blocks - block)
 
     def resolved(
         self,
@@ -76,6 +84,17 @@ class Policy:
                 self.head_chunk_tokens, tokens, model.vocab_size * size, device
             ),
         )
+
+
+def _kept(keep: KeepConfig) -> dict[str, int | str]:
+    """With what "auto" stands for where a policy is named."""
+    auto: dict[str, int | str] = dict.fromkeys(PIECES, 0) | {ATTENTION: ALL}
+    asked = {name: getattr(keep, name) for name in PIECES}
+    return {name: auto[name] if asked[name] == AUTO else asked[name] for name in PIECES}
+
+
+def _blocks(count: int | str) -> float:
+    return math.inf if count == ALL else int(count)
 
 
 def _product_features(model: ModelConfig) -> int:

@@ -23,11 +23,15 @@ from mst_train.config import ModelConfig
 from mst_train.model import Policy
 from mst_train.model.rope import rope, rotary_angles
 from mst_train.mst import (
+    KEYS,
+    OUTPUT,
+    QUERIES,
     Documents,
     Offload,
     Scores,
     cross_entropy,
     gated_mlp,
+    linear,
     mini_sequence_block,
     mini_sequence_cross_entropy,
     mini_sequence_losses,
@@ -82,11 +86,11 @@ class SelfAttention(nn.Module):
         self, x_BSD: Tensor, cos: Tensor, sin: Tensor, queries: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Queries (if wanted), keys and values, [B, S, D] -> [B, S, heads, E] each."""
-        k_BSKE = self._heads(self.key(x_BSD), self.key_norm)
-        v_BSKE = self._heads(self.value(x_BSD), None)
+        k_BSKE = self._heads(linear(self.key, x_BSD, KEYS), self.key_norm)
+        v_BSKE = self._heads(linear(self.value, x_BSD, KEYS), None)
         if not queries:
             return None, rope(k_BSKE[:, :, :0], k_BSKE, cos, sin)[1], v_BSKE
-        q_BSHE = self._heads(self.query(x_BSD), self.query_norm)
+        q_BSHE = self._heads(linear(self.query, x_BSD, QUERIES), self.query_norm)
         q_BSHE, k_BSKE = rope(q_BSHE, k_BSKE, cos, sin)
         return q_BSHE, k_BSKE, v_BSKE
 
@@ -156,6 +160,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.mlp_output_norm = RMSNorm(size, config) if after else None
         self.policy = Policy()
+        self.keep: frozenset[str] = frozenset()
 
     def forward(
         self,
@@ -178,9 +183,10 @@ class Block(nn.Module):
             return checkpoint(
                 self._at_once, x_BSD, *arguments, use_reentrant=False, preserve_rng_state=False
             )
-        kept = {"keep_attention": policy.keep_attention, "offload": offload}
         if not isinstance(attention, KernelAttention):  # which cannot attend chunk by chunk
-            return recompute_block(self._at_once, x_BSD, *arguments, **kept)
+            return recompute_block(
+                self._at_once, x_BSD, *arguments, keep=self.keep, offload=offload
+            )
         return mini_sequence_block(
             self,
             attention.kernel,
@@ -188,8 +194,9 @@ class Block(nn.Module):
             (cos, sin),
             documents=documents,
             chunk_tokens=policy.block_chunk_tokens,
+            keep=self.keep,
+            offload=offload,
             sharing=attention.sharing,
-            **kept,
         )
 
     def _at_once(
@@ -213,7 +220,7 @@ class Block(nn.Module):
         self, x_BSD: Tensor, out_BSHE: Tensor, *, values: bool = True
     ) -> tuple[Tensor, Tensor]:
         """[B, S, D], [B, S, H, E] -> the residual and the MLP's branch, [B, S, D] each."""
-        attention_BSD = self.attention.output(out_BSHE.flatten(2))
+        attention_BSD = linear(self.attention.output, out_BSHE.flatten(2), OUTPUT)
         if self.attention_output_norm is not None:
             attention_BSD = self.attention_output_norm(attention_BSD)
         if self.mlp_norm is not None:
@@ -262,8 +269,9 @@ class Transformer(nn.Module):
     @policy.setter
     def policy(self, policy: Policy) -> None:
         self._policy = policy
-        for block in self._decoder_blocks():
-            block.policy = policy
+        blocks = [*self._decoder_blocks()]
+        for place, block in enumerate(blocks):
+            block.policy, block.keep = policy, policy.kept_in(place, len(blocks))
 
     def forward(
         self,

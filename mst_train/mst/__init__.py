@@ -10,6 +10,7 @@ block_fused, block_shared its schedules: the whole sequence here, and one that p
 block_parts, parameters   what both are made of; what stands for parameters in the second run
 attention_chunk           attention of one chunk of queries
 sharing                   a sequence that several processes share, and attention over it
+kept                      what a block keeps beside its input
 recompute, rerun          a block in one piece, run again; what makes the second run like the first
 attention                 what an attention kernel is
 offload, host_memory      kept tensors in host memory; page-locked tensors
@@ -25,11 +26,18 @@ from mst_train.mst.head import (
     mini_sequence_cross_entropy,
     mini_sequence_losses,
 )
+from mst_train.mst.kept import ATTENTION, KEYS, MLP, OUTPUT, PIECES, QUERIES, linear
 from mst_train.mst.mlp import gated_mlp, mini_sequence_mlp
 from mst_train.mst.offload import HostBudgetError, Offload
 from mst_train.mst.recompute import recompute_block
 
 __all__ = [
+    "ATTENTION",
+    "KEYS",
+    "MLP",
+    "OUTPUT",
+    "PIECES",
+    "QUERIES",
     "AttentionKernel",
     "Documents",
     "HostBudgetError",
@@ -39,6 +47,7 @@ __all__ = [
     "attend",
     "cross_entropy",
     "gated_mlp",
+    "linear",
     "mini_sequence_block",
     "mini_sequence_cross_entropy",
     "mini_sequence_losses",

@@ -2,18 +2,14 @@
 
 Attention's backward reads its result and the log-sum-exp of its scores. Both together are no larger
 than the queries, while computing them again costs as much as the forward did: past some 53K tokens,
-more than everything else in a Llama3-8B block. Under ``recompute_block`` they are kept and handed
-over in the re-run.
+more than everything else in a Llama3-8B block (mst/kept.py).
 
 Legend: B batch, S sequence, H query heads, K key-value heads, E head size.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -22,7 +18,7 @@ from torch import Tensor
 
 from mst_train.mst.autocast import Autocast
 from mst_train.mst.autograd import first_order_only
-from mst_train.mst.rerun import Rerun
+from mst_train.mst.kept import ATTENTION, kept_here
 
 
 @dataclass(frozen=True)
@@ -175,43 +171,6 @@ class AttentionKernel(Protocol):
         ...
 
 
-class KeptResults:
-    """What ``attend`` computed in a block's forward, handed over when the block runs again.
-
-    tensors: results and log-sum-exps, in the order of the calls.
-    """
-
-    def __init__(self, rerun: Rerun) -> None:
-        self.tensors: list[Tensor] = []
-        self.running_again = False
-        self._rerun = rerun
-
-    def result(self, compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """What ``compute`` gives, or gave in the forward."""
-        if self.running_again and self.tensors:
-            out, lse, *self.tensors = self.tensors
-            return out, lse
-        out, lse = compute()
-        if not self.running_again:
-            self.tensors += out.detach(), lse.detach()
-            for tensor in self.tensors[-2:]:
-                self._rerun.watch("attention's result", tensor)
-        return out, lse
-
-
-_kept: ContextVar[KeptResults | None] = ContextVar("kept_results", default=None)
-
-
-@contextmanager
-def keeping(kept: KeptResults | None) -> Iterator[None]:
-    """Where ``attend`` keeps its results in this context; None: nowhere."""
-    token = _kept.set(kept)
-    try:
-        yield
-    finally:
-        _kept.reset(token)
-
-
 def attend(
     kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
 ) -> Tensor:
@@ -243,8 +202,9 @@ class _Attend(torch.autograd.Function):
         kernel: AttentionKernel,
         documents: Documents | None,
     ) -> Tensor:
-        kept, compute = _kept.get(), partial(kernel.forward, q, k, v, documents)
-        out, lse = compute() if kept is None else kept.result(compute)
+        kept = kept_here()
+        out, lse = kept.handed(ATTENTION, 2) or kernel.forward(q, k, v, documents)
+        kept.record(ATTENTION, (out, lse))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.kernel, ctx.documents = kernel, documents
         return out

@@ -11,7 +11,7 @@ around attention:
 only keys and values exist for all of it. The backward takes the last chunk first: when it comes to
 one, everything that reads the chunk's keys and values has been there.
 
-It keeps the block's input and, with ``keep_attention``, attention's result and log-sum-exp. It
+It keeps the block's input and what else it is told to, such as attention's result (mst/kept.py). It
 computes again what the backward reads and nothing else: an MLP that ends the branch rebuilds its
 own intermediates (mst/mlp.py), and nobody needs its result twice; the block is told so.
 
@@ -19,7 +19,7 @@ Legend: B batch, S sequence, T positions of a chunk, D hidden, H query heads, K 
 head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from mst_train.mst.block_fused import FusedSchedule
 from mst_train.mst.block_parts import Call, Kept, RowwiseBlock
 from mst_train.mst.block_shared import SharedSchedule
 from mst_train.mst.chunking import BLOCK_BYTES, chunk_slices, resolve_chunk_tokens
+from mst_train.mst.kept import ATTENTION, checked_pieces
 from mst_train.mst.offload import Offload
 from mst_train.mst.parameters import Parameters
 from mst_train.mst.rerun import Rerun, tensors_of, uncached_parametrizations
@@ -47,7 +48,7 @@ def mini_sequence_block(
     *,
     documents: Documents | None = None,
     chunk_tokens: int | str = "auto",
-    keep_attention: bool = True,
+    keep: Collection[str] = (ATTENTION,),
     offload: Offload | None = None,
     sharing: SharedSequence | None = None,
 ) -> Tensor:
@@ -68,7 +69,9 @@ def mini_sequence_block(
         documents: confines attention to each document.
         chunk_tokens: tokens (T times B) computed at a time; "auto" bounds a chunk's
             intermediates by bytes.
-        keep_attention: keep attention's result and log-sum-exp rather than compute them again.
+        keep: names of what to keep rather than compute again (mst/kept.py); of the projections'
+            results where the block computes them by this package's ``linear`` and
+            ``mini_sequence_mlp``.
         offload: where what is kept waits; None: on its device.
         sharing: the processes that share the sequence, of which x and the row arguments are this
             one's positions, and ``documents`` those of whole sequences. All of them call this, and
@@ -77,16 +80,16 @@ def mini_sequence_block(
     Returns:
         [B, S, D].
 
-    Memory: x, and with ``keep_attention`` a tensor of q's size with one more number per head and
-    token; none of them on the device with ``offload``, where keys and values wait too. While it
-    runs, keys and values, in the backward also their gradients, and the intermediates of one chunk.
-    Recomputation: ``before_attention``, and ``after_attention`` without its last MLP; without
-    ``keep_attention`` attention's forward; keys and values once more where there are several chunks
-    and no offload.
+    Memory: x, and what is in ``keep`` (attention's is a tensor of q's size with one more number per
+    head and token); none of them on the device with ``offload``, where keys and values wait too.
+    While it runs, keys and values, in the backward also their gradients, and the intermediates of
+    one chunk. Recomputation, but for what is in ``keep``: ``before_attention``, attention's
+    forward, and ``after_attention`` without its last MLP; keys and values once more where there are
+    several chunks and no offload.
 
     Raises:
         TypeError: the block lacks its two methods, or the kernel is none.
-        ValueError: an unusable chunk size, x or keys of another shape.
+        ValueError: an unusable chunk size, an unknown name in ``keep``, x or keys of another shape.
         RuntimeError: random numbers were drawn, from torch's default generators; a tensor was
             changed in place, by the block or before the backward; a tensor that is no parameter
             would get no gradient; a second backward where the kept tensors were offloaded.
@@ -105,7 +108,7 @@ def mini_sequence_block(
         kernel,
         documents,
         list(chunk_slices(x.shape[1], _chunk_length(chunk_tokens, x, block))),
-        keep_attention,
+        checked_pieces(keep),
         needs_backward,
         Kept(offload),
         parameters,

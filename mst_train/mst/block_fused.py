@@ -36,13 +36,18 @@ class FusedSchedule:
         keys_values = _KeysValues(x_BSD.shape[1])
         for chunk in call.chunks:
             x_BTD = x_BSD[:, chunk]
-            q_BTHE, *new = call.before_attention(x_BTD, arguments, chunk)
+            results = call.results(chunk.start)
+            with results.first():
+                q_BTHE, *new = call.before_attention(x_BTD, arguments, chunk)
             k_BSKE, v_BSKE = keys_values.put(chunk, new)
             out, lse = attend_chunk(call.kernel, q_BTHE, k_BSKE, v_BSKE, chunk, call.documents)
             del q_BTHE, new
             if call.needs_backward:
                 kept.save(chunk.start, x_BTD, *((out, lse) if call.keep_attention else ()))
-            torch.add(*call.block.after_attention(x_BTD, out), out=y_BSD[:, chunk])
+            with results.first():
+                torch.add(*call.block.after_attention(x_BTD, out), out=y_BSD[:, chunk])
+            if call.needs_backward:
+                call.save_results(chunk.start)
         if call.needs_backward and kept.offload is not None and len(call.chunks) > 1:
             kept.save(KEYS_VALUES, *keys_values.tensors)
         return y_BSD
@@ -62,15 +67,16 @@ class FusedSchedule:
             for chunk in reversed(call.chunks):
                 x_BTD, *attention = call.kept.load(chunk.start, saved)
                 x_BTD = x_BTD.detach().requires_grad_()
-                with torch.enable_grad():
-                    q_BTHE, k_BTKE, v_BTKE = call.before_attention(x_BTD, arguments, chunk)
-                if not several:
-                    k_BSKE, v_BSKE = k_BTKE.detach(), v_BTKE.detach()
-                qkv = (q_BTHE.detach(), k_BSKE, v_BSKE)
-                out, lse = attention or attend_chunk(call.kernel, *qkv, chunk, call.documents)
-                out = out.detach().requires_grad_()
-                with torch.enable_grad():
-                    results = call.block.after_attention(x_BTD, out, values=False)
+                with call.results(chunk.start).again(call.load_results(chunk.start, saved)):
+                    with torch.enable_grad():
+                        q_BTHE, k_BTKE, v_BTKE = call.before_attention(x_BTD, arguments, chunk)
+                    if not several:
+                        k_BSKE, v_BSKE = k_BTKE.detach(), v_BTKE.detach()
+                    qkv = (q_BTHE.detach(), k_BSKE, v_BSKE)
+                    out, lse = attention or attend_chunk(call.kernel, *qkv, chunk, call.documents)
+                    out = out.detach().requires_grad_()
+                    with torch.enable_grad():
+                        results = call.block.after_attention(x_BTD, out, values=False)
                 if chunk is call.chunks[-1]:
                     known = (x_BTD, out, *parameters)
                     refuse_others((q_BTHE, k_BTKE, v_BTKE, *results), known)
@@ -111,7 +117,9 @@ class FusedSchedule:
         keys_values = _KeysValues(call.chunks[-1].stop)
         for chunk in call.chunks:
             x_BTD = call.kept.load(chunk.start, saved)[0]
-            keys_values.put(chunk, call.before_attention(x_BTD, arguments, chunk, queries=False))
+            with call.results(chunk.start).again(call.load_results(chunk.start, saved)):
+                new = call.before_attention(x_BTD, arguments, chunk, queries=False)
+            keys_values.put(chunk, new)
         return keys_values.tensors
 
 

@@ -5,7 +5,7 @@ head size.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -13,9 +13,13 @@ from torch import Tensor, nn
 
 from mst_train.mst.accumulate import WeightGradient
 from mst_train.mst.attention import AttentionKernel, Documents
+from mst_train.mst.kept import ATTENTION, KeptResults
 from mst_train.mst.offload import Offload, Stored
 from mst_train.mst.parameters import Parameters
 from mst_train.mst.rerun import Rerun, leaves
+
+RESULTS = "results"
+"""Under it, and a part's name, what that part computed is kept."""
 
 
 class RowwiseBlock(Protocol):
@@ -46,18 +50,38 @@ class RowwiseBlock(Protocol):
 class Call:
     """One call of ``mini_sequence_block``, from its forward to its backward.
 
-    chunks: the positions of each.
+    chunks: the positions of each. keep: names of what is kept beside x.
     """
 
     block: RowwiseBlock
     kernel: AttentionKernel
     documents: Documents | None
     chunks: list[slice]
-    keep_attention: bool
+    keep: frozenset[str]
     needs_backward: bool
     kept: "Kept"
     parameters: Parameters
     rerun: Rerun
+    _results: dict[Any, KeptResults] = field(default_factory=dict)
+
+    @property
+    def keep_attention(self) -> bool:
+        """Whether attention's result is kept, which the schedules compute themselves."""
+        return ATTENTION in self.keep
+
+    def results(self, part: Any) -> KeptResults:
+        """What this part of the block computes, and keeps."""
+        if part not in self._results:
+            self._results[part] = KeptResults(self.keep if self.needs_backward else ())
+        return self._results[part]
+
+    def save_results(self, part: Any) -> None:
+        """After the first run of a part."""
+        self.kept.save((RESULTS, part), *self.results(part).take())
+
+    def load_results(self, part: Any, saved: Sequence[Tensor]) -> Sequence[Tensor]:
+        """For the next run of a part; from the host they come once."""
+        return self.kept.load((RESULTS, part), saved)
 
     def before_attention(
         self, x_BTD: Tensor, arguments: Sequence[Tensor], chunk: slice, *, queries: bool = True

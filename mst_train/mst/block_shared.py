@@ -13,7 +13,7 @@ Legend: B batch, L positions of this process, T positions of a chunk, D hidden, 
 key-value heads, E head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from mst_train.mst.sharing.attention import SharedAttention
 
 INPUT, ATTENTION = "input", "attention"
 """What is kept under them: x; with ``keep_attention``, what attention's backward wants."""
+
+BEFORE, AFTER = "before", "after"
+"""A chunk's parts, before and after attention: what they compute is kept apart."""
 
 
 class SharedSchedule:
@@ -44,15 +47,20 @@ class SharedSchedule:
         out_BLHE, attended = self._attention.forward(q_BLHE, k_BLKE, v_BLKE)
         del q_BLHE, k_BLKE, v_BLKE
         if call.needs_backward:
+            for chunk in call.chunks:
+                call.save_results((BEFORE, chunk.start))
             call.kept.save(INPUT, x_BLD)
             if call.keep_attention:
                 call.kept.save(ATTENTION, *attended)
         del attended
         y_BLD = torch.empty_like(x_BLD, memory_format=torch.contiguous_format)
         for chunk in call.chunks:
-            results = call.block.after_attention(x_BLD[:, chunk], out_BLHE[:, chunk])
+            with call.results((AFTER, chunk.start)).first():
+                results = call.block.after_attention(x_BLD[:, chunk], out_BLHE[:, chunk])
             torch.add(*results, out=y_BLD[:, chunk])
             del results
+            if call.needs_backward:
+                call.save_results((AFTER, chunk.start))
         return y_BLD
 
     def backward(
@@ -64,35 +72,51 @@ class SharedSchedule:
         with call.parameters.aliases() as parameters:
             sums = WeightGradients(parameters, several=len(call.chunks) > 1)
             qkv: list[Tensor] | None = None
+            kept = {
+                chunk.start: call.load_results((BEFORE, chunk.start), saved)
+                for chunk in call.chunks
+            }
             if call.keep_attention:
                 attended = [*call.kept.load(ATTENTION, saved)]
                 out_BLHE = self._attention.result(attended)
                 (x_BLD,) = call.kept.load(INPUT, saved)
             else:
                 (x_BLD,) = call.kept.load(INPUT, saved)
-                qkv = self._projected(x_BLD, arguments)
+                qkv = self._projected(x_BLD, arguments, kept)
                 out_BLHE, attended = self._attention.forward(*qkv)
             for chunk in reversed(call.chunks):
-                self._after_attention_backward(
-                    x_BLD[:, chunk], out_BLHE[:, chunk], dy_BLD[:, chunk], dx_BLD[:, chunk], sums
-                )
+                part = (AFTER, chunk.start)
+                with call.results(part).again(call.load_results(part, saved)):
+                    x, out, dy, dx = (t[:, chunk] for t in (x_BLD, out_BLHE, dy_BLD, dx_BLD))
+                    self._after_attention_backward(x, out, dy, dx, sums)
             if qkv is None:  # no sooner: they need not be there beside a chunk's intermediates
-                qkv = self._projected(x_BLD, arguments)
+                qkv = self._projected(x_BLD, arguments, kept)
             given = [out_BLHE, *qkv]  # it alone, so that they can go
             del out_BLHE, qkv
             gradients = self._attention.backward(given, attended, overwrite=True)
             for chunk in reversed(call.chunks):
                 cut = [t[:, chunk] for t in gradients]
-                self._before_attention_backward(
-                    x_BLD[:, chunk], arguments, chunk, cut, dx_BLD[:, chunk], sums
-                )
+                with call.results((BEFORE, chunk.start)).again(kept[chunk.start]):
+                    self._before_attention_backward(
+                        x_BLD[:, chunk], arguments, chunk, cut, dx_BLD[:, chunk], sums
+                    )
             return [dx_BLD, *sums.totals()]
 
-    def _projected(self, x_BLD: Tensor, arguments: Sequence[Tensor]) -> list[Tensor]:
-        """Queries, keys and values of all chunks, [B, L, heads, E] each."""
+    def _projected(
+        self,
+        x_BLD: Tensor,
+        arguments: Sequence[Tensor],
+        kept: Mapping[int, Sequence[Tensor]] | None = None,
+    ) -> list[Tensor]:
+        """Queries, keys and values of all chunks, [B, L, heads, E] each.
+
+        kept: by their first positions, what the first run kept; None: this is the first.
+        """
         whole: list[Tensor] = []
         for chunk in self._call.chunks:
-            parts = self._call.before_attention(x_BLD[:, chunk], arguments, chunk)
+            results = self._call.results((BEFORE, chunk.start))
+            with results.first() if kept is None else results.again(kept[chunk.start]):
+                parts = self._call.before_attention(x_BLD[:, chunk], arguments, chunk)
             if not whole:
                 batch, length = x_BLD.shape[:2]
                 whole = [part.new_empty(batch, length, *part.shape[2:]) for part in parts]

@@ -11,6 +11,8 @@ The backward reads the input and the weights, never the result. So autograd gets
 first saves what the backward reads and has no result yet, the second computes it. Whoever runs the
 MLP again for what autograd had saved has everything after the first.
 
+A block may keep gate and up (mst/kept.py), of all its tokens then; the backward rebuilds neither.
+
 Legend: N tokens, C tokens of a chunk, D hidden, F intermediate.
 """
 
@@ -26,6 +28,7 @@ from mst_train.mst.accumulate import WeightGradient
 from mst_train.mst.autocast import Autocast, check_tensors
 from mst_train.mst.autograd import first_order_only
 from mst_train.mst.chunking import chunk_slices, resolve_chunk_tokens
+from mst_train.mst.kept import MLP, kept_here
 
 BACKWARD_INTERMEDIATES = 3
 """Arrays of [C, F] alive at once in the backward: gate, up and their product."""
@@ -89,7 +92,7 @@ def mini_sequence_mlp(
     Memory: input and output, and the intermediates of one chunk (two arrays of [C, F] in the
     forward, three in the backward); the backward also holds the weights' gradients, in fp32 while
     they are summed. Recomputation: the gate and up products, so 11 products in all where the
-    standard MLP has 9.
+    standard MLP has 9; none where a block keeps them.
     """
     check_tensors(x=x, gate_weight=gate_weight, up_weight=up_weight, down_weight=down_weight)
     if gate_weight.ndim != 2:
@@ -120,13 +123,16 @@ def mini_sequence_mlp(
     bytes_per_token = BACKWARD_INTERMEDIATES * intermediate * x.element_size()
     chunk = resolve_chunk_tokens(chunk_tokens, x_ND.shape[0], bytes_per_token, x.device)
     tensors = (x_ND, gate_weight, up_weight, down_weight)
+    kept_2NF = next(iter(kept_here().handed(MLP, 1)), None)
     with autocast.off():
         y: Tensor = _Backward.apply(  # type: ignore[no-untyped-call]
-            *tensors, x.shape, chunk, activation
+            *tensors, x.shape, chunk, activation, kept_2NF
         )
         if values:
             read = (tensor.detach() for tensor in tensors)
-            y = _Result.apply(y, *read, chunk, activation)  # type: ignore[no-untyped-call]
+            y = _Result.apply(  # type: ignore[no-untyped-call]
+                y, *read, chunk, activation, kept_2NF
+            )
     return y
 
 
@@ -162,22 +168,33 @@ class _Result(torch.autograd.Function):
         down_weight: Tensor,
         chunk_tokens: int,
         activation: str,
+        kept_2NF: Tensor | None,
     ) -> Tensor:
         y = x_ND.new_empty(unread.shape)  # no view, so that it may be changed in place
         y_ND = y.view(x_ND.shape)
-        buffers = x_ND.new_empty(2, chunk_tokens, gate_weight.shape[0])
-        for chunk in chunk_slices(x_ND.shape[0], chunk_tokens):
+        tokens, features = x_ND.shape[0], gate_weight.shape[0]
+        # Gate and up that are kept have room for all tokens, and their product has its own.
+        keeping = MLP in kept_here().names
+        both = kept_2NF
+        if both is None:
+            both = x_ND.new_empty(2, tokens if keeping else chunk_tokens, features)
+        products = x_ND.new_empty(chunk_tokens, features) if keeping else both[0]
+        for chunk in chunk_slices(tokens, chunk_tokens):
             x_CD = x_ND[chunk]
-            gate_CF, up_CF = buffers[:, : x_CD.shape[0]]
-            torch.mm(x_CD, gate_weight.t(), out=gate_CF)
-            torch.mm(x_CD, up_weight.t(), out=up_CF)
-            product_CF = glu_forward(gate_CF, up_CF, activation, out=gate_CF)
+            rows = slice(x_CD.shape[0])
+            gate_CF, up_CF = both[:, chunk if keeping else rows]
+            if kept_2NF is None:
+                torch.mm(x_CD, gate_weight.t(), out=gate_CF)
+                torch.mm(x_CD, up_weight.t(), out=up_CF)
+            product_CF = glu_forward(gate_CF, up_CF, activation, out=products[rows])
             torch.mm(product_CF, down_weight.t(), out=y_ND[chunk])
+        if keeping:
+            kept_here().record(MLP, (both,))
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return dy, None, None, None, None, None, None
+        return dy, *(None,) * 7
 
 
 class _Backward(torch.autograd.Function):
@@ -193,9 +210,11 @@ class _Backward(torch.autograd.Function):
         shape: torch.Size,
         chunk_tokens: int,
         activation: str,
+        kept_2NF: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x_ND, gate_weight, up_weight, down_weight)
         ctx.chunk_tokens, ctx.activation = chunk_tokens, activation
+        ctx.kept_2NF = kept_2NF  # not to be saved by autograd, which did not in the first run
         unread: _Unread = _Unread.of(x_ND, shape)
         return unread
 
@@ -205,6 +224,7 @@ class _Backward(torch.autograd.Function):
         x_ND, gate_weight, up_weight, down_weight = ctx.saved_tensors
         dy_ND = dy.reshape(x_ND.shape)
         tokens, chunk_tokens = x_ND.shape[0], ctx.chunk_tokens
+        kept_2NF, ctx.kept_2NF = ctx.kept_2NF, None  # a second backward computes them
         x_needed, *weights_needed = ctx.needs_input_grad[:4]
         gate_gradient, up_gradient, down_gradient = (
             WeightGradient(weight, needed=needed, several=tokens > chunk_tokens)
@@ -215,7 +235,10 @@ class _Backward(torch.autograd.Function):
         dx_ND = torch.empty_like(x_ND) if x_needed else None
         for chunk in chunk_slices(tokens, chunk_tokens):
             x_CD, dy_CD = x_ND[chunk], dy_ND[chunk]
-            gate_CF, up_CF = x_CD @ gate_weight.t(), x_CD @ up_weight.t()
+            if kept_2NF is None:
+                gate_CF, up_CF = x_CD @ gate_weight.t(), x_CD @ up_weight.t()
+            else:  # what is kept may be read again
+                gate_CF, up_CF = (kept_NF[chunk].clone() for kept_NF in kept_2NF)
             dproduct_CF = dy_CD @ down_weight
             glu_backward_(dproduct_CF, gate_CF, up_CF, ctx.activation)
             product_CF, dgate_CF, dup_CF = dproduct_CF, gate_CF, up_CF
@@ -236,5 +259,5 @@ class _Backward(torch.autograd.Function):
             gate_gradient.result(),
             up_gradient.result(),
             down_gradient.result(),
-            *(None,) * 3,
+            *(None,) * 4,
         )

@@ -117,7 +117,7 @@ class HostBuffers:
             raise HostBudgetError(
                 f"offloading needs more host memory than its budget of "
                 f"{self._budget_bytes / 2**30:.2f} GiB: raise memory.host_budget_gib, shorten "
-                f"data.sequence_length, or set memory.keep_attention=false or memory.offload=none"
+                f"data.sequence_length, or set memory.keep.attention=0 or memory.offload=none"
             )
         # What has only a shape (a simulated step) waits without memory too.
         buffer = self._memory.empty(like.shape, like.dtype, "meta" if like.is_meta else "cpu")

@@ -3,8 +3,7 @@
 ``recompute_block`` runs a decoder block and keeps its input; in the backward the block runs again,
 to rebuild what autograd had saved (Chen et al. 2016). Plain recomputation runs all of it. Here
 
-- attention may keep its result and log-sum-exp, and hand them over instead of computing them again
-  (``keep_attention``; mst/attention.py);
+- what is in ``keep`` is kept, and handed over instead of being computed again (mst/kept.py);
 - the re-run ends as soon as the last tensor that autograd had saved is there again;
 - so an MLP that comes last has only its input to rebuild, and its products are not computed again
   (mst/mlp.py: autograd saves what the backward reads before the result is computed).
@@ -22,8 +21,7 @@ changed in place after it was saved, and its gradients are then wrong (docs/log.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from mst_train.mst.attention import KeptResults, keeping
+from mst_train.mst.kept import ATTENTION, KeptResults, checked_pieces
 from mst_train.mst.offload import Offload, Stored
 from mst_train.mst.rerun import (
     Rerun,
@@ -49,7 +47,7 @@ def recompute_block(
     block: Callable[..., Tensor],
     x: Tensor,
     *arguments: Any,
-    keep_attention: bool = True,
+    keep: Collection[str] = (ATTENTION,),
     offload: Offload | None = None,
 ) -> Tensor:
     """``block(x, *arguments)``, keeping for the backward only what is named below.
@@ -64,20 +62,22 @@ def recompute_block(
         block: the block, as a function of x and the other arguments.
         x: [..., D], its input.
         arguments: whatever else it takes. Tensors among them stay where they are.
-        keep_attention: keep what ``mst.attention.attend`` computed.
+        keep: names of what else to keep (mst/kept.py) where the block computes it by this package's
+            ``attend``, ``linear`` and ``mini_sequence_mlp``.
         offload: where the kept tensors wait; None: on their device.
 
-    Memory: x, and with ``keep_attention`` attention's result and log-sum-exp. Recomputation: the
-    block's forward without its last MLP, and with ``keep_attention`` without attention.
+    Memory: x, and what is in ``keep``. Recomputation: the block's forward without its last MLP, and
+    without what is in ``keep``.
 
     Raises:
+        ValueError: an unknown name in ``keep``.
         RuntimeError: where the block changes a tensor in place that it reads. In the backward,
             where one was changed in between, or the block saved other tensors when it ran again.
     """
     if not torch.is_grad_enabled():
         return block(x, *arguments)
-    frame = _Frame(block, x, arguments, keep_attention)
-    with uncached_parametrizations(), frame.hooks(frame.record):
+    frame = _Frame(block, x, arguments, checked_pieces(keep))
+    with uncached_parametrizations(), frame.kept.first(), frame.hooks(frame.record):
         y = block(x, *arguments)
     frame.forward_done(y, offload)
     return y
@@ -113,11 +113,10 @@ class _Frame:
         block: Callable[..., Tensor],
         x: Tensor,
         arguments: tuple[Any, ...],
-        keep_attention: bool,
+        keep: frozenset[str],
     ) -> None:
         self._block = block
         self._arguments = arguments
-        self._keep_attention = keep_attention
         self._x = x.detach()
         self._x_requires_grad = x.requires_grad
         self._rerun = Rerun("recompute_block", x.device)
@@ -130,17 +129,15 @@ class _Frame:
             # Others' gradients may come, and they be updated, before this block runs again.
             if not tensor.requires_grad:
                 self._rerun.watch(name, tensor)
-        self._kept = KeptResults(self._rerun)
+        self.kept = KeptResults(keep, self._rerun.watch)
+        self._kept_tensors: list[Tensor] = []
         self._stored: Stored | None = None
         self._saved: list[_Saved] = []
         self._rebuilt = 0
 
-    @contextmanager
-    def hooks(self, save: Callable[[Tensor], Any]) -> Iterator[None]:
+    def hooks(self, save: Callable[[Tensor], Any]) -> saved_tensors_hooks:
         """The context of a run, forward or again; ``save`` gets what autograd would save."""
-        kept = self._kept if self._keep_attention else None
-        with keeping(kept), saved_tensors_hooks(save, self.open):
-            yield
+        return saved_tensors_hooks(save, self.open)
 
     def record(self, tensor: Tensor) -> _Handle:
         """In the forward: a handle in place of a tensor that autograd saves."""
@@ -157,9 +154,10 @@ class _Frame:
         for leaf in leaves(_tensors_in(y), after=self._inputs):
             self._rerun.watch("a tensor that gets a gradient", leaf)
         del self._inputs
+        self._kept_tensors = self.kept.take()
         if offload is not None:
-            self._stored = offload.store([self._x, *self._kept.tensors])
-            del self._x, self._kept.tensors
+            self._stored = offload.store([self._x, *self._kept_tensors])
+            del self._x, self._kept_tensors
 
     def open(self, handle: _Handle) -> Tensor:
         """In the backward: the tensor that a handle stands for."""
@@ -176,13 +174,14 @@ class _Frame:
 
     def _run_again(self) -> None:
         with self._rerun.again(), torch.enable_grad(), self.hooks(self._collect):
-            self._kept.running_again = True
             if self._stored is not None:
-                (self._x, *self._kept.tensors), self._stored = self._stored.load(), None
+                (self._x, *self._kept_tensors), self._stored = self._stored.load(), None
             x = self._x.detach().requires_grad_(self._x_requires_grad)
-            del self._x
+            kept = self._kept_tensors
+            del self._x, self._kept_tensors
             try:
-                self._block(x, *self._arguments)
+                with self.kept.again(kept):
+                    self._block(x, *self._arguments)
             except _Rebuilt:
                 return
         raise _changed("fewer tensors")

@@ -26,15 +26,15 @@ _MST = "+experiment=llama3_8b_lengths_mst"
 WAYS = {
     "vanilla": ("+experiment=llama3_8b_lengths_vanilla",),
     "recompute": ("+experiment=llama3_8b_lengths_recompute",),
-    "mst, keeping attention's result": (_MST, "memory.keep_attention=true"),
-    "mst, computing attention again": (_MST, "memory.keep_attention=false"),
+    "mst, keeping attention's result": (_MST, "memory.keep.attention=all"),
+    "mst, computing attention again": (_MST, "memory.keep.attention=0"),
 }
 """The settings whose memory is shown over lengths from 1K to 80K."""
 
 CUT_LENGTHS = (16 * K, 64 * K)
 """The paper's; and one at which blocks, too, can set the peak."""
 
-CUT = (_MST, "memory.keep_attention=true")
+CUT = (_MST, "memory.keep.attention=all")
 
 KINDS = {
     "head": ("memory.head_chunk_tokens",),

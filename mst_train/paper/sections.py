@@ -15,7 +15,7 @@ LONGEST = """
     {context:.1f} GiB for the CUDA context, {workspace:.0f} MiB for cuBLAS, and {unusable:.0%}
     that the allocator cannot use. "transformers" is its own model with its own loss, with and
     without its gradient checkpointing, to 256 tokens. "mst" is this project's `memory.policy=mst`
-    with `memory.keep_attention=false`, to 1K. Offload: the kept activations wait in 512 GiB of
+    with `memory.keep.attention=0`, to 1K. Offload: the kept activations wait in 512 GiB of
     host memory, the optimizer stays on the GPU. As a check of the predictions: those for
     transformers are between {near} of what the paper reports for vanilla and recomputation, with
     other versions.

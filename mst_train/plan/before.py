@@ -159,7 +159,7 @@ def _host_problems(prediction: Prediction) -> Iterator[str]:
     whose = "this machine has"
     if config.memory.host_budget_gib is not None:
         whose = "memory.host_budget_gib allows"
-    ways = ["a smaller data.sequence_length", "memory.keep_attention=false"]
+    ways = ["a smaller data.sequence_length", "memory.keep.attention=0"]
     if config.optimizer.offload == "host":
         ways = ["optimizer.offload=none"]
     yield (

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from mst_train.config import AUTO, Config
+from mst_train.config import ALL, AUTO, Config
 
 SMALL_BLOCK_CHUNK = 1024
 
@@ -46,8 +46,13 @@ def settings(config: Config, gpus: int = 1) -> Iterator[list[Config]]:
 def leanest(config: Config, gpus: int = 1) -> list[Config]:
     """Of the settings to choose from, those that can reach the longest sequences."""
     last = list(settings(config, gpus))[-1]
-    keeping = any(c.memory.keep_attention for c in last)
-    return [c for c in last if not (keeping and c.memory.keep_attention)]
+    keeping = any(keeps_attention(c) for c in last) and not all(map(keeps_attention, last))
+    return [c for c in last if not (keeping and keeps_attention(c))]
+
+
+def keeps_attention(config: Config) -> bool:
+    """Whether blocks under mst do."""
+    return config.memory.keep.attention != 0
 
 
 def _host_works(config: Config, gpus: int) -> bool:
@@ -85,10 +90,12 @@ def _policies(config: Config) -> list[Config]:
         return replace(config, memory=replace(config.memory, **changes))
 
     offloads = ["host"] if config.memory.offload == "host" else ["none", "host"]
-    keeps = [True, False] if config.memory.keep_attention else [False]
+    asked = config.memory.keep
+    counts: list[int | str] = [ALL, 0] if asked.attention == AUTO else [asked.attention]
+    keeps = [replace(asked, attention=count) for count in counts]
     plain = [with_memory(policy="vanilla")] if "none" in offloads else []
     return plain + [
-        with_memory(policy="mst", keep_attention=keep, offload=offload)
+        with_memory(policy="mst", keep=keep, offload=offload)
         for offload in offloads
         for keep in keeps
     ]

@@ -74,7 +74,7 @@ def describe(prediction: Prediction) -> str:
     """The settings that were chosen, as one would name them."""
     memory, optimizer = prediction.config.memory, prediction.config.optimizer
     words = [memory.policy]
-    if memory.policy == "mst" and not memory.keep_attention:
+    if memory.policy == "mst" and memory.keep.attention == 0:
         words.append("attention computed again")
     if memory.offload != "none":
         words.append("offloaded to the host")

@@ -115,7 +115,7 @@ class Prediction:
             "gpus": self.target.gpus,
             "sequence_length": self.config.data.sequence_length,
             "policy": memory.policy,
-            "keep_attention": found.policy.keep_attention and memory.policy == "mst",
+            "keep": dict(found.policy.keep) if memory.policy == "mst" else {},
             "offload": memory.offload,
             "in_backward": self.config.optimizer.in_backward,
             "optimizer_offload": self.config.optimizer.offload,

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from mst_train.cli.compose import recompose
-from mst_train.config import Config
+from mst_train.config import Config, KeepConfig
 from mst_train.errors import UserError
 from mst_train.memory.devices import find_device
 from mst_train.model.flops import parameter_count
@@ -65,7 +65,7 @@ def _as_planned(config: Config, prediction: dict[str, Any]) -> Config:
     memory = replace(
         config.memory,
         policy=prediction["policy"],
-        keep_attention=prediction["keep_attention"],
+        keep=KeepConfig(**prediction["keep"]),
         offload=prediction["offload"],
     )
     if prediction.get("block_chunk_tokens") == SMALL_BLOCK_CHUNK:

@@ -5,13 +5,14 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import yaml
 
+from mst_train.config import ALL, KeepConfig
 from mst_train.errors import UserError
 from mst_train.memory.tracker import KINDS
 
@@ -224,8 +225,13 @@ def _check_prediction(content: Record) -> None:
         _require(_is_size(content.get(name)), f"{name} is no whole number")
     for name in ("device", "policy", "offload"):
         _require(isinstance(content.get(name), str), f"{name} is no text")
-    for name in ("keep_attention", "in_backward"):
-        _require(isinstance(content.get(name), bool), f"{name} is neither true nor false")
+    _require(isinstance(content.get("in_backward"), bool), "in_backward is neither true nor false")
+    keep = group(content, "keep")
+    _require(
+        keep.keys() <= {part.name for part in fields(KeepConfig)}
+        and all(n == ALL or (_is_whole(n) and n >= 0) for n in keep.values()),
+        "keep is not what blocks keep",
+    )
     sizes = {name: content.get(name) for name in ("peak_bytes", "budget_bytes")}
     breakdown = group(content, "breakdown")
     sizes |= {kind: breakdown.get(kind) for kind in (*KINDS, "overhead")}

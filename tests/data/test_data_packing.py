@@ -135,7 +135,7 @@ MODEL = ModelConfig(
 MST = [
     Policy(True, True, mlp, head, keep, block)
     for mlp, head, block in ((5, 7, 11), (1000, 1000, 1000))
-    for keep in (True, False)
+    for keep in ({"attention": "all"}, {})
 ]
 
 

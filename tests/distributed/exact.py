@@ -14,7 +14,7 @@ from mst_train.data import IGNORED, Batch
 from mst_train.distributed import grid, init_distributed
 from mst_train.distributed.exchange import sent_bytes
 from mst_train.model import Policy, build_model
-from mst_train.mst import Documents, Offload
+from mst_train.mst import PIECES, Documents, Offload
 
 CPU = torch.device("cpu")
 LENGTH, ROWS = 24, 2
@@ -22,9 +22,11 @@ LENGTH, ROWS = 24, 2
 POLICIES = {
     "vanilla": Policy(),
     "recompute": Policy(recompute=True),
-    "mst": Policy(True, True, 5, 7, True, 5),
-    "mst, attention twice": Policy(True, True, 5, 7, False, 5),
-    "mst, on the host": Policy(True, True, 5, 7, True, 5),
+    "mst": Policy(True, True, 5, 7, block_chunk_tokens=5),
+    "mst, attention twice": Policy(True, True, 5, 7, {}, 5),
+    "mst, on the host": Policy(True, True, 5, 7, block_chunk_tokens=5),
+    "mst, keeping products": Policy(True, True, 5, 7, dict.fromkeys(PIECES, 1), 5),
+    "mst, products on the host": Policy(True, True, 5, 7, dict.fromkeys(PIECES, "all"), 5),
 }
 
 
@@ -96,7 +98,7 @@ def difference(everybody, degree, policy, heads, keys, packed, options, **exchan
             dtype=torch.float64,
             seed=1,
         )
-        if is_shared and policy == "mst, on the host":
+        if is_shared and policy.endswith("on the host"):
             model.offload = Offload(CPU)
         own = topology.part_of(batch) if is_shared else batch
         loss, count, gradient = loss_and_gradients(model, own)

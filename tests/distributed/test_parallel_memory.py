@@ -43,7 +43,7 @@ WITHOUT_ZERO = {
     "heads in groups": [TWO, "memory.policy=mst", *MANY_HEADS, HEADS, ONE_AT_A_TIME],
     "keys, mst": [TWO, "memory.policy=mst", *MANY_HEADS, KEYS],
     "keys in groups": [TWO, "memory.policy=mst", *MANY_HEADS, KEYS, ONE_AT_A_TIME],
-    "keys, attention twice": [TWO, "memory.keep_attention=false", *MANY_HEADS, KEYS],
+    "keys, attention twice": [TWO, "memory.keep.attention=0", *MANY_HEADS, KEYS],
     "keys in a window": [
         *(TWO, "memory.policy=mst", *MANY_HEADS, KEYS),
         *("model.sliding_window=40", "model.sliding_window_pattern=[sliding]"),
@@ -73,7 +73,7 @@ OF_FOUR = {
     "both": [*FOUR, BOTH],
     "both, in groups": [*FOUR, BOTH, ONE_AT_A_TIME],
     "both, recompute": [*FOUR, BOTH, "memory.policy=recompute"],
-    "both, attention twice": [*FOUR, BOTH, "memory.keep_attention=false"],
+    "both, attention twice": [*FOUR, BOTH, "memory.keep.attention=0"],
 }
 
 

@@ -19,11 +19,13 @@ import mst_train.memory.extrapolate as extrapolate
 from mst_train.attention import select_attention
 from mst_train.config import (
     ACTIVATIONS,
+    ALL,
     NORM_PLACEMENTS,
     PRECISIONS,
     QK_NORMS,
     Config,
     DataConfig,
+    KeepConfig,
     KernelConfig,
     MemoryConfig,
     ModelConfig,
@@ -38,7 +40,7 @@ from mst_train.memory.devices import find_device
 from mst_train.memory.simulate import simulate
 from mst_train.memory.tracker import MemoryTracker
 from mst_train.model import Policy, build_model
-from mst_train.mst import Offload
+from mst_train.mst import PIECES, Offload
 from mst_train.optim import build_optimizer
 
 CPU = torch.device("cpu")
@@ -81,6 +83,7 @@ def random_step(seed):
     draw = random.Random(seed)
     while validate(config := _random_config(draw)):
         pass
+    config = with_random_pieces(seed, config)
     portions = Portions()
     if draw.random() < 0.6:
         length, model = config.data.sequence_length, config.model
@@ -150,7 +153,7 @@ def _random_config(draw):
             mlp_chunk_tokens=draw.choice(["auto", _part(draw, batch * length)]),
             head_chunk_tokens=draw.choice(["auto", _part(draw, batch * length)]),
             block_chunk_tokens=draw.choice(["auto", _part(draw, batch * length)]),
-            keep_attention=draw.random() < 0.6,
+            keep=KeepConfig(attention=ALL if draw.random() < 0.6 else 0),
             offload="host" if policy == "mst" and draw.random() < 0.4 else "none",
         ),
         optimizer=OptimizerConfig(
@@ -160,6 +163,19 @@ def _random_config(draw):
         ),
         kernel=KernelConfig(attention=kernel),
     )
+
+
+def with_random_pieces(seed, config):
+    """In six of ten steps, some of them kept in some of the blocks."""
+    draw = random.Random(-1 - seed)
+    if draw.random() < 0.4:
+        return config
+    counts = [0, ALL, *(draw.randint(0, config.model.num_layers + 1) for _ in range(2))]
+    attention = config.memory.keep.attention
+    keep = KeepConfig(
+        draw.choice([attention, draw.choice(counts)]), *(draw.choice(counts) for _ in PIECES[1:])
+    )
+    return replace(config, memory=replace(config.memory, keep=keep))
 
 
 def _random_boundaries(draw, config):

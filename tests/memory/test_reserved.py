@@ -31,7 +31,7 @@ SETTINGS = [
             [*TINY, *MASTERS, "memory.policy=recompute", "optimizer.offload=host"],
             [*LLAMA3],
             [*LLAMA3, "optimizer.name=muon"],
-            [*LLAMA3, "memory.offload=host", "memory.keep_attention=true"],
+            [*LLAMA3, "memory.offload=host", "memory.keep.attention=all"],
             GEMMA2,
             [*GEMMA2, "memory.offload=host"],
             [*GEMMA2, "optimizer.in_backward=false"],

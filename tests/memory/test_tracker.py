@@ -82,7 +82,7 @@ def test_fake_tensors_count_like_real_ones():
 def test_kinds_of_a_training_step():
     """Each kind at the moments when its size is known."""
     config = ModelConfig(hidden_size=64, intermediate_size=176, num_layers=3, vocab_size=500)
-    for policy in (Policy(recompute=True), Policy(True, True, 64, 64, keep_attention=False)):
+    for policy in (Policy(recompute=True), Policy(True, True, 64, 64, keep={})):
         model = build_model(config, policy=policy)
         optimizer = Optimizer(model, OptimizerConfig(), master_weights=False)
         parameters = sum(p.nbytes for p in model.parameters())

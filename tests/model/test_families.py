@@ -57,10 +57,10 @@ FORMS = {
 }
 POLICIES = {
     "recompute": Policy(recompute=True),
-    "chunks": Policy(True, True, 7, 11, True, 18),
-    "single rows": Policy(True, True, 1, 1, True, 1),
-    "attention again": Policy(True, True, 9, 5, False, 14),
-    "one chunk": Policy(True, True, 1000, 1000, True, 1000),
+    "chunks": Policy(True, True, 7, 11, block_chunk_tokens=18),
+    "single rows": Policy(True, True, 1, 1, block_chunk_tokens=1),
+    "attention again": Policy(True, True, 9, 5, {}, 14),
+    "one chunk": Policy(True, True, 1000, 1000, block_chunk_tokens=1000),
     "without blocks": Policy(False, True, 7, 11),
 }
 

@@ -108,9 +108,9 @@ MODELS = {
 POLICIES = {
     "vanilla": Policy(),
     "recompute": Policy(recompute=True),
-    "mst": Policy(True, True, 7, 11, True, 18),
-    "mst, attention again": Policy(True, True, 1000, 5, False, 8),
-    "mst, whole blocks": Policy(True, True, 13, 1000, True, 1000),
+    "mst": Policy(True, True, 7, 11, block_chunk_tokens=18),
+    "mst, attention again": Policy(True, True, 1000, 5, {}, 8),
+    "mst, whole blocks": Policy(True, True, 13, 1000, block_chunk_tokens=1000),
 }
 
 

@@ -27,8 +27,8 @@ VANILLA = Policy()
 RECOMPUTE = Policy(recompute=True)
 
 
-def mst(mlp_chunk, head_chunk, recompute=True, keep_attention=True):
-    return Policy(recompute, True, mlp_chunk, head_chunk, keep_attention)
+def mst(mlp_chunk, head_chunk, recompute=True, **options):
+    return Policy(recompute, True, mlp_chunk, head_chunk, **options)
 
 
 def make_model(config=CONFIG, policy=VANILLA, dtype=torch.float64):
@@ -61,7 +61,7 @@ def step(model, tokens, labels, positions=None):
         mst(1, 1),
         mst(1000, 5),
         mst(7, 11, recompute=False),
-        mst(7, 11, keep_attention=False),
+        mst(7, 11, keep={}),
     ],
 )
 def test_every_policy_gives_the_plain_gradients(policy, tie_embeddings):
@@ -75,7 +75,7 @@ def test_every_policy_gives_the_plain_gradients(policy, tie_embeddings):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("policy", [VANILLA, RECOMPUTE, mst(7, 11), mst(7, 11, True, False)])
+@pytest.mark.parametrize("policy", [VANILLA, RECOMPUTE, mst(7, 11), mst(7, 11, keep={})])
 @pytest.mark.parametrize("offload", [False, True])
 def test_packed_documents_equal_each_document_alone(policy, offload):
     """Attention confined to documents: loss and gradients are the sums over single documents."""

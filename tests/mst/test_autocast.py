@@ -48,7 +48,7 @@ class Block(nn.Module):
 RUNS = {
     "blocks": lambda block, x: mini_sequence_block(block, CpuKernel(), x, chunk_tokens=7),
     "attention again": lambda block, x: mini_sequence_block(
-        block, CpuKernel(), x, chunk_tokens=7, keep_attention=False
+        block, CpuKernel(), x, chunk_tokens=7, keep=()
     ),
     "one piece": lambda block, x: recompute_block(block, x),
 }

@@ -14,9 +14,16 @@ from torch.utils.checkpoint import checkpoint
 from mst_train.attention.select import CpuKernel, ReferenceKernel
 from mst_train.memory.tracker import MemoryTracker
 from mst_train.mst import (
+    ATTENTION,
+    KEYS,
+    MLP,
+    OUTPUT,
+    PIECES,
+    QUERIES,
     Documents,
     Offload,
     gated_mlp,
+    linear,
     mini_sequence_block,
     mini_sequence_mlp,
 )
@@ -27,6 +34,7 @@ HIDDEN, HEADS, KV_HEADS, INTERMEDIATE = 16, 4, 2, 40
 SEQUENCE = 17
 CHUNKS = {"of one row": 1, "ragged": 7, "one": SEQUENCE, "longer than the sequence": 1000}
 OFFLOADS = {"none": None, "host": Offload(CPU)}
+KEEPS = [(), (ATTENTION,), PIECES]
 
 
 class Block(nn.Module):
@@ -49,14 +57,15 @@ class Block(nn.Module):
 
     def before_attention(self, x, *factor, queries=True):
         normed = self.attention_norm(x)
-        k, v = self.key_value(normed).unflatten(-1, (2, -1, self.head_size)).unbind(2)
+        keys_values = linear(self.key_value, normed, KEYS)
+        k, v = keys_values.unflatten(-1, (2, -1, self.head_size)).unbind(2)
         for one in factor:
             k = k * one.unsqueeze(-2)
-        q = self.query(normed).unflatten(-1, (-1, self.head_size)) if queries else None
-        return q, k, v
+        q = linear(self.query, normed, QUERIES) if queries else None
+        return None if q is None else q.unflatten(-1, (-1, self.head_size)), k, v
 
     def after_attention(self, x, out, *, values=True):
-        x = x + self.output(out.flatten(2))
+        x = x + linear(self.output, out.flatten(2), OUTPUT)
         if self.post_norm is None:
             return x, self.run_mlp(x, values=values)
         return x, self.post_norm(self.run_mlp(x))
@@ -135,14 +144,14 @@ def assert_equal(actual, expected):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("chunks", CHUNKS)
 @pytest.mark.parametrize("offload", OFFLOADS)
-@pytest.mark.parametrize("keep_attention", [True, False])
+@pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("kernel", [CpuKernel, ReferenceKernel])
-def test_equals_the_plain_block(kernel, keep_attention, offload, chunks, batch):
+def test_equals_the_plain_block(kernel, keep, offload, chunks, batch):
     stack, x = make_stack(batch=batch)
     run = mini(
         CHUNKS[chunks] * batch,
         kernel(),
-        keep_attention=keep_attention,
+        keep=keep,
         offload=OFFLOADS[offload],
     )
     assert_equal(gradients(stack, x, run), gradients(stack, x, plain))
@@ -166,13 +175,13 @@ def test_grouped_heads_and_norms_after(kv_heads, post_norm, chunk_tokens):
         [*range(21), 33, 34, 35, 36, 37, 40],  # of one token
     ],
 )
-@pytest.mark.parametrize("keep_attention", [True, False])
+@pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("kernel", [CpuKernel, ReferenceKernel])
-def test_packed_documents(kernel, keep_attention, cu_seqlens):
+def test_packed_documents(kernel, keep, cu_seqlens):
     """In chunks of 5 rows of 20; the second row's documents are others than the first's."""
     stack, x = make_stack(batch=2, sequence=20)
     documents = make_documents(cu_seqlens)
-    run = mini(10, kernel(), keep_attention=keep_attention)
+    run = mini(10, kernel(), keep=keep)
     actual = gradients(stack, x, run, (), documents)
     assert_equal(actual, gradients(stack, x, plain, (), documents))
 
@@ -432,22 +441,22 @@ def test_bf16_weight_gradients_are_as_near_to_the_truth_as_in_one_chunk():
 # --- what autograd may do with it ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep_attention", [True, False])
+@pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("chunk_tokens", [7, SEQUENCE])
-def test_a_second_backward_through_a_retained_graph(chunk_tokens, keep_attention):
+def test_a_second_backward_through_a_retained_graph(chunk_tokens, keep):
     stack, x = make_stack()
     tensors = [x.requires_grad_(), *stack.parameters()]
-    loss = forward(stack, x, mini(chunk_tokens, keep_attention=keep_attention)).square().sum()
+    loss = forward(stack, x, mini(chunk_tokens, keep=keep)).square().sum()
     first = torch.autograd.grad(loss, tensors, retain_graph=True)
     for a, b in zip(first, torch.autograd.grad(loss, tensors), strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("keep_attention", [True, False])
+@pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("chunk_tokens", [7, SEQUENCE])
-def test_a_second_backward_after_offloading_is_refused(chunk_tokens, keep_attention):
+def test_a_second_backward_after_offloading_is_refused(chunk_tokens, keep):
     stack, x = make_stack(layers=1)
-    run = mini(chunk_tokens, keep_attention=keep_attention, offload=Offload(CPU))
+    run = mini(chunk_tokens, keep=keep, offload=Offload(CPU))
     loss = forward(stack, x.requires_grad_(), run).sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="a second backward through mini_sequence_block"):
@@ -525,12 +534,12 @@ class CountingKernel(CpuKernel):
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, SEQUENCE])
-@pytest.mark.parametrize(("keep_attention", "forwards"), [(True, 1), (False, 2)])
-def test_attention_runs_as_often_as_promised(keep_attention, forwards, chunk_tokens):
+@pytest.mark.parametrize(("keep", "forwards"), [(PIECES, 1), ((ATTENTION,), 1), ((), 2)])
+def test_attention_runs_as_often_as_promised(keep, forwards, chunk_tokens):
     """A square for every chunk, and a rectangle for every chunk but the first."""
     kernel, layers = CountingKernel(), 2
     stack, x = make_stack(layers)
-    gradients(stack, x, mini(chunk_tokens, kernel, keep_attention=keep_attention))
+    gradients(stack, x, mini(chunk_tokens, kernel, keep=keep))
     lengths = [min(chunk_tokens, SEQUENCE - start) for start in range(0, SEQUENCE, chunk_tokens)]
     calls = layers * (2 * len(lengths) - 1)
     pairs = layers * sum(length * (i * chunk_tokens + length) for i, length in enumerate(lengths))
@@ -568,12 +577,12 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def count_products(chunk_tokens, post_norm=False, offload=None):
+def count_products(chunk_tokens, post_norm=False, **options):
     """Of the square matrices (query and output), of keys with values, and of the MLP's."""
     tokens = 23  # no number of a weight's features
     stack, x = make_stack(layers=1, kv_heads=1, post_norm=post_norm, sequence=tokens)
     with Products(tokens) as products:
-        gradients(stack, x, mini(chunk_tokens, offload=offload))
+        gradients(stack, x, mini(chunk_tokens, **options))
     square, keys, mlp = {HIDDEN}, {HIDDEN, 2 * HIDDEN // HEADS}, {HIDDEN, INTERMEDIATE}
     assert len(products.counts) == 3
     return tuple(products.counts[frozenset(of)] for of in (square, keys, mlp))
@@ -589,6 +598,20 @@ def test_products(chunk_tokens):
     assert (square, keys, mlp) == pytest.approx((4 + 4, 5 if several else 4, 11))
     square, keys, mlp = count_products(chunk_tokens, offload=Offload(CPU))
     assert (square, keys, mlp) == pytest.approx((4 + 4, 4, 11))
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 23])
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_products_that_are_kept_are_computed_once(chunk_tokens, post_norm):
+    """A norm that reads the MLP's result has it computed again from gate and up."""
+    several, down = chunk_tokens < 23, 1 if post_norm else 0
+    again = {(QUERIES,): (7, 5, 11), (OUTPUT,): (7, 5, 11), (KEYS,): (8, 3, 11), (MLP,): (8, 5, 9)}
+    again[PIECES] = (6, 3, 9)
+    for keep, (square, keys, mlp) in again.items():
+        found = count_products(chunk_tokens, post_norm, keep=keep)
+        keys -= KEYS not in keep and not several
+        mlp += down if MLP in keep else 3 * down
+        assert found == pytest.approx((square, keys, mlp))
 
 
 @pytest.mark.parametrize("chunk_tokens", [7, 23])
@@ -615,10 +638,17 @@ def test_automatic_chunks_are_bounded_by_bytes(monkeypatch):
 # --- the memory ----------------------------------------------------------------------------------
 
 
-def kept_bytes(x, keep_attention):
+def kept_bytes(x, keep):
     """Of one block, between forward and backward."""
     log_sum_exp = x.shape[0] * x.shape[1] * HEADS * max(x.element_size(), 4)
-    return x.nbytes + (x.nbytes + log_sum_exp if keep_attention else 0)
+    sizes = {
+        ATTENTION: x.nbytes + log_sum_exp,
+        KEYS: 2 * x.nbytes * KV_HEADS // HEADS,
+        QUERIES: x.nbytes,
+        OUTPUT: x.nbytes,
+        MLP: 2 * x.nbytes * INTERMEDIATE // x.shape[-1],
+    }
+    return x.nbytes + sum(sizes[name] for name in keep)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -631,16 +661,16 @@ def test_memory_between_forward_and_backward(cu_seqlens, chunk_tokens, dtype):
     stack, x = make_stack(layers, batch=2, dtype=dtype)
     documents = make_documents(cu_seqlens)
     keys_values = 2 * x.nbytes * KV_HEADS // HEADS if chunk_tokens < 34 else 0
-    for keep_attention in (True, False):
-        kept = kept_bytes(x, keep_attention)
+    for keep in (*KEEPS, *((name,) for name in PIECES)):
+        kept = kept_bytes(x, keep)
         with MemoryTracker() as tracker:
-            run = mini(chunk_tokens, keep_attention=keep_attention)
+            run = mini(chunk_tokens, keep=keep)
             y = forward(stack, x, run, (), documents)
             assert tracker.live_bytes == layers * kept - x.nbytes + y.nbytes
             y.sum().backward()
 
         offload = Offload(CPU)
-        run = mini(chunk_tokens, keep_attention=keep_attention, offload=offload)
+        run = mini(chunk_tokens, keep=keep, offload=offload)
         forward(stack, x, run, (), documents)  # makes the host buffers
         with MemoryTracker() as tracker:
             y = forward(stack, x, run, (), documents)
@@ -665,14 +695,14 @@ def test_without_gradients_nothing_is_kept():
     assert offload.host_bytes == 0
 
 
-def backward_peak(layers, sequence, *, keep_attention=True, offload=False, post_norm=False):
+def backward_peak(layers, sequence, *, keep=(ATTENTION,), offload=False, post_norm=False):
     """Beyond what was kept, in bf16, in chunks of 64 rows."""
     stack, x = make_stack(
         layers, sequence=sequence, dtype=torch.bfloat16, hidden=64, post_norm=post_norm
     )
     for p in stack.parameters():
         p.grad = torch.zeros_like(p)
-    run = mini(64, keep_attention=keep_attention, offload=Offload(CPU) if offload else None)
+    run = mini(64, keep=keep, offload=Offload(CPU) if offload else None)
     loss = forward(stack, x, run).square().sum()
     with MemoryTracker() as tracker:
         loss.backward()
@@ -680,20 +710,17 @@ def backward_peak(layers, sequence, *, keep_attention=True, offload=False, post_
 
 
 @pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("keep_attention", [True, False])
-def test_peak_of_the_backward_does_not_grow_with_depth(monkeypatch, keep_attention, offload):
+@pytest.mark.parametrize("keep", KEEPS)
+def test_peak_of_the_backward_does_not_grow_with_depth(monkeypatch, keep, offload):
     monkeypatch.setattr(CpuKernel, "keys_at_once", 128)
-    shallow, deep = (
-        backward_peak(layers, 256, keep_attention=keep_attention, offload=offload)
-        for layers in (2, 4)
-    )
+    shallow, deep = (backward_peak(layers, 256, keep=keep, offload=offload) for layers in (2, 4))
     assert deep == shallow
 
 
 @pytest.mark.parametrize("post_norm", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("keep_attention", [True, False])
+@pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("offload", [False, True])
-def test_peak_of_the_backward_per_token(monkeypatch, offload, keep_attention, post_norm):
+def test_peak_of_the_backward_per_token(monkeypatch, offload, keep, post_norm):
     """Beyond what was kept, the whole sequence's
 
         keys and values            2 x 2 heads of 16 in bf16      128
@@ -703,8 +730,8 @@ def test_peak_of_the_backward_per_token(monkeypatch, offload, keep_attention, po
     and with offload the keys and values of the block before, on their way back.
     """
     monkeypatch.setattr(CpuKernel, "keys_at_once", 128)
-    options = {"keep_attention": keep_attention, "offload": offload, "post_norm": post_norm}
-    peaks = [backward_peak(2, sequence, **options) for sequence in (256, 384, 512)]
+    options = {"keep": keep, "offload": offload, "post_norm": post_norm}
+    peaks = [backward_peak(2, sequence, **options) for sequence in (384, 512, 640)]
     expected = 128 + 256 + 256 + (128 if offload else 0)
     slopes = [(b - a) / 128 for a, b in pairwise(peaks)]
     assert slopes == [expected] * 2
@@ -719,7 +746,7 @@ def test_peak_of_the_forward_per_token(monkeypatch):
         with MemoryTracker() as tracker:
             forward(stack, x, mini(64))
         peaks.append(tracker.peak_bytes)
-    kept = kept_bytes(x, keep_attention=True) - x.nbytes
+    kept = kept_bytes(x, (ATTENTION,)) - x.nbytes
     expected = 128 + 128 + kept / 1024
     slopes = [(b - a) / 256 for a, b in pairwise(peaks)]
     assert slopes == [expected] * 2

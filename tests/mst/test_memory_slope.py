@@ -33,12 +33,16 @@ POLICY = Policy(True, True, 4096, 4096, block_chunk_tokens=4096)
 # Bytes per token in bf16: a hidden state (or queries, or attention's result), keys with values, a
 # number per head.
 HIDDEN, KEYS_VALUES, LSE = 8 * KIB, 4 * KIB, 32 * 4
-KEPT = {True: 2 * HIDDEN + LSE, False: HIDDEN}  # with keep_attention and without
+KEPT = {True: 2 * HIDDEN + LSE, False: HIDDEN}  # with attention's result and without
 
 # What exists for all tokens while a block goes backward, beside what blocks have kept: keys and
 # values, their gradients in fp32, the gradients of the block's result and input, and the model's
 # cosines and sines. Everything else is of one chunk.
 BACKWARD = KEYS_VALUES + 2 * KEYS_VALUES + 2 * HIDDEN + 2 * 64 * 4
+
+
+def kept(attention):
+    return {"attention": "all" if attention else 0}
 
 
 def peak(config, policy, tokens, *, dtype=torch.bfloat16, offload=False):
@@ -70,7 +74,7 @@ def slopes(policy, lengths, layers=LAYERS, **options):
 @pytest.mark.parametrize(("keep", "lengths"), [(True, (1, 2, 4)), (False, (1, 2))])
 def test_slope_on_the_device(keep, lengths):
     """All blocks' kept tensors, in the backward of the last one."""
-    for slope in slopes(dataclasses.replace(POLICY, keep_attention=keep), lengths):
+    for slope in slopes(dataclasses.replace(POLICY, keep=kept(keep)), lengths):
         assert slope == pytest.approx(LAYERS * KEPT[keep] + BACKWARD, rel=0.01)
 
 
@@ -87,7 +91,7 @@ def test_slope_with_offload_does_not_depend_on_depth(layers):
 @pytest.mark.parametrize("keep", [True, False])
 def test_host_memory_is_what_the_blocks_keep_with_keys_and_values(keep):
     """Keys and values wait there too, rather than being computed a third time."""
-    policy = dataclasses.replace(POLICY, keep_attention=keep)
+    policy = dataclasses.replace(POLICY, keep=kept(keep))
     with FakeTensorMode():
         _, several = peak(LLAMA3, policy, 8192, offload=True)
         _, one_chunk = peak(LLAMA3, policy, 4096, offload=True)

@@ -8,7 +8,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mst_train.mst.mlp as mlp_module
 from mst_train.attention.select import CpuKernel, ReferenceKernel
 from mst_train.memory.tracker import MemoryTracker
-from mst_train.mst import attend, mini_sequence_mlp, recompute_block
+from mst_train.mst import (
+    ATTENTION,
+    MLP,
+    OUTPUT,
+    attend,
+    linear,
+    mini_sequence_mlp,
+    recompute_block,
+)
 from mst_train.mst.offload import HostBudgetError, Offload
 
 CPU = torch.device("cpu")
@@ -43,7 +51,8 @@ class Block(nn.Module):
 
     def forward(self, x, scale=1.0):
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, HEADS, -1)).unbind(2)
-        x = x + self.output(attend(self.kernel, q, k, v).flatten(2)) * scale
+        out = attend(self.kernel, q, k, v).flatten(2)
+        x = x + linear(self.output, out, OUTPUT) * scale
         gate, up = self.gate_up
         mlp = mini_sequence_mlp(self.mlp_norm(x), gate, up, self.down, chunk_tokens=16)
         return x + self.post_norm(mlp)
@@ -73,22 +82,21 @@ def plain(block, x):
 
 
 OFFLOADS = {"device": None, "host": Offload(CPU)}
+KEEPS = [(), (ATTENTION,), (OUTPUT, ATTENTION, MLP)]
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
-@pytest.mark.parametrize("keep_attention", [True, False])
+@pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("post_norm", [False, True])
 @pytest.mark.parametrize("kernel", [CpuKernel, ReferenceKernel])
-def test_equals_the_block(kernel, post_norm, keep_attention, offload):
+def test_equals_the_block(kernel, post_norm, keep, offload):
     stack, x = make_stack(post_norm=post_norm, kernel=kernel())
     expected = gradients(stack, x, plain)
     expected = [t.clone() for t in expected]
     actual = gradients(
         stack,
         x,
-        lambda block, y: recompute_block(
-            block, y, keep_attention=keep_attention, offload=OFFLOADS[offload]
-        ),
+        lambda block, y: recompute_block(block, y, keep=keep, offload=OFFLOADS[offload]),
     )
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
@@ -128,11 +136,11 @@ def test_without_gradients_nothing_is_kept():
     assert torch.equal(y, stack[0](x))
 
 
-@pytest.mark.parametrize(("keep_attention", "per_block"), [(True, 1), (False, 2)])
-def test_attention_runs_forward_as_often_as_promised(keep_attention, per_block):
+@pytest.mark.parametrize(("keep", "per_block"), [((ATTENTION,), 1), ((), 2)])
+def test_attention_runs_forward_as_often_as_promised(keep, per_block):
     kernel = CountingKernel()
     stack, x = make_stack(kernel=kernel)
-    gradients(stack, x, lambda b, y: recompute_block(b, y, keep_attention=keep_attention))
+    gradients(stack, x, lambda b, y: recompute_block(b, y, keep=keep))
     assert (kernel.forwards, kernel.backwards) == (per_block * len(stack), len(stack))
 
 
@@ -160,15 +168,16 @@ def test_mlp_products(monkeypatch, post_norm, expected):
 def test_memory_between_forward_and_backward():
     stack, x = make_stack(layers=4, dtype=torch.float32, hidden=64)
     hidden = x.nbytes
-    for keep_attention, offload, per_block in (
-        (False, None, 1),
-        (True, None, 2 + 1 / 16),  # lse: one number for each head of 16
-        (True, Offload(CPU), 0),
+    for keep, offload, per_block in (
+        ((), None, 1),
+        ((ATTENTION,), None, 2 + 1 / 16),  # lse: one number for each head of 16
+        ((ATTENTION, MLP), None, 8 + 1 / 16),
+        ((ATTENTION,), Offload(CPU), 0),
     ):
         y = x
         with MemoryTracker() as tracker:
             for block in stack:
-                y = recompute_block(block, y, keep_attention=keep_attention, offload=offload)
+                y = recompute_block(block, y, keep=keep, offload=offload)
             host = offload.host_bytes if offload else 0
             # The first input was there before; the last output is alive.
             kept = tracker.live_bytes - hidden + (0 if offload else hidden)

@@ -44,7 +44,7 @@ def test_each_model_is_searched_in_each_way(asked):
         assert (config.precision, config.optimizer.in_backward) == ("bf16", True)
         assert step == (256 if build else 1024)
     ours = [config.memory for config, _, build, _ in asked if build is None]
-    assert {(m.policy, m.keep_attention) for m in ours} == {("mst", False)}
+    assert {(m.policy, m.keep.attention) for m in ours} == {("mst", 0)}
     baselines = [build.args for _, _, build, _ in asked if build]
     assert baselines == [(False,), (True,)] * 2
     offloaded = [m for m in ours if m.offload == "host"]
@@ -88,9 +88,9 @@ def test_a_search_can_have_another_model_and_another_step(checkpointing):
 
 def test_the_policies_are_compared_over_the_same_lengths():
     found = [read(settings) for settings in predicted.WAYS.values()]
-    assert [(c.memory.policy, c.memory.keep_attention) for c in found[2:]] == [
-        ("mst", True),
-        ("mst", False),
+    assert [(c.memory.policy, c.memory.keep.attention) for c in found[2:]] == [
+        ("mst", "all"),
+        ("mst", 0),
     ]
     assert [c.memory.policy for c in found[:2]] == ["vanilla", "recompute"]
     first = found[0]

@@ -57,7 +57,7 @@ def test_what_the_host_cannot_hold():
     message = refusal(*offloaded, "memory.host_budget_gib=0.001")
     assert "what is offloaded needs" in message
     assert "memory.host_budget_gib allows 0.00 GiB" in message
-    assert "memory.keep_attention=false" in message
+    assert "memory.keep.attention=0" in message
 
 
 def test_a_cpu_has_one_memory_for_both():

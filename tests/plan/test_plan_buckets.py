@@ -100,7 +100,7 @@ def test_the_planner_names_them(capsys):
 
 
 def test_auto_names_them_where_nothing_else_of_its_own_fits():
-    lean = ["optimizer.offload=host", "memory.offload=host", "memory.keep_attention=false"]
+    lean = ["optimizer.offload=host", "memory.offload=host", "memory.keep.attention=0"]
     chunks = "memory.block_chunk_tokens=1024"
     ends = []
     for arguments in ([SMALLEST, chunks], [chunks]):

@@ -118,8 +118,8 @@ def test_updates_in_the_backward_only_where_they_are_allowed():
     assert any(c.optimizer.in_backward for c in among(*IN_BACKWARD))
     accumulating = among(*IN_BACKWARD, "train.accumulation_steps=2")
     assert not any(c.optimizer.in_backward for c in accumulating)
-    asked = among("memory.keep_attention=false")
-    assert not any(c.memory.keep_attention for c in asked)
+    asked = among("memory.keep.attention=0")
+    assert {c.memory.keep.attention for c in asked if c.memory.policy == "mst"} == {0}
     assert all(c.memory.offload == "host" for c in among("memory.offload=host"))
 
 
@@ -140,13 +140,13 @@ def test_offload_is_chosen_where_attention_is_kept_for_it():
     )
     chosen = choose(config, configured_target(config)).chosen
     assert chosen.config.memory.offload == "host"
-    assert chosen.config.memory.keep_attention
+    assert chosen.config.memory.keep.attention == "all"
     assert chosen.config.optimizer.in_backward
     without = read(
         ["+experiment=llama3_8b_auto", "plan.device=a100_80gb", "memory.host_budget_gib=1"]
     )
     chosen = choose(without, configured_target(without)).chosen
-    assert (chosen.config.memory.offload, chosen.config.memory.keep_attention) == ("none", False)
+    assert (chosen.config.memory.offload, chosen.config.memory.keep.attention) == ("none", 0)
 
 
 @pytest.mark.slow

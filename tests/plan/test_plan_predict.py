@@ -121,7 +121,7 @@ def test_deep_models_are_extrapolated_exactly(in_full, arguments):
     ("given", "tokens", "expected"),
     [
         (["memory.offload=host"], 12288, (4096, 6144, 8192)),
-        (["memory.keep_attention=false"], 12288, (4096, 6144, 8192)),
+        (["memory.keep.attention=0"], 12288, (4096, 6144, 8192)),
         ([], 12288, (4096, 6144, 8192)),
         (["parallel.sequence_exchange=keys"], 32768, (8192, 12288, 16384)),
         (["parallel.sequence_exchange=heads"], 32768, (8192, 12288, 16384)),
@@ -227,7 +227,7 @@ def test_zero_shares_states_out():
 
 
 def test_offload_moves_bytes_to_the_host():
-    config = read([*LLAMA3, "memory.offload=host", "memory.keep_attention=true"])
+    config = read([*LLAMA3, "memory.offload=host", "memory.keep.attention=all"])
     found = predict(config, configured_target(config)).simulation
     tokens, layers = config.data.sequence_length, config.model.num_layers
     kept = 2 * 8192 + 32 * 4 + 2 * 2048  # block's input, attention's result, lse, keys and values

@@ -518,7 +518,7 @@ def whole_run(folder):
         "breakdown": dict.fromkeys((*KINDS, "overhead"), 10),
         **{"peak_bytes": 80, "budget_bytes": 100, "sequence_length": 64, "tokens_per_step": 64},
         **{"gpus": 1, "device": "cpu", "policy": "mst", "offload": "none"},
-        **{"keep_attention": True, "in_backward": False},
+        **{"keep": {"attention": "all"}, "in_backward": False},
     }
     (folder / "prediction.json").write_text(json.dumps(prediction))
     return folder

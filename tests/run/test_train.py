@@ -87,7 +87,7 @@ def test_every_policy_gives_the_same_curve(small_config, change):
         "mst 25": {"memory.mlp_chunk_tokens": 25, "memory.head_chunk_tokens": 50},
         "mst 33": {"memory.mlp_chunk_tokens": 33, "memory.head_chunk_tokens": 7},
         "mst offloaded": {"memory.offload": "host"},
-        "mst without keeping attention": {"memory.keep_attention": False},
+        "mst without keeping attention": {"memory.keep.attention": 0},
         "recompute, confined": {"memory.policy": "recompute", "data.attention": "documents"},
         "mst, confined": {"data.attention": "documents"},
         "mst auto": {"memory.mlp_chunk_tokens": "auto", "memory.head_chunk_tokens": "auto"},

@@ -22,7 +22,14 @@ from mst_train.attention.select import KernelAttention, select_attention
 from mst_train.integrations.huggingface.calls import origin, rewritten
 from mst_train.integrations.huggingface.head import logits_of, loss_of
 from mst_train.integrations.huggingface.layers import Family, RowwiseLayer, once_only
-from mst_train.mst import AttentionKernel, Documents, Scores, attend, mini_sequence_block
+from mst_train.mst import (
+    ATTENTION,
+    AttentionKernel,
+    Documents,
+    Scores,
+    attend,
+    mini_sequence_block,
+)
 from mst_train.mst.autocast import Autocast
 from mst_train.ranges import BLOCK_RANGE, HEAD_RANGE
 
@@ -231,7 +238,7 @@ def layer_forward(base: Any) -> Any:
                 rotary,
                 documents=call.documents,
                 chunk_tokens=block.chunk_tokens(settings.block_chunk_tokens, x_BSD),
-                keep_attention=settings.keep_attention,
+                keep=(ATTENTION,) if settings.keep_attention else (),
             )
         q, k, v = block.before_attention(x_BSD, *rotary)
         assert q is not None
