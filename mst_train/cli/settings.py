@@ -108,9 +108,10 @@ class Settings(Generic[Schema]):
 def _renamed(key: str, value: Any, problems: list[str]) -> tuple[str, Any]:
     """The present key and value of a setting; what is wrong with the value goes to ``problems``."""
     new, meaning = RENAMED[key]
-    was = _fitted(bool, key, value, problems)
-    _warn_once(f"{key} is {new} now: taking {new}={meaning.get(was)}")
-    return new, meaning.get(was)
+    was = meaning.get(_fitted(bool, key, value, problems))
+    if not problems:
+        _warn_once(f"{key} is {new} now: taking {new}={was}")
+    return new, was
 
 
 @cache

@@ -37,7 +37,12 @@ def training_flops(config: ModelConfig, sequence_length: int) -> float:
     4 * H * E for each in the forward and twice that in the backward.
     """
     dense = 6 * matrix_parameters(config) * sequence_length
+    attention = 12 * scores(config, sequence_length) * config.num_heads * config.head_dim
+    return float(dense + attention)
+
+
+def scores(config: ModelConfig, sequence_length: int) -> float:
+    """Pairs of a query and a key that it sees, in all layers, for one head."""
     windows = (config.window(layer) or sequence_length for layer in range(config.num_layers))
     spans = (min(window, sequence_length) for window in windows)
-    scores = sum(span * (sequence_length - span / 2) for span in spans)
-    return float(dense + 12 * scores * config.num_heads * config.head_dim)
+    return sum(span * (sequence_length - span / 2) for span in spans)

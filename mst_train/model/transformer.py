@@ -86,11 +86,13 @@ class SelfAttention(nn.Module):
         self, x_BSD: Tensor, cos: Tensor, sin: Tensor, queries: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Queries (if wanted), keys and values, [B, S, D] -> [B, S, heads, E] each."""
-        k_BSKE = self._heads(linear(self.key, x_BSD, KEYS), self.key_norm)
+        rotated_in_place = {"copy": self.key_norm is None}
+        k_BSKE = self._heads(linear(self.key, x_BSD, KEYS, **rotated_in_place), self.key_norm)
         v_BSKE = self._heads(linear(self.value, x_BSD, KEYS), None)
         if not queries:
             return None, rope(k_BSKE[:, :, :0], k_BSKE, cos, sin)[1], v_BSKE
-        q_BSHE = self._heads(linear(self.query, x_BSD, QUERIES), self.query_norm)
+        queries_BSQ = linear(self.query, x_BSD, QUERIES, **rotated_in_place)
+        q_BSHE = self._heads(queries_BSQ, self.query_norm)
         q_BSHE, k_BSKE = rope(q_BSHE, k_BSKE, cos, sin)
         return q_BSHE, k_BSKE, v_BSKE
 

@@ -72,7 +72,8 @@ class Call:
     def results(self, part: Any) -> KeptResults:
         """What this part of the block computes, and keeps."""
         if part not in self._results:
-            self._results[part] = KeptResults(self.keep if self.needs_backward else ())
+            keep = self.keep if self.needs_backward else ()
+            self._results[part] = KeptResults(keep, self.rerun.watch)
         return self._results[part]
 
     def save_results(self, part: Any) -> None:

@@ -103,9 +103,11 @@ def kept_here() -> KeptResults:
     return _here.get()
 
 
-def linear(layer: nn.Linear, x: Tensor, name: str) -> Tensor:
-    """``layer(x)``, which a block can keep under a name; where it does, its weight and bias alone
-    count, and what is returned is a copy, which may be changed in place.
+def linear(layer: nn.Linear, x: Tensor, name: str, *, copy: bool = False) -> Tensor:
+    """``layer(x)``, which a block can keep under a name; where it does, the layer's weight and bias
+    alone count.
+
+    copy: what is kept is a copy, and the result may be changed in place.
     """
     if name not in kept_here().names:
         y: Tensor = layer(x)
@@ -114,27 +116,29 @@ def linear(layer: nn.Linear, x: Tensor, name: str) -> Tensor:
     x, weight = autocast.cast(x), autocast.cast(layer.weight)
     bias = None if layer.bias is None else autocast.cast(layer.bias)
     with autocast.off():
-        y = _Linear.apply(x, weight, bias, name)  # type: ignore[no-untyped-call]
+        y = _Linear.apply(x, weight, bias, name, copy)  # type: ignore[no-untyped-call]
     return y
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, name: str, copy: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         kept = kept_here()
         y = next(iter(kept.handed(name, 1)), None)
         if y is None:
             y = F.linear(x, weight, bias)
             kept.record(name, (y,))
-        return y.clone()
+        return y.clone() if copy else y.detach()
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        x_needed, weight_needed, bias_needed, _ = ctx.needs_input_grad
+        x_needed, weight_needed, bias_needed, *_ = ctx.needs_input_grad
         dy_NO = dy.flatten(0, -2)
         dx = dy @ weight if x_needed else None
         dweight = dy_NO.t() @ x.flatten(0, -2) if weight_needed else None
-        return dx, dweight, dy_NO.sum(0) if bias_needed else None, None
+        return dx, dweight, dy_NO.sum(0) if bias_needed else None, None, None

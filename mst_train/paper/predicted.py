@@ -34,7 +34,7 @@ WAYS = {
 CUT_LENGTHS = (16 * K, 64 * K)
 """The paper's; and one at which blocks, too, can set the peak."""
 
-CUT = (_MST, "memory.keep.attention=all")
+CUT = (_MST, "memory.keep.attention=auto")
 
 KINDS = {
     "head": ("memory.head_chunk_tokens",),

@@ -5,6 +5,7 @@ predict    memory and time of a step of a configuration on a device
 speed      the time of a step; rates: how fast devices are; trial: how fast the one here is
 candidates what memory.policy=auto chooses from, and what would help beyond that
 buckets    whether smaller buckets of ZeRO's are enough
+keep       what blocks keep where memory is left
 choose     the fastest of these that fit, at a length or at the longest
 search     the longest sequence that fits
 before     what the training command asks of it before it starts

@@ -89,13 +89,11 @@ def _policies(config: Config) -> list[Config]:
     def with_memory(**changes: Any) -> Config:
         return replace(config, memory=replace(config.memory, **changes))
 
-    offloads = ["host"] if config.memory.offload == "host" else ["none", "host"]
     asked = config.memory.keep
     counts: list[int | str] = [ALL, 0] if asked.attention == AUTO else [asked.attention]
     keeps = [replace(asked, attention=count) for count in counts]
-    plain = [with_memory(policy="vanilla")] if "none" in offloads else []
-    return plain + [
-        with_memory(policy="mst", keep=keep, offload=offload)
-        for offload in offloads
-        for keep in keeps
-    ]
+    on_host = [with_memory(policy="mst", keep=keep, offload="host") for keep in keeps]
+    if config.memory.offload == "host":
+        return on_host
+    lean = with_memory(policy="mst", keep=keeps[-1], offload="none")  # more is kept where it fits
+    return [with_memory(policy="vanilla"), lean, *on_host]

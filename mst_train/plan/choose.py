@@ -5,15 +5,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 
-from mst_train.config import AUTO, Config
+from mst_train.config import ALL, AUTO, Config
 from mst_train.errors import UserError
 from mst_train.memory.extrapolate import with_length
 from mst_train.memory.simulated_step import Build
+from mst_train.mst import ATTENTION
 from mst_train.plan import buckets
 from mst_train.plan.candidates import leanest, levers, settings
+from mst_train.plan.keep import fill
 from mst_train.plan.predict import Prediction, Target, predict
 from mst_train.plan.search import STEP, longest_fitting
 from mst_train.units import GIB, duration
+
+OFFLOAD_MARGIN = 0.05
+"""So much faster has to be what is offloaded, where it would fit otherwise: the host's memory and
+its link may have other users."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,11 @@ def choose(
         if not _may_fit(group, target):
             continue
         fitting = [found for found in map(predicted, group) if found.fits]
+        on_device = [found for found in fitting if _may_keep_more(found)]
+        if on_device:
+            lean = min(on_device, key=lambda found: found.simulation.peak_bytes)
+            more = fill(lean, config.memory.keep, predicted)
+            fitting += [more] if more else []
         if fitting:
             return Choice(min(fitting, key=_cost), compared)
     raise UserError(_nothing_fits(config, target, compared, advance))
@@ -74,8 +85,8 @@ def describe(prediction: Prediction) -> str:
     """The settings that were chosen, as one would name them."""
     memory, optimizer = prediction.config.memory, prediction.config.optimizer
     words = [memory.policy]
-    if memory.policy == "mst" and memory.keep.attention == 0:
-        words.append("attention computed again")
+    if memory.policy == "mst":
+        words += _kept(prediction)
     if memory.offload != "none":
         words.append("offloaded to the host")
     if optimizer.in_backward:
@@ -85,10 +96,28 @@ def describe(prediction: Prediction) -> str:
     return ", ".join(words)
 
 
+def _may_keep_more(prediction: Prediction) -> bool:
+    memory = prediction.config.memory
+    return memory.policy == "mst" and memory.offload == "none"
+
+
+def _kept(prediction: Prediction) -> list[str]:
+    """What blocks keep, where it is not attention's result alone."""
+    layers = prediction.config.model.num_layers
+    counts = prediction.simulation.policy.keep
+    kept = {n: layers if c == ALL else min(int(c), layers) for n, c in counts.items() if c}
+    if kept == {ATTENTION: layers}:
+        return []
+    again = [] if ATTENTION in kept else ["attention computed again"]
+    return again + [f"{name} kept in {count} of {layers}" for name, count in kept.items()]
+
+
 def _cost(prediction: Prediction) -> tuple[float, float]:
     seconds, found = prediction.seconds, prediction.simulation
     if seconds is None:  # unknown rates: the least work, then the fewest copies
         return found.work.flops, found.work.link_bytes
+    if prediction.config.memory.offload != "none":
+        seconds *= 1 + OFFLOAD_MARGIN
     one_memory = prediction.target.device.kind == "cpu"
     return seconds, found.peak_bytes + (found.host_bytes if one_memory else 0)
 

@@ -15,7 +15,7 @@ from mst_train.attention.select import Attention, shared
 from mst_train.checkpoint.files import first_undamaged, load_part
 from mst_train.checkpoint.form import load_progress, load_states, load_weights
 from mst_train.checkpoint.trained import run_settings
-from mst_train.config import Config, MemoryConfig, OptimizerConfig
+from mst_train.config import Config, KeepConfig, MemoryConfig, OptimizerConfig
 from mst_train.data import Data, load_data, vocabulary_file
 from mst_train.distributed import Topology, check_same, together
 from mst_train.engine import Engine, build_engine, check_engine, partition, whole_parameters
@@ -176,7 +176,11 @@ def _predict(config: Config, topology: Topology) -> tuple[Prediction | None, Con
             chosen = prediction.config
             told = asdict(chosen.memory), asdict(chosen.optimizer), largest_parts(prediction)
     memory, optimizer, parts = topology.from_first(told)
-    config = replace(config, memory=MemoryConfig(**memory), optimizer=OptimizerConfig(**optimizer))
+    config = replace(
+        config,
+        memory=MemoryConfig(**memory | {"keep": KeepConfig(**memory["keep"])}),
+        optimizer=OptimizerConfig(**optimizer),
+    )
     return prediction, config, parts
 
 

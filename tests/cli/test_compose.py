@@ -17,7 +17,7 @@ from mst_train.cli.compose import (
     warn_of_unused,
 )
 from mst_train.cli.config_folders import choices, config_folders
-from mst_train.cli.settings import Settings
+from mst_train.cli.settings import Settings, _warn_once
 from mst_train.config import Config, validate
 from mst_train.errors import UserError
 from mst_train.plan import config as plan
@@ -424,3 +424,23 @@ def test_other_commands_settings_are_left_out_with_a_warning(caplog):
         plan.read(["plan.gpus=3", "parallel.sequence_parallel=2"])
     with pytest.raises(UserError, match=r"plan\.gpsu is not a setting: did you mean plan\.gpus"):
         plan.read(["plan.gpsu=3"])
+
+
+@pytest.mark.parametrize(("value", "count"), [("true", "all"), ("false", 0)])
+def test_a_setting_by_its_old_name(value, count, caplog):
+    _warn_once.cache_clear()
+    assert compose([f"memory.keep_attention={value}"]).memory.keep.attention == count
+    new = f"memory.keep.attention={count}"
+    told = f"memory.keep_attention is memory.keep.attention now: taking {new}"
+    assert [record.getMessage() for record in caplog.records] == [told]
+
+
+def test_what_cannot_be_of_an_old_name():
+    with pytest.raises(UserError, match="keep_attention=often is neither true nor false"):
+        compose(["memory.keep_attention=often"])
+
+
+@pytest.mark.parametrize("blocks", ["most", "-1"])
+def test_how_many_blocks_keep(blocks):
+    with pytest.raises(UserError, match=rf"memory\.keep\.mlp={blocks} must be"):
+        compose([f"memory.keep.mlp={blocks}"])
