@@ -65,9 +65,11 @@ class FusedSchedule:
                 k_BSKE, v_BSKE = self._keys_values_again(arguments, saved)
                 dk_BSKE, dv_BSKE = map(wide_zeros, (k_BSKE, v_BSKE))
             for chunk in reversed(call.chunks):
+                # The last ones saved come back from the host the soonest.
+                products = call.load_results(chunk.start, saved)
                 x_BTD, *attention = call.kept.load(chunk.start, saved)
                 x_BTD = x_BTD.detach().requires_grad_()
-                with call.results(chunk.start).again(call.load_results(chunk.start, saved)):
+                with call.results(chunk.start).again(products):
                     with torch.enable_grad():
                         q_BTHE, k_BTKE, v_BTKE = call.before_attention(x_BTD, arguments, chunk)
                     if not several:
@@ -77,6 +79,7 @@ class FusedSchedule:
                     out = out.detach().requires_grad_()
                     with torch.enable_grad():
                         results = call.block.after_attention(x_BTD, out, values=False)
+                del products
                 if chunk is call.chunks[-1]:
                     known = (x_BTD, out, *parameters)
                     refuse_others((q_BTHE, k_BTKE, v_BTKE, *results), known)

@@ -78,11 +78,12 @@ class Call:
 
     def save_results(self, part: Any) -> None:
         """After the first run of a part."""
-        self.kept.save((RESULTS, part), *self.results(part).take())
+        if len(self.results(part)):
+            self.kept.save((RESULTS, part), *self.results(part).take())
 
     def load_results(self, part: Any, saved: Sequence[Tensor]) -> Sequence[Tensor]:
         """For the next run of a part; from the host they come once."""
-        return self.kept.load((RESULTS, part), saved)
+        return self.kept.load((RESULTS, part), saved) if len(self.results(part)) else ()
 
     def before_attention(
         self, x_BTD: Tensor, arguments: Sequence[Tensor], chunk: slice, *, queries: bool = True

@@ -78,6 +78,10 @@ class KeptResults:
         tensors, self._tensors = self._tensors, []
         return tensors
 
+    def __len__(self) -> int:
+        """How many tensors were kept."""
+        return len(self._order)
+
     def record(self, name: str, results: Sequence[Tensor]) -> None:
         """Keep these where this is the first run."""
         if self._left is not None or name not in self.names:
