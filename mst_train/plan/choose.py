@@ -109,7 +109,8 @@ def _kept(prediction: Prediction) -> list[str]:
     if kept == {ATTENTION: layers}:
         return []
     again = [] if ATTENTION in kept else ["attention computed again"]
-    return again + [f"{name} kept in {count} of {layers}" for name, count in kept.items()]
+    names = [n if c == layers else f"{n} in {c} of {layers} blocks" for n, c in kept.items()]
+    return again + ([f"keeping {', '.join(names)}"] if names else [])
 
 
 def _cost(prediction: Prediction) -> tuple[float, float]:

@@ -122,8 +122,8 @@ def test_auto_names_what_it_keeps():
     between = replace(target, budget_bytes=(nothing + everything) // 2, host_budget_bytes=0)
     found = choose(config, between)
     assert found.chosen.config.memory.policy == "mst"
-    layers = config.model.num_layers
-    assert f"attention kept in {layers} of {layers}" in describe(found.chosen)
+    assert describe(found.chosen).startswith("mst, keeping attention, keys")
+    assert "of 6 blocks" in describe(found.chosen)
     assert found.chosen.seconds < min(
         p.seconds for p in found.compared if p.fits and p is not found.chosen
     )
