@@ -20,7 +20,10 @@ def config_folders() -> list[Path]:
         return [own]
     folder = Path(named).expanduser().absolute()
     if not folder.is_dir():
-        raise UserError(f"{VARIABLE}={named} is not a folder: name one with folders such as model/")
+        raise UserError(
+            f"{OPTION} {named} (or {VARIABLE}) is not a folder: name one with folders such as "
+            f"model/"
+        )
     names = (path.relative_to(folder) for path in sorted(folder.glob("**/*.yaml")))
     taken = [name for name in names if (own / name).exists()]
     if taken:

@@ -38,6 +38,11 @@ def with_pretrained(tree: dict[str, Any], name: str, given: Collection[str]) -> 
             f"model=NAME and model.from_pretrained={name} both say what the model is: leave one out"
         )
     folder = pretrained_folder(name)
+    if (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"model.from_pretrained={name} is a run: run.init_from={name} starts with its weights, "
+            f"and python -m mst_train.export run.dir={name} makes a checkpoint for others of it"
+        )
     settings = {**asdict(pretrained_config(folder)), "from_pretrained": name}
     if f"{SCALING}.type" in given:
         own = settings["rope_scaling"]
@@ -76,5 +81,5 @@ def _data(data: dict[str, Any], folder: Path, given: Collection[str]) -> dict[st
     raise UserError(
         f"model.from_pretrained={folder} has neither {' nor '.join(FILE_NAMES)}: "
         f"give data.tokenizer=FILE that its weights know, a data.source that is prepared "
-        f"with its tokens, or data.tokenizer=null to train a new tokenizer"
+        f"with its tokens, or for training data.tokenizer=null, which trains a new tokenizer"
     )

@@ -313,8 +313,8 @@ class MemoryConfig:
     policy: str = choice("mst", POLICIES)
     """vanilla: keep every intermediate. recompute: keep each block's input, recompute the rest in
     the backward. mst: blocks and LM head in mini-sequences, and recompute only what is read. auto:
-    the fastest of these that fits, as predicted, and with it keep, offload and
-    optimizer.in_backward."""
+    the fastest of these that fits, as predicted, and with it keep, offload, optimizer.in_backward
+    and, where nothing fits otherwise, optimizer.offload."""
     mlp_chunk_tokens: int | str = AUTO
     """Under mst, tokens of the MLP's mini-sequences where blocks are recomputed whole; auto: as
     many as bound its intermediates."""

@@ -65,6 +65,8 @@ class HuggingFaceRows:
         try:
             import datasets
 
+            # Its retries without a network, several lines each.
+            logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
             rows = datasets.load_dataset(name, config or None, split=data.split, **settings)
             if data.streaming:
                 fingerprint = datasets.load_dataset_builder(name, config or None).hash or ""

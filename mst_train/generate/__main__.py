@@ -2,10 +2,12 @@
 
 import logging
 import sys
+from difflib import get_close_matches
 from itertools import islice
 from typing import Any, NamedTuple
 
 from mst_train.cli.command import run_command, show_help
+from mst_train.cli.settings import shown
 from mst_train.errors import UserError
 
 HELP = """\
@@ -106,6 +108,9 @@ def _read(arguments: list[str]) -> tuple[_Asked, list[str]]:
             settings.append(argument)
     numbers: dict[str, Any] = {}
     problems = []
+    for key in (argument.partition("=")[0] for argument in settings):
+        if "." not in key and (close := get_close_matches(key[:200], KEYS, 1, 0.7)):
+            problems.append(f"{shown(key)} is not a setting: did you mean {close[0]}?")
     for key, (default, least, most) in NUMBERS.items():
         kind = type(default)
         try:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from mst_train.cli.command import has_expandable_segments, run_command, show_help
 from mst_train.config import AUTO
 from mst_train.files import expanded, make_folder
-from mst_train.units import GIB
 
 if TYPE_CHECKING:
     from mst_train.plan.config import PlanConfig
@@ -58,7 +57,7 @@ def _plan(config: "PlanConfig") -> tuple[dict[str, Any], str]:
     from mst_train.memory.extrapolate import with_length
     from mst_train.plan import buckets
     from mst_train.plan.before import announce
-    from mst_train.plan.choose import choose, longest, over_lengths
+    from mst_train.plan.choose import choose, described, longest, over_lengths
     from mst_train.plan.config import configured_target
     from mst_train.plan.predict import predict, with_reserved
 
@@ -83,7 +82,8 @@ def _plan(config: "PlanConfig") -> tuple[dict[str, Any], str]:
             predictions = [predict(config, target)]
             if not predictions[0].fits:
                 enough = buckets.that_fits(config, target, predictions[0].shortage_bytes)
-                notes += [] if enough is None else ["", f"It fits with {enough[0]}"]
+                ways = "memory.policy=auto (or precision=bf16, optimizer=in_backward) may fit"
+                notes += ["", ways if enough is None else f"It fits with {enough[0]}"]
         if not config.plan.sweep:
             advance("the allocator")
             predictions = [with_reserved(predictions[0], expandable=has_expandable_segments())]
@@ -96,8 +96,8 @@ def _plan(config: "PlanConfig") -> tuple[dict[str, Any], str]:
         report["max_sequence_length"] = best.config.data.sequence_length if best else 0
         note = "No sequence of 1,024 tokens or more fits"
         if best:
-            length, peak = report["max_sequence_length"], best.simulation.peak_bytes / GIB
-            note = f"The longest sequence that fits: {length:,} tokens ({peak:.2f} GiB)"
+            length = report["max_sequence_length"]
+            note = f"The longest sequence that fits: {length:,} tokens ({described(best)})"
         notes += ["", note]
     if config.plan.output == "json":
         return report, ""

@@ -96,6 +96,11 @@ def describe(prediction: Prediction) -> str:
     return ", ".join(words)
 
 
+def described(prediction: Prediction) -> str:
+    """The settings that were chosen, and what they take."""
+    return f"{describe(prediction)}: {_figures(prediction)}"
+
+
 def _may_keep_more(prediction: Prediction) -> bool:
     memory = prediction.config.memory
     return memory.policy == "mst" and memory.offload == "none"
@@ -128,17 +133,21 @@ def _verdict(prediction: Prediction) -> str:
 
 
 def _figures(prediction: Prediction) -> str:
-    peak = f"{prediction.simulation.peak_bytes / GIB:.2f} GiB"
-    if prediction.simulation.host_bytes:
-        peak += f" and {prediction.simulation.host_bytes / GIB:.2f} GiB of the host"
-    seconds = prediction.seconds
-    return peak if seconds is None else f"{peak}, {duration(seconds)}"
+    seconds, sizes = prediction.seconds, _sizes(prediction)
+    return sizes if seconds is None else f"{sizes}, {duration(seconds)}"
+
+
+def _sizes(prediction: Prediction) -> str:
+    peak, host = prediction.simulation.peak_bytes, prediction.simulation.host_bytes
+    if prediction.target.device.kind == "cpu":  # one memory for both
+        return f"{(peak + host) / GIB:.2f} GiB"
+    return f"{peak / GIB:.2f} GiB" + (f" and {host / GIB:.2f} GiB of the host" if host else "")
 
 
 def _nothing_fits(
     config: Config, target: Target, compared: list[Prediction], advance: Callable[[str], None]
 ) -> str:
-    host = target.host_budget_bytes
+    host = None if target.device.kind == "cpu" else target.host_budget_bytes
     has = f"{target.budget_bytes / GIB:.2f} GiB of device memory"
     if host is not None:
         has += f" and {host / GIB:.2f} GiB of host memory"
@@ -147,8 +156,8 @@ def _nothing_fits(
         f"data.sequence_length={config.data.sequence_length}"
     )
     if compared:
-        least = min(compared, key=lambda p: p.simulation.peak_bytes)
-        text += f": the leanest ({describe(least)}) needs {_figures(least)}"
+        least = min(compared, key=lambda p: p.shortage_bytes)
+        text += f": the leanest ({describe(least)}) needs {_sizes(least)}"
     nearest = longest(config, target, advance) if compared else None
     if nearest is None:
         ways = ["No shorter sequence fits either"]

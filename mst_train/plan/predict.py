@@ -201,8 +201,9 @@ def _require_weights(config: Config, target: Target) -> None:
         whose = f"{target.device.name} has"
         if target.budget_bytes < target.device.memory_bytes:
             whose = "memory.device_budget_gib allows"
+        halved = "precision=bf16_master or bf16, " if config.precision == "fp32" else ""
         raise UserError(
             f"the weights alone take {weights / GIB:.2f} GiB, and {whose} "
-            f"{target.budget_bytes / GIB:.2f} GiB: take a larger device or budget, a smaller "
-            f"model, or parallel.zero_stage=3 on several devices"
+            f"{target.budget_bytes / GIB:.2f} GiB: take {halved}a larger device or budget, a "
+            f"smaller model, or parallel.zero_stage=3 on several devices"
         )

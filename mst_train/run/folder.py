@@ -165,10 +165,10 @@ def check_continuation(before: dict[str, Any], config: Config, checkpoint: Path)
         # A prepared folder may have moved: what it holds is compared when it is opened.
         moved = key == "data.source" and prepared_folder(new) is not None
         if _is_among(key, FIXED) and not moved:
-            refused.append(
-                f"{key}={new}, but {checkpoint} was made with {old}: put it back, or start anew "
-                f"with another run.name (run.init_from={checkpoint} takes its weights along)"
-            )
+            anew = "put it back, or start anew in another run.dir"
+            if not _has_other_weights(key):
+                anew += f" (run.init_from={checkpoint} takes its weights along)"
+            refused.append(f"{key}={new}, but {checkpoint} was made with {old}: {anew}")
         else:
             log.warning("%s is %s now and was %s at %s", key, new, old, checkpoint)
     if refused:
@@ -184,9 +184,7 @@ def check_beginning(before: dict[str, Any], config: Config, origin: Path) -> Non
         f"{key}={new}, but run.init_from={origin} was made with {old}: its weights are for that "
         f"(+experiment with that run's folder takes over all of its settings)"
         for key, new in leaves(asdict(config))
-        if _is_among(key, SHAPE)
-        and not _is_among(key, MAY_GROW)
-        and (old := lookup(before, key)) != new
+        if _has_other_weights(key) and (old := lookup(before, key)) != new
     ]
     name, old = config.optimizer.name, _before(before, "optimizer.name")
     if config.run.init_optimizer and name != old:
@@ -196,6 +194,11 @@ def check_beginning(before: dict[str, Any], config: Config, origin: Path) -> Non
         )
     if refused:
         raise UserError(refused)
+
+
+def _has_other_weights(key: str) -> bool:
+    """Whether another value of this setting means other weights."""
+    return _is_among(key, SHAPE) and not _is_among(key, MAY_GROW)
 
 
 def _before(before: dict[str, Any], key: str) -> Any:

@@ -47,7 +47,7 @@ def test_the_option_names_the_folder(folder, option, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--config-dir"], "error: --config-dir names no folder"),
-        (["--config-dir", "nowhere"], "error: MST_CONFIG_DIR=nowhere is not a folder"),
+        (["--config-dir", "nowhere"], "--config-dir nowhere (or MST_CONFIG_DIR) is not a folder"),
         (["+experiment=broken"], "broken.yaml, line 1, is not YAML"),
         (["model=smal"], "did you mean small?"),
     ],

@@ -238,7 +238,7 @@ def test_what_cannot_be_is_told_by_the_status(arguments, tmp_path):
         (["train.stepz=3"], "train.stepz is not a setting"),
         (["train.seed=1,2"], "a sweep starts each of its runs by itself"),
         (["--help", "optimiser"], "--help optimiser: did you mean optimizer?"),
-        (["--config-dir", "nowhere"], "MST_CONFIG_DIR=nowhere is not a folder"),
+        (["--config-dir", "nowhere"], "--config-dir nowhere (or MST_CONFIG_DIR) is not a folder"),
     ],
 )
 def test_a_setting_that_cannot_be_is_said_once(given, message, arguments, tmp_path):
