@@ -14,6 +14,8 @@ from mst_train.run.train import train
 
 AUTO = ["model=llama_bench", "plan.device=cpu", "memory.policy=auto"]
 IN_BACKWARD = ["optimizer.max_grad_norm=null"]
+LEAN = "mst, attention computed again"
+"""How the settings are described to which more is added where it fits."""
 
 
 def choice(*arguments):
@@ -34,14 +36,15 @@ def test_the_fastest_that_fits():
 def test_a_budget_that_only_the_method_meets():
     roomy = choice("data.sequence_length=4096")
     peaks = {describe(p): p.simulation.peak_bytes for p in roomy.compared}
-    between = (peaks["vanilla"] + peaks["mst"]) / 2 / 2**30
+    between = (peaks["vanilla"] + peaks[LEAN]) / 2 / 2**30
     found = choice("data.sequence_length=4096", f"memory.device_budget_gib={between}")
     assert found.chosen.config.memory.policy == "mst"
     assert found.chosen.fits
     title, *lines = found.reason.splitlines()
     assert title == "memory.policy=auto:" and lines[0].startswith("  mst")
     assert lines[0].endswith("chosen")
-    assert [line.split()[0] for line in lines if line.endswith("too large")] == ["vanilla"]
+    large = [line.split()[0].strip(",") for line in lines if line.endswith("too large")]
+    assert large[0] == "vanilla" and set(large[1:]) <= {"mst"}
     assert len(lines) == len(found.compared)
 
 
@@ -71,8 +74,9 @@ def test_what_auto_may_not_change_is_named_where_it_helps():
     assert "No shorter sequence fits either. It fits with precision=bf16_master " in message
     words = message.partition("It fits with ")[2].partition(":")[0].split()
     other = read([*arguments, *words])
-    chosen = choose(other, configured_target(other)).chosen
-    assert chosen.fits and describe(chosen) in message
+    found = choose(other, configured_target(other))
+    assert found.chosen.fits
+    assert any(describe(p) in message for p in found.compared if p.fits)
     assert len(seen) <= 5  # none at full length of settings that cannot hold the states
 
 
@@ -132,21 +136,23 @@ def test_what_is_offered_with_muon_can_be_trained(precision):
     assert not any(problem for c in offered for problem in validate(c))
 
 
+def on_80_gb(*arguments):
+    config = read(["+experiment=llama3_8b_auto", "plan.device=a100_80gb", *arguments])
+    return choose(config, configured_target(config)).chosen
+
+
 @pytest.mark.slow
-def test_offload_is_chosen_where_attention_is_kept_for_it():
-    """Llama3-8B at 60K tokens on 80 GB: copies cost less than computing attention again."""
-    config = read(
-        ["+experiment=llama3_8b_auto", "plan.device=a100_80gb", "memory.host_budget_gib=256"]
-    )
-    chosen = choose(config, configured_target(config)).chosen
-    assert chosen.config.memory.offload == "host"
-    assert chosen.config.memory.keep.attention == "all"
-    assert chosen.config.optimizer.in_backward
-    without = read(
-        ["+experiment=llama3_8b_auto", "plan.device=a100_80gb", "memory.host_budget_gib=1"]
-    )
-    chosen = choose(without, configured_target(without)).chosen
-    assert (chosen.config.memory.offload, chosen.config.memory.keep.attention) == ("none", 0)
+def test_offload_is_chosen_where_it_saves_time():
+    """Llama3-8B: at 60K attention's results fit in most blocks, and offloading them all is not 5%
+    faster; at 100K they do not, and copies cost less than computing attention again."""
+    layers = 32
+    for host in (256, 1):
+        chosen = on_80_gb(f"memory.host_budget_gib={host}").config
+        assert chosen.memory.offload == "none"
+        assert layers / 2 < chosen.memory.keep.attention < layers
+        assert chosen.optimizer.in_backward
+    long = on_80_gb("data.sequence_length=102400", "memory.host_budget_gib=256").config
+    assert (long.memory.offload, long.memory.keep.attention) == ("host", "all")
 
 
 @pytest.mark.slow
@@ -159,7 +165,7 @@ def test_training_stays_inside_the_budget(tmp_path, corpus, cache):
     config = read(arguments)
     target = configured_target(config)
     peaks = {describe(p): p.simulation.peak_bytes for p in choose(config, target).compared}
-    budget = (peaks["vanilla"] + peaks["mst"]) / 2
+    budget = (peaks["vanilla"] + peaks[LEAN]) / 2
     config = read([*arguments, f"memory.device_budget_gib={budget / 2**30}"])
     predicted = predict(
         choose(config, configured_target(config)).chosen.config, configured_target(config)
