@@ -12,8 +12,7 @@ from mst_train.plan.predict import Prediction
 from mst_train.precision import weight_type
 
 ATTEMPTS = 3
-"""Predictions that are made at most: what is kept adds to one moment's memory, and the peak may
-be another."""
+"""Predictions that are made at most: of everything kept, of what then has room, and of less."""
 
 
 @dataclass(frozen=True)
