@@ -34,6 +34,7 @@ def validate(config: Config) -> list[str]:
         *choice_problems(config),
         *_run_problems(config),
         *model_problems(config.model),
+        *_unsupported_losses(config.model),
         *_data_problems(config.data),
         *_mixture_problems(config.data.mixture),
         *_validation_set_problems(config.data.validation_sets),
@@ -147,6 +148,7 @@ def model_problems(model: ModelConfig) -> Iterator[str]:
     if model.max_positions is not None:
         yield from at_least("model.max_positions", model.max_positions, 1)
     yield from _window_problems(model)
+    yield from _expert_problems(model)
     yield from _rope_scaling_problems(model.rope_scaling)
     if problems:
         return
@@ -186,6 +188,37 @@ def _window_problems(model: ModelConfig) -> Iterator[str]:
             yield (
                 f"model.sliding_window={model.sliding_window} is used by no layer of "
                 f"model.sliding_window_pattern: set one of them to sliding, or the window to null"
+            )
+
+
+def _expert_problems(model: ModelConfig) -> Iterator[str]:
+    experts, per_token = model.num_experts, model.experts_per_token
+    yield from at_least("model.experts_per_token", per_token, 1)
+    if experts is not None:
+        yield from at_least("model.num_experts", experts, 1)
+        if per_token > experts >= 1:
+            yield (
+                f"model.experts_per_token={per_token} is more than model.num_experts={experts}: "
+                f"change one of them"
+            )
+    for name in ("balance_loss", "router_z_loss"):
+        coefficient = getattr(model, name)
+        if not 0 <= coefficient < 1e12:
+            yield f"model.{name}={coefficient} must be at least 0 and below 10^12"
+        elif coefficient and experts is None:
+            yield (
+                f"model.{name}={coefficient} is a loss of routers, and there are none: set "
+                f"model.num_experts, or this to 0"
+            )
+
+
+def _unsupported_losses(model: ModelConfig) -> Iterator[str]:
+    for name in ("balance_loss", "router_z_loss"):
+        if model.num_experts is not None and getattr(model, name) > 0:
+            yield (
+                f"model.{name}={getattr(model, name)} cannot be trained with yet: set it to 0 (a "
+                f"checkpoint whose config.json has output_router_logits=true asks for a "
+                f"balance_loss)"
             )
 
 

@@ -224,7 +224,7 @@ class ModelConfig:
     hidden_size: int = 256
     """Features of a token between layers."""
     intermediate_size: int = 704
-    """Features inside the MLP."""
+    """Features inside the MLP, or inside one expert."""
     num_layers: int = 4
     """Decoder blocks."""
     num_heads: int = 4
@@ -271,6 +271,20 @@ class ModelConfig:
     """Norms multiply by 1 + weight rather than weight (Gemma)."""
     scale_embeddings: bool = False
     """Embeddings are multiplied by sqrt(hidden_size), rounded to their type (Gemma)."""
+    num_experts: int | None = None
+    """MLPs in each layer, of which each token goes through a few (Mixtral); null: one MLP."""
+    experts_per_token: int = 2
+    """With num_experts, how many a token goes through: those that the layer's router gives the
+    largest probabilities."""
+    normalize_experts: bool = True
+    """Their weights are their probabilities divided by the sum of these (Mixtral); false: the
+    probabilities (OLMoE)."""
+    balance_loss: float = 0.0
+    """What the loss that keeps experts evenly used is multiplied by before it is added; 0: there is
+    none."""
+    router_z_loss: float = 0.0
+    """What the loss that keeps routers' logits small is multiplied by before it is added; 0: there
+    is none."""
     from_pretrained: str | None = None
     """A checkpoint in Hugging Face's format to start from (a folder, or owner/name on the Hub). All
     other settings of the model then are the checkpoint's, unless the command line has them, and so

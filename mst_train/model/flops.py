@@ -6,11 +6,19 @@ from mst_train.config import ModelConfig
 def matrix_parameters(config: ModelConfig) -> int:
     """Weights that take part in a matrix product for each token.
 
-    All but the embedding, norms and biases; a tied embedding counts as the head that it is.
+    All but the embedding, norms, biases and the experts that a token does not go through; a tied
+    embedding counts as the head that it is.
     """
+    return _matrices(config, config.experts_per_token)
+
+
+def _matrices(config: ModelConfig, experts: int) -> int:
+    """``matrix_parameters`` with so many of the experts, where there are any."""
     hidden, head = config.hidden_size, config.head_dim
     attention = hidden * head * (2 * config.num_heads + 2 * config.num_kv_heads)
     mlp = 3 * hidden * config.intermediate_size
+    if config.num_experts is not None:
+        mlp = experts * mlp + hidden * config.num_experts
     return config.num_layers * (attention + mlp) + hidden * config.vocab_size
 
 
@@ -26,7 +34,8 @@ def parameter_count(config: ModelConfig) -> int:
         block += 2 * config.head_dim
     elif config.qk_norm == "projection":
         block += query_size + key_size
-    return matrix_parameters(config) + embedding + config.num_layers * block + hidden
+    matrices = _matrices(config, config.num_experts or 0)
+    return matrices + embedding + config.num_layers * block + hidden
 
 
 def training_flops(config: ModelConfig, sequence_length: int) -> float:

@@ -21,6 +21,7 @@ from mst_kernels import add_rms_norm, rms_norm
 from mst_train.attention.select import Attention, KernelAttention, reference_attention
 from mst_train.config import ModelConfig
 from mst_train.model import Policy
+from mst_train.model.experts import Experts
 from mst_train.model.rope import rope, rotary_angles
 from mst_train.mst import (
     KEYS,
@@ -144,7 +145,7 @@ class Head(nn.Linear):
 
 
 class Block(nn.Module):
-    """One decoder layer: attention, then MLP, each added to the residual stream.
+    """One decoder layer: attention, then MLP or experts, each added to the residual stream.
 
     Two parts that treat each token by itself, around attention (``mst.RowwiseBlock``). A norm that
     ``norm_placement`` does without is None.
@@ -159,7 +160,7 @@ class Block(nn.Module):
         self.attention = SelfAttention(config, attention)
         self.attention_output_norm = RMSNorm(size, config) if after else None
         self.mlp_norm = RMSNorm(size, config) if before else None
-        self.mlp = MLP(config)
+        self.mlp = MLP(config) if config.num_experts is None else Experts(config)
         self.mlp_output_norm = RMSNorm(size, config) if after else None
         self.policy = Policy()
         self.keep: frozenset[str] = frozenset()
@@ -379,7 +380,7 @@ class Transformer(nn.Module):
             is_zero = name.endswith(".bias") or self.config.norm_offset
             parameter.fill_(0.0 if is_zero else 1.0)
             return
-        if name.endswith(("attention.output.weight", "mlp.down.weight")):
+        if name.endswith(("attention.output.weight", "mlp.down.weight", "mlp.down")):
             std /= math.sqrt(2 * self.config.num_layers)
         parameter.normal_(0.0, std, generator=generator)
 

@@ -5,6 +5,7 @@
 the latter keep what attention computed, and ``Offload`` keeps it on the host.
 
 mlp, head                 the two halves
+experts                   mixtures of experts, the standard way
 block                     the whole block in mini-sequences
 block_fused, block_shared its schedules: the whole sequence here, and one that processes share
 block_parts, parameters   what both are made of; what stands for parameters in the second run
@@ -21,6 +22,7 @@ autograd, autocast        what the autograd functions share
 from mst_train.mst.attention import AttentionKernel, Documents, Scores, attend
 from mst_train.mst.block import mini_sequence_block
 from mst_train.mst.block_parts import RowwiseBlock
+from mst_train.mst.experts import gated_experts, route
 from mst_train.mst.head import (
     cross_entropy,
     mini_sequence_cross_entropy,
@@ -46,6 +48,7 @@ __all__ = [
     "Scores",
     "attend",
     "cross_entropy",
+    "gated_experts",
     "gated_mlp",
     "linear",
     "mini_sequence_block",
@@ -53,4 +56,5 @@ __all__ = [
     "mini_sequence_losses",
     "mini_sequence_mlp",
     "recompute_block",
+    "route",
 ]

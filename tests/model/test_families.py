@@ -54,6 +54,13 @@ FORMS = {
     "qwen3": {"qk_norm": "head", "head_size": 10},
     "gemma2": GEMMA2,
     "olmo2": {"qk_norm": "projection", "norm_placement": "after"},
+    "mixtral": {"num_experts": 5, "experts_per_token": 2},
+    "olmoe": {
+        "num_experts": 7,
+        "experts_per_token": 3,
+        "normalize_experts": False,
+        "qk_norm": "projection",
+    },
 }
 POLICIES = {
     "recompute": Policy(recompute=True),
@@ -180,7 +187,7 @@ def test_initialisation(form):
             factor = 0.0 if name.endswith("bias") or config.norm_offset else 1.0
             assert (parameter == factor).all(), name
             continue
-        residual = name.endswith(("attention.output.weight", "down.weight"))
+        residual = name.endswith(("attention.output.weight", "down.weight", "down"))
         std = 0.02 / (math.sqrt(2 * config.num_layers) if residual else 1)
         assert abs(parameter.std() - std) < 5 * std / math.sqrt(parameter.numel()), name
 
@@ -198,6 +205,22 @@ PUBLISHED = {
     "qwen2_7b": 7_615_616_512,
     "qwen3_8b": 8_190_735_360,
 }
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parameters_are_counted(form):
+    config = ModelConfig(**SIZES | FORMS[form])
+    count = sum(p.numel() for p in build_model(config, device="meta").parameters())
+    assert count == parameter_count(config)
+
+
+def test_matrices_are_those_that_a_token_goes_through():
+    sparse = ModelConfig(**SIZES | FORMS["mixtral"])
+    dense = dataclasses.replace(sparse, num_experts=None)
+    one, routers = 3 * 24 * 40, 3 * 24 * 5
+    more = matrix_parameters(sparse) - matrix_parameters(dense)
+    assert more == 3 * one + routers  # in each of three layers a second expert, and the router
+    assert parameter_count(sparse) - parameter_count(dense) == 3 * 4 * one + routers
 
 
 @pytest.mark.parametrize("preset", choices("model"))
@@ -245,6 +268,17 @@ def test_forms_are_valid(form):
         ({"attention_softcap": 0.0}, "model.attention_softcap=0.0 must be greater than 0"),
         ({"logit_softcap": -1.0}, "model.logit_softcap=-1.0 must be greater than 0"),
         ({"attention_scale": 0.0}, "model.attention_scale=0.0 must be greater than 0"),
+        ({"num_experts": 0}, "model.num_experts=0 must be at least 1"),
+        ({"num_experts": 4, "experts_per_token": 0}, "model.experts_per_token=0 must be at least"),
+        ({"num_experts": 4, "experts_per_token": 5}, "model.experts_per_token=5 is more than"),
+        ({"balance_loss": -0.1}, "model.balance_loss=-0.1 must be at least 0 and below"),
+        ({"balance_loss": math.inf}, "model.balance_loss=inf must be at least 0 and below"),
+        ({"balance_loss": 0.1}, "model.balance_loss=0.1 is a loss of routers, and there are none"),
+        ({"router_z_loss": 0.1}, "model.router_z_loss=0.1 is a loss of routers, and there are"),
+        (
+            {"num_experts": 4, "balance_loss": 0.1},
+            "model.balance_loss=0.1 cannot be trained with yet: set it to 0",
+        ),
         ({"max_positions": 0}, "model.max_positions=0 must be at least 1"),
         ({"sliding_window": 0}, "model.sliding_window=0 must be at least 1"),
         ({"sliding_window_pattern": []}, "model.sliding_window_pattern is empty"),

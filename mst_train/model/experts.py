@@ -1,0 +1,47 @@
+"""A block's mixture of experts: several gated MLPs in the place of one.
+
+Legend: B batch, S sequence, D hidden, F intermediate, E experts.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mst_train.config import ModelConfig
+from mst_train.model import Policy
+from mst_train.mst import gated_experts
+
+
+class Experts(nn.Module):
+    """Gated MLPs, of which each token goes through those that a router chooses.
+
+    Each of the three matrices of all experts is one parameter: gate and up [E, F, D], down
+    [E, D, F].
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.num_experts is not None
+        self.top_k = config.experts_per_token
+        self.normalize = config.normalize_experts
+        self.activation = config.activation
+        experts, hidden, inside = config.num_experts, config.hidden_size, config.intermediate_size
+        self.router = nn.Linear(hidden, experts, bias=False)
+        self.gate = nn.Parameter(torch.empty(experts, inside, hidden))
+        self.up = nn.Parameter(torch.empty(experts, inside, hidden))
+        self.down = nn.Parameter(torch.empty(experts, hidden, inside))
+
+    def forward(self, x_BSD: Tensor, policy: Policy, values: bool = True) -> Tensor:
+        """[B, S, D] -> [B, S, D], under every policy the standard way.
+
+        policy, values: as an ``MLP`` takes them.
+        """
+        return gated_experts(
+            x_BSD,
+            self.router.weight,
+            self.gate,
+            self.up,
+            self.down,
+            top_k=self.top_k,
+            normalize=self.normalize,
+            activation=self.activation,
+        )
