@@ -34,7 +34,7 @@ def validate(config: Config) -> list[str]:
         *choice_problems(config),
         *_run_problems(config),
         *model_problems(config.model),
-        *_unsupported_losses(config.model),
+        *_kept_experts(config.model, config.memory),
         *_data_problems(config.data),
         *_mixture_problems(config.data.mixture),
         *_validation_set_problems(config.data.validation_sets),
@@ -212,14 +212,12 @@ def _expert_problems(model: ModelConfig) -> Iterator[str]:
             )
 
 
-def _unsupported_losses(model: ModelConfig) -> Iterator[str]:
-    for name in ("balance_loss", "router_z_loss"):
-        if model.num_experts is not None and getattr(model, name) > 0:
-            yield (
-                f"model.{name}={getattr(model, name)} cannot be trained with yet: set it to 0 (a "
-                f"checkpoint whose config.json has output_router_logits=true asks for a "
-                f"balance_loss)"
-            )
+def _kept_experts(model: ModelConfig, memory: MemoryConfig) -> Iterator[str]:
+    if model.num_experts is not None and memory.keep.mlp not in (0, AUTO):
+        yield (
+            f"memory.keep.mlp={memory.keep.mlp} keeps the gate and up projections of an MLP, and "
+            f"not those of model.num_experts={model.num_experts} experts: set it to 0 or {AUTO}"
+        )
 
 
 def _rope_scaling_problems(scaling: RopeScalingConfig) -> Iterator[str]:

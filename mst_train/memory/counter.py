@@ -52,7 +52,10 @@ class Work:
         return self.product_flops + self.attention_forward_flops + self.attention_backward_flops
 
 
-_PRODUCTS = (aten.mm, aten.addmm, aten.addmm_, aten.bmm)
+_PRODUCTS = (aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten._grouped_mm)
+_LAST = slice(-2, None)
+_FACTORS = {aten._grouped_mm: slice(2)}
+"""Where an operation's factors are among its tensors, if they are not the last."""
 _WITHOUT_WORK = (aten.empty, aten.new_empty, aten.empty_like, aten.detach)
 _READ = aten._local_scalar_dense.default
 _COPY = aten._to_copy.default
@@ -221,7 +224,7 @@ class StepCounter(MemoryTracker):
             return ()
         one = ("operations", 1)
         if operation in _PRODUCTS:
-            left, right = [t for t in args if isinstance(t, Tensor)][-2:]
+            left, right = [t for t in args if isinstance(t, Tensor)][_FACTORS.get(operation, _LAST)]
             return one, ("product_flops", 2.0 * left.numel() * right.shape[-1])
         if operation is _CPU_ATTENTION:
             return one, ("attention_forward_flops", _cpu_attention_flops(args, any(args[4:5])))

@@ -284,7 +284,8 @@ def _parts(config: Config) -> tuple[_Part, list[_Part]]:
     model = config.model
     outside = parameter_count(replace(model, num_layers=0))
     block = (parameter_count(model) - outside) // max(model.num_layers, 1)
-    blocks = [_Part(block, model.hidden_size * model.intermediate_size)] * model.num_layers
+    largest = (model.num_experts or 1) * model.hidden_size * model.intermediate_size
+    blocks = [_Part(block, largest)] * model.num_layers
     table = model.vocab_size * model.hidden_size
     first = 0 if model.tie_embeddings else table
     return _Part(first, first), [*blocks, _Part(table, table)]

@@ -3,12 +3,15 @@
 Legend: B batch, S sequence, D hidden, F intermediate, E experts.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from mst_train.config import ModelConfig
 from mst_train.model import Policy
-from mst_train.mst import gated_experts
+from mst_train.mst import gated_experts, mini_sequence_experts
 
 
 class Experts(nn.Module):
@@ -30,12 +33,19 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.empty(experts, inside, hidden))
         self.down = nn.Parameter(torch.empty(experts, hidden, inside))
 
-    def forward(self, x_BSD: Tensor, policy: Policy, values: bool = True) -> Tensor:
-        """[B, S, D] -> [B, S, D], under every policy the standard way.
+    @property
+    def product_features(self) -> int:
+        """Features of the results of the experts' products, per token."""
+        _, hidden, inside = self.down.shape
+        return self.top_k * (2 * inside + hidden)
 
-        policy, values: as an ``MLP`` takes them.
-        """
-        return gated_experts(
+    def forward(self, x_BSD: Tensor, policy: Policy, values: bool = True) -> Tensor:
+        """[B, S, D] -> [B, S, D]. values: as ``mini_sequence_experts`` takes it."""
+        experts: Callable[..., Tensor] = gated_experts
+        if policy.mini_sequence:
+            chunk_tokens = policy.mlp_chunk_tokens
+            experts = partial(mini_sequence_experts, chunk_tokens=chunk_tokens, values=values)
+        return experts(
             x_BSD,
             self.router.weight,
             self.gate,

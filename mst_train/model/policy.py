@@ -9,6 +9,7 @@ import torch
 from mst_train.config import ALL, AUTO, KeepConfig, MemoryConfig, ModelConfig
 from mst_train.mst import ATTENTION, PIECES
 from mst_train.mst.chunking import BLOCK_BYTES, resolve_chunk_tokens
+from mst_train.mst.mini_sequence_experts import working_features
 from mst_train.mst.mlp import BACKWARD_INTERMEDIATES
 
 
@@ -71,7 +72,7 @@ class Policy:
             device,
             BLOCK_BYTES,
         )
-        mlp_bytes = BACKWARD_INTERMEDIATES * model.intermediate_size * size
+        mlp_bytes = _mlp_features(model) * size
         in_chunks = self.recompute and self.mini_sequence and not whole_blocks
         at_once = min(-(-block // batch) * batch, tokens) if in_chunks else tokens
         return replace(
@@ -100,4 +101,15 @@ def _blocks(count: int | str) -> float:
 def _product_features(model: ModelConfig) -> int:
     """Features of all the products in a block, per token."""
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    return queries + 2 * keys + 2 * model.hidden_size + 2 * model.intermediate_size
+    attention = queries + 2 * keys + model.hidden_size
+    mlp = 2 * model.intermediate_size + model.hidden_size
+    if model.num_experts is None:
+        return attention + mlp
+    return attention + model.num_experts + model.experts_per_token * mlp
+
+
+def _mlp_features(model: ModelConfig) -> int:
+    """Features of what the MLP's or the experts' backward holds, per token."""
+    if model.num_experts is None:
+        return BACKWARD_INTERMEDIATES * model.intermediate_size
+    return working_features(model.hidden_size, model.intermediate_size, model.experts_per_token)

@@ -8,6 +8,7 @@ heads, E head size, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,9 @@ from mst_train.mst import (
     mini_sequence_losses,
     mini_sequence_mlp,
     recompute_block,
+    router_losses,
 )
+from mst_train.mst.router_losses import RouterLosses, router_losses_here
 from mst_train.ranges import BLOCK_RANGE, HEAD_RANGE
 
 
@@ -183,8 +186,14 @@ class Block(nn.Module):
         if not policy.recompute:
             return self._at_once(x_BSD, *arguments)
         if not policy.mini_sequence:  # the standard implementation
+            losses, _ = router_losses_here()
             return checkpoint(
-                self._at_once, x_BSD, *arguments, use_reentrant=False, preserve_rng_state=False
+                self._at_once,
+                x_BSD,
+                *arguments,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), router_losses.again(losses)),
             )
         if not isinstance(attention, KernelAttention):  # which cannot attend chunk by chunk
             return recompute_block(
@@ -240,7 +249,8 @@ class Transformer(nn.Module):
     """A decoder language model.
 
     ``policy`` and ``offload`` may be replaced between steps: they change what the model keeps,
-    where, and what it recomputes, never its result.
+    where, and what it recomputes, never its result. ``expert_load``: what share of the last batch's
+    tokens and choices each expert got, [E] in fp64; None without experts.
     """
 
     def __init__(
@@ -252,6 +262,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.offload: Offload | None = None
+        self.expert_load: Tensor | None = None
+        self._sharing = attention.sharing if isinstance(attention, KernelAttention) else None
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         scale = config.attention_scale
         self.blocks = nn.ModuleList(
@@ -292,10 +304,14 @@ class Transformer(nn.Module):
             documents: confines attention to each document; None: to each row.
 
         Returns:
-            loss_sum: fp32 scalar (fp64 for an fp64 model), the sum over valid tokens.
+            loss_sum: fp32 scalar (fp64 for an fp64 model), the sum over valid tokens; with experts,
+                the routers' losses added for each of them (mst/router_losses.py).
             valid_tokens: int64 scalar.
         """
-        hidden_ND = self.hidden(tokens, positions, documents).flatten(0, 1)
+        self.expert_load = None
+        losses = self._router_losses(tokens.device)
+        with router_losses.first(losses):
+            hidden_ND = self.hidden(tokens, positions, documents).flatten(0, 1)
         labels_N = labels.flatten()
         loss: Callable[..., tuple[Tensor, Tensor]] = cross_entropy
         if self.policy.mini_sequence:
@@ -303,7 +319,21 @@ class Transformer(nn.Module):
             loss = partial(mini_sequence_cross_entropy, chunk_tokens=chunk_tokens)
         with record_function(HEAD_RANGE):
             softcap = self.config.logit_softcap
-            return self.head(hidden_ND, partial(loss, labels=labels_N, softcap=softcap))
+            loss_sum, valid_tokens = self.head(
+                hidden_ND, partial(loss, labels=labels_N, softcap=softcap)
+            )
+        if losses is not None:
+            sum_over_sequence = None if self._sharing is None else self._sharing.sum
+            loss_sum = losses.added(loss_sum, valid_tokens, sum_over_sequence)
+            self.expert_load = losses.load_E
+        return loss_sum, valid_tokens
+
+    def _router_losses(self, device: torch.device) -> RouterLosses | None:
+        config = self.config
+        if config.num_experts is None:
+            return None
+        coefficients = (config.balance_loss, config.router_z_loss)
+        return RouterLosses(config.num_experts, device, *coefficients)
 
     def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """The logits of every token, [B, S] int64 -> [B, S, V] in the model's type."""

@@ -5,7 +5,10 @@
 the latter keep what attention computed, and ``Offload`` keeps it on the host.
 
 mlp, head                 the two halves
+two_nodes                 how they are nodes of autograd's graph
 experts                   mixtures of experts, the standard way
+mini_sequence_experts     and in mini-sequences
+grouped, router_losses    their products; what keeps them evenly used
 block                     the whole block in mini-sequences
 block_fused, block_shared its schedules: the whole sequence here, and one that processes share
 block_parts, parameters   what both are made of; what stands for parameters in the second run
@@ -29,6 +32,7 @@ from mst_train.mst.head import (
     mini_sequence_losses,
 )
 from mst_train.mst.kept import ATTENTION, KEYS, MLP, OUTPUT, PIECES, QUERIES, linear
+from mst_train.mst.mini_sequence_experts import mini_sequence_experts
 from mst_train.mst.mlp import gated_mlp, mini_sequence_mlp
 from mst_train.mst.offload import HostBudgetError, Offload
 from mst_train.mst.recompute import recompute_block
@@ -53,6 +57,7 @@ __all__ = [
     "linear",
     "mini_sequence_block",
     "mini_sequence_cross_entropy",
+    "mini_sequence_experts",
     "mini_sequence_losses",
     "mini_sequence_mlp",
     "recompute_block",

@@ -26,11 +26,14 @@ def simulated_device(kind: str) -> Iterator[None]:
         _simulated.reset(token)
 
 
+def on_cuda(like: Tensor) -> bool:
+    """Whether a tensor is on a CUDA device, or without data in the place of one that is."""
+    return _simulated.get() == "cuda" if like.is_meta else like.is_cuda
+
+
 def _adds_products_in_fp32(like: Tensor) -> bool:
     """Whether products of bf16 or fp16 tensors can be had, and added up, in fp32 alone."""
-    if like.is_meta:
-        return _simulated.get() == "cuda"
-    return like.is_cuda and _products_in_fp32_work(like.device, like.dtype)
+    return on_cuda(like) and (like.is_meta or _products_in_fp32_work(like.device, like.dtype))
 
 
 @functools.cache
@@ -103,6 +106,17 @@ class WeightGradient:
         else:
             product_OI = left_ON @ input_NI
             self._total = product_OI.to(self._dtype) if total is None else total.add_(product_OI)
+
+    def parts(self) -> list["WeightGradient"]:
+        """The gradients of the weight's matrices, [E, out, in], one by one: what is added to them
+        is added to this, and they are done with before it gives its ``result``."""
+        if self._total is None:
+            self._total = torch.zeros_like(self._weight, dtype=self._dtype)
+        parts = []
+        for weight_OI, total_OI in zip(self._weight, self._total, strict=True):
+            parts.append(WeightGradient(weight_OI, several=self._several))
+            parts[-1]._total = total_OI
+        return parts
 
     def add_rows(self, rows_N: Tensor, factor_N: Tensor, input_NI: Tensor) -> None:
         """Add factor[n] * input[n] to row rows[n] of the gradient, for every n."""

@@ -23,7 +23,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mst_train.mst.attention import AttentionKernel, Documents
 from mst_train.mst.autograd import first_order_only
@@ -173,7 +173,7 @@ class _MiniSequenceBlock(torch.autograd.Function):
 
 def _chunk_length(chunk_tokens: int | str, x_BSD: Tensor, block: RowwiseBlock) -> int:
     """Positions in a chunk, so that the results of its products and their gradients are bounded."""
-    features = sum(p.numel() // p.shape[-1] for p in block.parameters() if p.ndim > 1)
+    features = sum(map(_product_features, block.modules()))
     batch, sequence = x_BSD.shape[:2]
     tokens = resolve_chunk_tokens(
         chunk_tokens,
@@ -183,3 +183,11 @@ def _chunk_length(chunk_tokens: int | str, x_BSD: Tensor, block: RowwiseBlock) -
         BLOCK_BYTES,
     )
     return -(-tokens // batch)
+
+
+def _product_features(module: nn.Module) -> int:
+    """Features of the results of a module's own products, per token."""
+    features = getattr(module, "product_features", None)
+    if isinstance(features, int):  # it computes with some of its matrices, or has others
+        return features
+    return sum(p.numel() // p.shape[-1] for p in module.parameters(recurse=False) if p.ndim > 1)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mst_train.mst.mlp import gated_mlp
+from mst_train.mst.router_losses import router_losses_here
 
 
 def route(logits_NE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -61,7 +62,13 @@ def gated_experts(
         [..., D], of x's type.
     """
     x_ND = x.reshape(-1, x.shape[-1])
-    weights_NK, indices_NK = route(F.linear(x_ND, router_weight), top_k, normalize)
+    logits_NE = F.linear(x_ND, router_weight)
+    losses, first = router_losses_here()
+    if losses is not None:
+        logits_NE = losses.observed(logits_NE)
+    weights_NK, indices_NK = route(logits_NE, top_k, normalize)
+    if losses is not None and first:
+        losses.record(logits_NE, indices_NK)
     y_ND = torch.zeros_like(x_ND)
     # Not indexed one by one: each index would cost a gradient of all experts' size.
     experts = zip(gate_weight.unbind(), up_weight.unbind(), down_weight.unbind(), strict=True)

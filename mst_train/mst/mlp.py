@@ -7,16 +7,12 @@ state in Llama3-8B, and every token's are independent of every other token's. So
 through the tokens in chunks: the forward keeps nothing but its input, and the backward rebuilds one
 chunk's intermediates at a time (Mini-Sequence Transformer, section 3.1).
 
-The backward reads the input and the weights, never the result. So autograd gets two nodes: the
-first saves what the backward reads and has no result yet, the second computes it. Whoever runs the
-MLP again for what autograd had saved has everything after the first.
-
 A block may keep gate and up (mst/kept.py), of all its tokens then; the backward rebuilds neither.
 
 Legend: N tokens, C tokens of a chunk, D hidden, F intermediate.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +22,9 @@ from mst_kernels import glu_backward_, glu_forward
 from mst_kernels.glu import ACTIVATIONS
 from mst_train.mst.accumulate import WeightGradient
 from mst_train.mst.autocast import Autocast, check_tensors
-from mst_train.mst.autograd import first_order_only
 from mst_train.mst.chunking import chunk_slices, resolve_chunk_tokens
 from mst_train.mst.kept import MLP, kept_here
+from mst_train.mst.two_nodes import two_nodes
 
 BACKWARD_INTERMEDIATES = 3
 """Arrays of [C, F] alive at once in the backward: gate, up and their product."""
@@ -119,128 +115,66 @@ def mini_sequence_mlp(
             f"{tuple(up_weight.shape)} and down_weight {tuple(down_weight.shape)} do not fit: "
             f"expected x [..., D], gate and up [F, D], down [D, F]"
         )
-    x_ND = x.reshape(-1, hidden)
+    tokens = x.numel() // hidden
     bytes_per_token = BACKWARD_INTERMEDIATES * intermediate * x.element_size()
-    chunk = resolve_chunk_tokens(chunk_tokens, x_ND.shape[0], bytes_per_token, x.device)
-    tensors = (x_ND, gate_weight, up_weight, down_weight)
+    chunk = resolve_chunk_tokens(chunk_tokens, tokens, bytes_per_token, x.device)
     kept_2NF = next(iter(kept_here().handed(MLP, 1)), None)
+    mlp = _GatedMLP(chunk, activation, kept_2NF)
     with autocast.off():
-        y: Tensor = _Backward.apply(  # type: ignore[no-untyped-call]
-            *tensors, x.shape, chunk, activation, kept_2NF
-        )
-        if values:
-            read = (tensor.detach() for tensor in tensors)
-            y = _Result.apply(  # type: ignore[no-untyped-call]
-                y, *read, chunk, activation, kept_2NF
-            )
-    return y
+        return two_nodes(mlp, x, (gate_weight, up_weight, down_weight), values=values)
 
 
-class _Unread(Tensor):
-    """A result that is not computed: it has a graph and no memory, and using its values fails."""
+class _GatedMLP:
+    """kept_2NF: gate and up, where they are handed over."""
 
-    @staticmethod
-    def of(x_ND: Tensor, shape: torch.Size) -> "_Unread":
-        """In the place of a result of this shape, of x's type and device."""
-        unread: _Unread = Tensor._make_wrapper_subclass(
-            _Unread, shape, dtype=x_ND.dtype, device=x_ND.device
-        )
-        return unread
+    def __init__(self, chunk_tokens: int, activation: str, kept_2NF: Tensor | None) -> None:
+        self._chunk_tokens = chunk_tokens
+        self._activation = activation
+        self._kept_2NF = kept_2NF  # not to be saved by autograd, which did not in the first run
 
-    @classmethod
-    def __torch_dispatch__(cls, function: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            f"{function} reads the result of mini_sequence_mlp(values=False), which has none. A "
-            f"block hands values on to an MLP whose result it returns as it is, and to no other"
-        )
-
-
-class _Result(torch.autograd.Function):
-    """The MLP's result. Saves nothing: its gradient is handed on to ``_Backward``."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        unread: _Unread,
-        x_ND: Tensor,
-        gate_weight: Tensor,
-        up_weight: Tensor,
-        down_weight: Tensor,
-        chunk_tokens: int,
-        activation: str,
-        kept_2NF: Tensor | None,
-    ) -> Tensor:
-        y = x_ND.new_empty(unread.shape)  # no view, so that it may be changed in place
-        y_ND = y.view(x_ND.shape)
+    def forward(self, x_ND: Tensor, weights: Sequence[Tensor], y_ND: Tensor) -> None:
+        gate_weight, up_weight, down_weight = weights
         tokens, features = x_ND.shape[0], gate_weight.shape[0]
         # Gate and up that are kept have room for all tokens, and their product has its own.
         keeping = MLP in kept_here().names
-        both = kept_2NF
+        both = self._kept_2NF
         if both is None:
-            both = x_ND.new_empty(2, tokens if keeping else chunk_tokens, features)
-        products = x_ND.new_empty(chunk_tokens, features) if keeping else both[0]
-        for chunk in chunk_slices(tokens, chunk_tokens):
+            both = x_ND.new_empty(2, tokens if keeping else self._chunk_tokens, features)
+        products = x_ND.new_empty(self._chunk_tokens, features) if keeping else both[0]
+        for chunk in chunk_slices(tokens, self._chunk_tokens):
             x_CD = x_ND[chunk]
             rows = slice(x_CD.shape[0])
             gate_CF, up_CF = both[:, chunk if keeping else rows]
-            if kept_2NF is None:
+            if self._kept_2NF is None:
                 torch.mm(x_CD, gate_weight.t(), out=gate_CF)
                 torch.mm(x_CD, up_weight.t(), out=up_CF)
-            product_CF = glu_forward(gate_CF, up_CF, activation, out=products[rows])
+            product_CF = glu_forward(gate_CF, up_CF, self._activation, out=products[rows])
             torch.mm(product_CF, down_weight.t(), out=y_ND[chunk])
         if keeping:
             kept_here().record(MLP, (both,))
-        return y
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return dy, *(None,) * 7
-
-
-class _Backward(torch.autograd.Function):
-    """The MLP's backward, and everything that it reads."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_ND: Tensor,
-        gate_weight: Tensor,
-        up_weight: Tensor,
-        down_weight: Tensor,
-        shape: torch.Size,
-        chunk_tokens: int,
-        activation: str,
-        kept_2NF: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(x_ND, gate_weight, up_weight, down_weight)
-        ctx.chunk_tokens, ctx.activation = chunk_tokens, activation
-        ctx.kept_2NF = kept_2NF  # not to be saved by autograd, which did not in the first run
-        unread: _Unread = _Unread.of(x_ND, shape)
-        return unread
-
-    @staticmethod
-    @first_order_only
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, gate_weight, up_weight, down_weight = ctx.saved_tensors
-        dy_ND = dy.reshape(x_ND.shape)
-        tokens, chunk_tokens = x_ND.shape[0], ctx.chunk_tokens
-        kept_2NF, ctx.kept_2NF = ctx.kept_2NF, None  # a second backward computes them
-        x_needed, *weights_needed = ctx.needs_input_grad[:4]
+    def backward(
+        self, dy_ND: Tensor, x_ND: Tensor, weights: Sequence[Tensor], needed: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        gate_weight, up_weight, down_weight = weights
+        tokens = x_ND.shape[0]
+        kept_2NF, self._kept_2NF = self._kept_2NF, None  # a second backward computes them
+        x_needed, *weights_needed = needed
         gate_gradient, up_gradient, down_gradient = (
-            WeightGradient(weight, needed=needed, several=tokens > chunk_tokens)
+            WeightGradient(weight, needed=needed, several=tokens > self._chunk_tokens)
             for weight, needed in zip(
                 (gate_weight, up_weight, down_weight), weights_needed, strict=True
             )
         )
         dx_ND = torch.empty_like(x_ND) if x_needed else None
-        for chunk in chunk_slices(tokens, chunk_tokens):
+        for chunk in chunk_slices(tokens, self._chunk_tokens):
             x_CD, dy_CD = x_ND[chunk], dy_ND[chunk]
             if kept_2NF is None:
                 gate_CF, up_CF = x_CD @ gate_weight.t(), x_CD @ up_weight.t()
             else:  # what is kept may be read again
                 gate_CF, up_CF = (kept_NF[chunk].clone() for kept_NF in kept_2NF)
             dproduct_CF = dy_CD @ down_weight
-            glu_backward_(dproduct_CF, gate_CF, up_CF, ctx.activation)
+            glu_backward_(dproduct_CF, gate_CF, up_CF, self._activation)
             product_CF, dgate_CF, dup_CF = dproduct_CF, gate_CF, up_CF
             del dproduct_CF, gate_CF, up_CF
             # Each array goes before the next weight's gradient is made.
@@ -254,10 +188,4 @@ class _Backward(torch.autograd.Function):
                 dx_ND[chunk].addmm_(dup_CF, up_weight)
             up_gradient.add_product(dup_CF, x_CD)
             del dup_CF
-        return (
-            dx_ND,
-            gate_gradient.result(),
-            up_gradient.result(),
-            down_gradient.result(),
-            *(None,) * 4,
-        )
+        return dx_ND, gate_gradient.result(), up_gradient.result(), down_gradient.result()

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mst_train.mst.autocast import Autocast
+from mst_train.mst.router_losses import again, router_losses_here
 
 
 class Rerun:
@@ -26,6 +27,7 @@ class Rerun:
 
     def __init__(self, function: str, device: torch.device) -> None:
         self.autocast = Autocast.here(device)
+        self._router_losses, _ = router_losses_here()
         self._function = function
         self._watched: list[tuple[weakref.ref[Tensor], int, str]] = []
         self._devices = [device] if device.type == "cuda" else []
@@ -67,6 +69,7 @@ class Rerun:
         with (
             torch.random.fork_rng(self._devices, enabled=bool(self._random)),
             self.autocast.restored(),
+            again(self._router_losses),
             uncached_parametrizations(),
         ):
             for generator, state in self._random:

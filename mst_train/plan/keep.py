@@ -77,6 +77,8 @@ def _pieces(lean: Prediction) -> list[Piece]:
         OUTPUT: (model.hidden_size, queries),
         MLP: (2 * model.intermediate_size, model.hidden_size),
     }
+    if model.num_experts is not None:  # whose products no block keeps
+        del widths[MLP]
     product_rate, attention_rate = (
         (1.0, 1.0) if rates is None else (rates.products, rates.attention_forward)
     )

@@ -440,6 +440,11 @@ def test_what_cannot_be_of_an_old_name():
         compose(["memory.keep_attention=often"])
 
 
+def test_experts_projections_are_not_kept():
+    with pytest.raises(UserError, match=r"memory.keep.mlp=2 keeps .* model.num_experts=4 experts"):
+        compose(["model.num_experts=4", "memory.keep.mlp=2"])
+
+
 @pytest.mark.parametrize("blocks", ["most", "-1"])
 def test_how_many_blocks_keep(blocks):
     with pytest.raises(UserError, match=rf"memory\.keep\.mlp={blocks} must be"):

@@ -101,6 +101,23 @@ def random_step(seed):
     return Step(config, cu_seqlens, portions)
 
 
+def with_experts(seed, step):
+    """The same in mini-sequences, with experts in the place of MLPs."""
+    draw = random.Random(seed)
+    experts = draw.choice([1, 4, 7])
+    model = replace(
+        step.config.model,
+        num_experts=experts,
+        experts_per_token=draw.randint(1, min(experts, 3)),
+        normalize_experts=draw.random() < 0.5,
+        balance_loss=draw.choice([0.0, 0.1]),
+        router_z_loss=draw.choice([0.0, 0.1]),
+    )
+    keep = replace(step.config.memory.keep, mlp=0)
+    memory = replace(step.config.memory, policy="mst", keep=keep)
+    return replace(step, config=replace(step.config, model=model, memory=memory))
+
+
 def _part(draw, whole):
     """So much that there are a few parts of it, the last one odd or not."""
     return -(-whole // draw.choice([1, 2, 2, 3, 4])) + draw.randint(0, 2)

@@ -275,10 +275,6 @@ def test_forms_are_valid(form):
         ({"balance_loss": math.inf}, "model.balance_loss=inf must be at least 0 and below"),
         ({"balance_loss": 0.1}, "model.balance_loss=0.1 is a loss of routers, and there are none"),
         ({"router_z_loss": 0.1}, "model.router_z_loss=0.1 is a loss of routers, and there are"),
-        (
-            {"num_experts": 4, "balance_loss": 0.1},
-            "model.balance_loss=0.1 cannot be trained with yet: set it to 0",
-        ),
         ({"max_positions": 0}, "model.max_positions=0 must be at least 1"),
         ({"sliding_window": 0}, "model.sliding_window=0 must be at least 1"),
         ({"sliding_window_pattern": []}, "model.sliding_window_pattern is empty"),

@@ -348,7 +348,7 @@ def test_a_result_that_is_read(chunk_tokens):
     stack[0].careless = False
     assert_equal(gradients(stack, x, mini(chunk_tokens)), gradients(stack, x, plain))
     stack[0].careless = True
-    with pytest.raises(RuntimeError, match=r"reads the result of mini_sequence_mlp\(values=False"):
+    with pytest.raises(RuntimeError, match=r"reads the result of .*values=False"):
         gradients(stack, x, mini(chunk_tokens))
 
 

@@ -26,3 +26,7 @@ class SharedSequence:
     def own(self, tensor: Tensor) -> Tensor:
         """This process's positions of whole sequences, [B, S, ...] -> [B, L, ...]."""
         return torch.cat([tensor[:, part] for part in self.places.own(tensor.shape[1])], dim=1)
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """The sum of all processes' tensors, the same on each. All of them call this together."""
+        return self.keys.sum(self.heads.sum(numbers))
