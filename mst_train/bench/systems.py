@@ -19,6 +19,7 @@ from mst_train.bench.step import measure_steps, policy_of
 from mst_train.bench.workload import Batch, build, chosen, lengths, missing
 from mst_train.model import Transformer
 from mst_train.model.hf.config import write_config
+from mst_train.model.hf.names import places_by_name
 from mst_train.plan.baseline import enable_checkpointing
 from mst_train.precision import weight_type
 
@@ -196,16 +197,14 @@ def _transformers_model(config: BenchConfig, ours: Transformer, device: torch.de
     """transformers' Llama of the same dimensions, over this project's parameters."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from mst_train.model.hf.weights import parameters_by_name  # which needs safetensors
-
     values = write_config(config.model, "llama", max(lengths(config)))
     settings = AutoConfig.for_model(**values, attn_implementation="sdpa", use_cache=False)
     # The type here and not by a later .to(), which would round the rotary angles too.
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(settings, dtype=weight_type(config.precision))
-    for name, parameter in parameters_by_name(ours):
+    for name, place in places_by_name(ours, "llama"):
         module, _, kind = name.rpartition(".")
-        setattr(model.get_submodule(module), kind, parameter)
+        setattr(model.get_submodule(module), kind, place.parameter)
     model.lm_head.weight = ours.head.weight  # tied ones have one name
     collect_garbage(device)
     return model.train()

@@ -83,9 +83,9 @@ class TrainedModel:
             model.load_state_dict(weights)
             return model
         assert config.model.from_pretrained is not None
-        files = find_weights(config.model, config.model.from_pretrained)
+        found = find_weights(config.model, config.model.from_pretrained)
         materialize(model, device)
-        copy_weights(files, model)
+        copy_weights(found, model)
         return model
 
 

@@ -192,6 +192,9 @@ def unsupported():
     gpt2 = transformers.GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=9)
     yield transformers.GPT2LMHeadModel(gpt2), "GPT2LMHeadModel is not supported"
     yield torch.nn.Linear(2, 2), "Linear is not supported"
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
+    mixtral = transformers.MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    yield transformers.MixtralForCausalLM(mixtral), "MixtralForCausalLM is not supported"
     yield make_model().model, "LlamaModel is not supported"
     yield make_model(attention_dropout=0.1), "attention_dropout=0.1"
     yield make_model("phi3", resid_pdrop=0.1), "resid_pdrop=0.1"
@@ -203,7 +206,7 @@ def unsupported():
     yield subclass, "LlamaForCausalLM is not supported"
 
 
-@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("number", range(8))
 def test_unsupported_models_stay_as_they_are(number):
     model, message = list(unsupported())[number]
     kinds = [type(module) for module in model.modules()]

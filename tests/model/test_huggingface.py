@@ -1,5 +1,6 @@
 """Against transformers: its models' logits, losses, gradients, files and generated tokens."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,6 +19,7 @@ from mst_train.model import Policy, build_model
 from mst_train.model.hf import weights as huggingface
 from mst_train.model.hf.config import read_config, write_config
 from mst_train.model.hf.families import FAMILIES
+from mst_train.model.hf.names import places_by_name
 from mst_train.model.hf.weights import (
     load_pretrained,
     load_weights,
@@ -104,6 +106,37 @@ MODELS = {
         },
     ),
     "olmo2": ("Olmo2", {}),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral, every expert, a window": (
+        "Mixtral",
+        {"num_local_experts": 3, "num_experts_per_tok": 3, "sliding_window": 6, "head_dim": 10},
+    ),
+    "qwen3 moe": (
+        "Qwen3Moe",
+        {
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 13,
+            "intermediate_size": 39,
+            "norm_topk_prob": True,
+            "head_dim": 10,
+        },
+    ),
+    "qwen3 moe, not normalized": (
+        "Qwen3Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 9,
+            "intermediate_size": 18,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "head_dim": 6,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 4, "intermediate_size": 11}),
+    "olmoe, one expert each": ("Olmoe", {"num_experts": 3, "num_experts_per_tok": 1}),
 }
 POLICIES = {
     "vanilla": Policy(),
@@ -114,16 +147,22 @@ POLICIES = {
 }
 
 
+def model_type_of(name):
+    return getattr(transformers, f"{MODELS[name][0]}Config").model_type
+
+
 def make_theirs(name, dtype=torch.float64, seed=0):
     """transformers' model of this name, every parameter at random."""
     family, settings = MODELS[name]
     config = getattr(transformers, f"{family}Config")(**COMMON | settings)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")._from_config(
-        config, attn_implementation="eager"
+        config, attn_implementation="eager", experts_implementation="eager"
     )
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if name.endswith("mlp.gate.weight"):  # far from even, so that some experts are rare
+                parameter.mul_(3)
             if parameter.ndim == 1:  # norms and biases, which start at one number
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.to(dtype)
@@ -164,14 +203,38 @@ def their_step(model, tokens, labels):
     with KeepsFloat64():
         output = model(tokens, labels=labels)
         output.loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        gradients |= as_stored(name, parameter.grad, model.config.model_type)
     return output.loss.detach(), output.logits.detach(), gradients
 
 
-def our_step(model, tokens, labels):
+def as_stored(name, tensor, model_type):
+    """What transformers has of all experts in one tensor, as its checkpoints have it."""
+    prefix, experts, kind = name.rpartition(".experts.")
+    if not experts:
+        gate = model_type == "mixtral" and name.endswith(".mlp.gate.weight")
+        return {name.replace(".mlp.", ".block_sparse_moe.") if gate else name: tensor}
+    kinds, parts = ["down_proj"], [tensor]
+    if kind == "gate_up_proj":
+        kinds, parts = ["gate_proj", "up_proj"], tensor.chunk(2, dim=1)
+    if model_type == "mixtral":
+        prefix = prefix.replace(".mlp", ".block_sparse_moe")
+        kinds = [{"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}[kind] for kind in kinds]
+    return {
+        f"{prefix}.experts.{number}.{kind}.weight": expert
+        for kind, part in zip(kinds, parts, strict=True)
+        for number, expert in enumerate(part)
+    }
+
+
+def our_step(model, tokens, labels, name):
     loss_sum, valid = model(tokens, shifted(labels))
     (loss_sum / valid).backward()
-    gradients = {name: p.grad for name, p in huggingface.parameters_by_name(model)}
+    gradients = {}
+    for key, place in places_by_name(model, model_type_of(name)):
+        gradient = place.parameter.grad
+        gradients[key] = gradient if place.expert is None else gradient[place.expert]
     return (loss_sum / valid).detach(), model.logits(tokens).detach(), gradients
 
 
@@ -195,7 +258,7 @@ def expected():
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_loss_and_gradients(name, policy, folders, expected):
     model = load_pretrained(folders(name), dtype=torch.float64, device=CPU, policy=POLICIES[policy])
-    loss, logits, gradients = our_step(model, *make_batch())
+    loss, logits, gradients = our_step(model, *make_batch(), name)
     expected_loss, expected_logits, expected_gradients = expected(name)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(logits, expected_logits, rtol=1e-10, atol=1e-12)
@@ -209,7 +272,7 @@ def test_logits_loss_and_gradients(name, policy, folders, expected):
 @pytest.mark.parametrize("name", MODELS)
 def test_in_fp32(name, folders):
     model = load_pretrained(folders(name), dtype=torch.float32, device=CPU, policy=POLICIES["mst"])
-    loss, logits, gradients = our_step(model, *make_batch())
+    loss, logits, gradients = our_step(model, *make_batch(), name)
     expected = their_step(make_theirs(name, torch.float32), *make_batch())
     torch.testing.assert_close(loss, expected[0], rtol=1e-5, atol=0)
     torch.testing.assert_close(logits, expected[1], rtol=1e-5, atol=1e-5)
@@ -231,6 +294,7 @@ def test_every_setting_makes_a_difference(name, folders):
         "rope_scaling",
         "scale_embeddings",
         "norm_offset",
+        "normalize_experts",
     )
     with torch.no_grad():
         logits = load_pretrained(folders(name), dtype=torch.float64, device=CPU).logits(tokens)
@@ -256,7 +320,7 @@ def stored(folder):
 @pytest.mark.parametrize("name", MODELS)
 def test_read_and_written_again_is_the_same(name, folders, tmp_path):
     model = load_pretrained(folders(name), dtype=torch.float64, device=CPU)
-    save_pretrained(model, tmp_path / "ours", model_type=MODELS[name][0].lower())
+    save_pretrained(model, tmp_path / "ours", model_type=model_type_of(name))
     assert stored(tmp_path / "ours") == stored(folders(name))
     ours, theirs = (
         transformers.AutoConfig.from_pretrained(folder).to_dict()
@@ -278,7 +342,9 @@ def test_transformers_generates_the_same_from_what_is_written(name, tmp_path):
     model = build_model(config, attention=select_attention("auto", CPU, torch.float32), seed=4)
     save_pretrained(model, tmp_path / "model", shard_bytes=20_000)
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
-    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype="auto", experts_implementation="eager"
+    )
     assert {p.dtype for p in reloaded.parameters()} == {torch.float32}
     tokens, _ = make_batch()
     generated = reloaded.generate(tokens, do_sample=False, max_new_tokens=20)
@@ -477,6 +543,20 @@ def test_a_tied_head_must_be_the_embedding(broken, folders, tmp_path):
         ("llama", {"mlp_bias": True}, "mlp_bias=True is not supported"),
         ("qwen3", {"attention_bias": True}, "attention_bias=True is not supported"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported"),
+        ("mixtral", {"num_local_experts": 0}, "an impossible model: model.num_experts=0 must be"),
+        ("mixtral", {"num_local_experts": None}, "num_local_experts=None is not supported"),
+        ("mixtral", {"num_experts": 9}, "num_experts=9 is not supported: num_local_experts=5 says"),
+        ("mixtral", {"num_experts_per_tok": 6}, "model.experts_per_token=6 is more than"),
+        ("qwen3 moe", {"mlp_only_layers": [0]}, "mlp_only_layers=[0] is not supported: it must be"),
+        ("qwen3 moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported"),
+        ("qwen3 moe", {"moe_intermediate_size": 1.5}, "moe_intermediate_size=1.5 is not supported"),
+        ("qwen3 moe", {"output_router_logits": True, "router_aux_loss_coef": -1},
+         "router_aux_loss_coef=-1 is not supported: it must be a number"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 is not supported: it must be null or left out"),
+        ("olmoe", {"attention_bias": True}, "attention_bias=True is not supported"),
+        ("olmoe", {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} is not"),
+        ("llama", {"model_type": "qwen2_moe"}, "model_type=qwen2_moe is not supported"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported"),
         ("llama", {"hidden_act": "relu"}, "hidden_act=relu is not supported: it must be one of"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} is not"),
@@ -593,6 +673,14 @@ def test_models_that_no_family_has():
         ({"qkv_bias": True, "sliding_window": 8}, "qwen2"),
         ({"qk_norm": "head"}, "qwen3"),
         ({"qk_norm": "projection", "norm_placement": "after"}, "olmo2"),
+        ({"num_experts": 4}, "mixtral"),
+        ({"num_experts": 4, "balance_loss": 0.02}, "mixtral"),
+        ({"num_experts": 4, "experts_per_token": 3, "qk_norm": "head"}, "qwen3_moe"),
+        ({"num_experts": 4, "qk_norm": "head", "normalize_experts": False}, "qwen3_moe"),
+        ({"num_experts": 4, "qk_norm": "head", "sliding_window": 8}, "qwen3_moe"),
+        ({"num_experts": 4, "qk_norm": "projection", "balance_loss": 0.1}, "olmoe"),
+        ({"num_experts": 4, "qk_norm": "projection", "head_size": 10}, None),
+        ({"num_experts": 4, "normalize_experts": False}, None),
         ({"sliding_window": 8, "sliding_window_pattern": ["full", "sliding"]}, None),
         ({"attention_scale": 0.5}, None),
         ({"attention_scale": 64**-0.5}, "llama"),
@@ -629,6 +717,65 @@ def test_every_presets_configuration_survives_the_way_out_and_back():
         theirs = transformers.AutoConfig.for_model(**values)
         assert read_config(theirs.to_dict(), "config") == again, preset
     assert families == set(FAMILIES)
+
+
+def test_the_balance_loss_is_transformers_where_it_adds_it(tmp_path):
+    """It does where it gives out the routers' logits, and not otherwise."""
+    tokens, labels = make_batch()
+    for coefficient in (0.0, 0.25):
+        config = ModelConfig(
+            vocab_size=61, num_layers=1, num_experts=4, balance_loss=coefficient, max_positions=64
+        )
+        save_pretrained(build_model(config), tmp_path / str(coefficient))
+        assert pretrained_config(tmp_path / str(coefficient)) == config
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / str(coefficient), experts_implementation="eager"
+        )
+        plain = theirs(tokens, labels=labels, output_router_logits=False).loss
+        added = theirs(tokens, labels=labels).loss - plain
+        balance = theirs(tokens, output_router_logits=True).aux_loss
+        torch.testing.assert_close(added, coefficient * balance, rtol=1e-5, atol=1e-6)
+    values = json.loads((tmp_path / "0.25" / "config.json").read_text())
+    without = read_config(values | {"router_aux_loss_coef": 0}, "config")
+    assert without.balance_loss == 0
+
+
+def test_how_many_experts_there_are_has_two_keys():
+    values = write_config(ModelConfig(num_experts=4, qk_norm="head", max_positions=64))
+    assert values["num_experts"] == 4
+    del values["num_experts"]
+    assert read_config(values, "config").num_experts == 128  # what transformers takes
+    assert read_config(values | {"num_local_experts": 3}, "config").num_experts == 3
+
+
+def test_a_checkpoint_of_other_experts_is_refused_briefly(folders):
+    config = dataclasses.replace(pretrained_config(folders("mixtral")), num_experts=60)
+    with pytest.raises(UserError) as error:
+        load_weights(build_model(config), folders("mixtral"))
+    *problems, last = error.value.problems
+    assert len(problems) == 50
+    assert problems[0].endswith("model.layers.0.block_sparse_moe.experts.5.w1.weight is missing")
+    assert last.endswith(f"and {3 * (1 + 3 * 55) - 50} more tensors that are wrong")
+
+
+def test_experts_in_several_files_are_gathered_once_for_each(folders):
+    """As stage 3 has it, where a parameter is whole in a context alone."""
+    found = huggingface.find_weights(pretrained_config(folders("mixtral")), folders("mixtral"))
+    assert len(found.files) > 3
+    model = build_model(pretrained_config(folders("mixtral")), seed=1)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    entered = []
+
+    @contextlib.contextmanager
+    def whole(parameter):
+        entered.append(names[parameter])
+        yield
+
+    huggingface.copy_weights(found, model, whole)
+    expected = load_pretrained(folders("mixtral"), dtype=torch.float32, device=CPU).state_dict()
+    assert all(torch.equal(p, expected[name]) for name, p in model.state_dict().items())
+    assert len(names) <= len(entered) <= len(names) + 9 * len(found.files)
+    assert max(entered.count(name) for name in entered) <= len(found.files)
 
 
 # --- rotary embeddings ---------------------------------------------------------------------------

@@ -110,10 +110,10 @@ class Family:
 
 
 FAMILIES = (
-    *(Family.of(model_type, decoder) for model_type, decoder in DECODERS.items()),
+    *(Family.of(name, decoder) for name, decoder in DECODERS.items() if decoder.experts is None),
     Family("phi3", "Phi3", windows="all", fused=True),
 )
-"""Those of our own decoder, and others whose checkpoints it does not read."""
+"""Those of our own decoder that have MLPs alone, and others whose checkpoints it does not read."""
 
 NORMS = {
     "before": ("input_layernorm", None, "post_attention_layernorm", None),

@@ -4,13 +4,22 @@
 is refused where it would change the result, and ignored where transformers ignores it.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from mst_train.config import ModelConfig, RopeScalingConfig, model_problems
 from mst_train.errors import UserError
-from mst_train.model.hf.families import ACTIVATIONS, FAMILIES, NEVER, SIZES, SPANS, Family
+from mst_train.model.hf.families import (
+    ACTIVATIONS,
+    COUNTS,
+    FAMILIES,
+    NEVER,
+    SIZES,
+    SPANS,
+    Family,
+)
 from mst_train.model.rope import ntk_theta
 
 LARGEST = 1 << 30
@@ -32,18 +41,23 @@ yarn's own may be null."""
 # --- from config.json ----------------------------------------------------------------------------
 
 
+def read_model_type(values: Mapping[str, Any], where: str) -> str:
+    """The family of ``FAMILIES`` that a config.json names. Raises UserError where there is none."""
+    name = str(values.get("model_type"))
+    if name not in FAMILIES:
+        raise UserError(
+            f"{where}: model_type={name} is not supported: it must be one of {', '.join(FAMILIES)}"
+        )
+    return name
+
+
 def read_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     """The settings of the model that a config.json describes.
 
     where: the file's name, for messages. Raises UserError with everything that is not supported.
     """
-    name = values.get("model_type")
-    family = FAMILIES.get(str(name))
-    if family is None:
-        raise UserError(
-            f"{where}: model_type={name} is not supported: it must be one of {', '.join(FAMILIES)}"
-        )
-    reader = _Reader({**family.defaults, **values})
+    family = FAMILIES[read_model_type(values, where)]
+    reader = _Reader(values, family.defaults)
     _refuse_unsupported(family, reader)
     settings: dict[str, Any] = dict(family.fixed)
     for key, setting in SIZES.items():
@@ -64,6 +78,7 @@ def read_config(values: Mapping[str, Any], where: str) -> ModelConfig:
         settings["attention_scale"] = reader.number("query_pre_attn_scalar") ** -0.5
         settings["attention_softcap"] = reader.number("attn_logit_softcapping", None)
         settings["logit_softcap"] = reader.number("final_logit_softcapping", None)
+    settings |= _read_experts(family, reader)
     settings |= _read_windows(family, reader, settings["num_layers"])
     settings |= _read_rope(reader)
     if reader.problems:
@@ -80,8 +95,9 @@ def read_config(values: Mapping[str, Any], where: str) -> ModelConfig:
 class _Reader:
     """Values of a config.json, and what is wrong with them."""
 
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.values = values
+    def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        self.stated = values
+        self.values = {**defaults, **values}
         self.problems: list[str] = []
 
     def refuse(self, key: str, reason: str) -> None:
@@ -109,13 +125,39 @@ class _Reader:
 
 
 def _refuse_unsupported(family: Family, reader: _Reader) -> None:
-    for key, only in NEVER.items():
+    for key, only in (NEVER | dict(family.never)).items():
         value = reader.values.get(key)
         if key not in family.ignored and value is not None and value != only:
-            reader.refuse(key, f"it must be {str(only).lower()} or left out")
+            reader.refuse(key, f"it must be {json.dumps(only)} or left out")
     architectures = reader.values.get("architectures")
     if architectures is not None and family.architecture not in _listed(architectures):
         reader.refuse("architectures", f"it must name {family.architecture}")
+
+
+def _read_experts(family: Family, reader: _Reader) -> dict[str, Any]:
+    """The settings of mixtures of experts."""
+    names, values = family.experts, reader.values
+    if names is None:
+        return {}
+    settings: dict[str, Any] = {
+        "num_experts": reader.whole(_count_key(reader)),
+        "experts_per_token": reader.whole("num_experts_per_tok"),
+        "intermediate_size": reader.whole(names.size),
+    }
+    if names.normalized is not None:
+        settings["normalize_experts"] = bool(values[names.normalized])
+    # transformers adds the loss to a model's own where it gives out the routers' logits.
+    if values["output_router_logits"] and values["router_aux_loss_coef"] != 0:
+        settings["balance_loss"] = reader.number("router_aux_loss_coef")
+    return settings
+
+
+def _count_key(reader: _Reader) -> str:
+    """The key that says how many experts there are."""
+    stated = [key for key in COUNTS if key in reader.stated]
+    if len({str(reader.values[key]) for key in stated}) > 1:
+        reader.refuse(stated[0], f"{stated[1]}={reader.values[stated[1]]} says otherwise")
+    return stated[0] if stated else COUNTS[0]
 
 
 def _read_windows(family: Family, reader: _Reader, layers: int) -> dict[str, Any]:
@@ -173,7 +215,7 @@ def _read_rope(reader: _Reader) -> dict[str, Any]:
     if any(isinstance(value, dict) for value in given.values()):
         reader.problems.append("rope_parameters that differ between layers are not supported")
         return {}
-    rope = _Reader({"rope_theta": reader.values["rope_theta"], **given})
+    rope = _Reader(given, {"rope_theta": reader.values["rope_theta"]})
     rope.values.setdefault(
         "original_max_position_embeddings", reader.values.get("max_position_embeddings")
     )
@@ -252,11 +294,14 @@ def write_config(
             "attn_logit_softcapping": config.attention_softcap,
             "final_logit_softcapping": config.logit_softcap,
         }
+    values |= _write_experts(family, config)
     return values | _write_windows(family, config) | _write_rope(config)
 
 
 def _foreign(family: Family, config: ModelConfig) -> Iterator[str]:
     """Settings that no model of a family has."""
+    if (family.experts is None) != (config.num_experts is None):
+        yield f"model.num_experts={'null' if config.num_experts is None else config.num_experts}"
     for setting, value in family.fixed.items():
         if getattr(config, setting) != value:
             yield f"model.{setting}={getattr(config, setting)}"
@@ -264,6 +309,11 @@ def _foreign(family: Family, config: ModelConfig) -> Iterator[str]:
         yield (
             f"model.hidden_size={config.hidden_size} with model.num_heads={config.num_heads} "
             f"(transformers wants a multiple)"
+        )
+    if family.whole_heads and config.num_heads * config.head_dim != config.hidden_size:
+        yield (
+            f"model.head_size={config.head_dim} with model.num_heads={config.num_heads} and "
+            f"model.hidden_size={config.hidden_size} (transformers wants their product to be this)"
         )
     windows = _windows(config)
     if (family.windows == "none" and any(windows)) or (
@@ -292,6 +342,27 @@ def _query_scalar(config: ModelConfig) -> int | float:
     return round(scalar) if round(scalar) ** -0.5 == config.attention_scale else scalar
 
 
+def _write_experts(family: Family, config: ModelConfig) -> dict[str, Any]:
+    names = family.experts
+    if names is None:
+        return {}
+    inside, used = config.intermediate_size, config.experts_per_token
+    values = {
+        # Of layers without experts, where experts have a key of their own: as many features.
+        "intermediate_size": inside * used,
+        names.size: inside,
+        names.count: config.num_experts,
+        "num_experts_per_tok": used,
+        "output_router_logits": config.balance_loss > 0,
+        **family.never,
+    }
+    if names.normalized is not None:
+        values[names.normalized] = config.normalize_experts
+    if config.balance_loss > 0:
+        values["router_aux_loss_coef"] = config.balance_loss
+    return values
+
+
 def _write_windows(family: Family, config: ModelConfig) -> dict[str, Any]:
     windows = _windows(config)
     window = config.sliding_window if any(windows) else None
@@ -304,6 +375,7 @@ def _write_windows(family: Family, config: ModelConfig) -> dict[str, Any]:
         ]
     if "use_sliding_window" in family.defaults:
         values["use_sliding_window"] = window is not None
+    if "max_window_layers" in family.defaults:
         values["max_window_layers"] = windows.index(window) if window else config.num_layers
     return values
 

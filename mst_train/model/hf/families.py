@@ -44,6 +44,29 @@ LLAMA = {
 
 
 @dataclass(frozen=True)
+class ExpertNames:
+    """What a family's checkpoints call mixtures of experts.
+
+    module: a layer's mixture. matrices: each expert's, by this project's names.
+    count, size, normalized: config.json's keys of how many there are, of the features in each, and
+        of whether the chosen ones' weights are divided by their sum; None: they always are.
+    """
+
+    module: str
+    matrices: Mapping[str, str]
+    count: str = "num_experts"
+    size: str = "intermediate_size"
+    normalized: str | None = "norm_topk_prob"
+
+
+_PROJECTIONS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+PER_EXPERT = ExpertNames("mlp", _PROJECTIONS)
+COUNTS = ("num_experts", "num_local_experts")
+"""How many experts there are: transformers takes either key for every family, and 5 writes the
+second where others want the first."""
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of models.
 
@@ -53,6 +76,8 @@ class Family:
     windows: which layers may have sliding windows: none, all of them, or those of ``layer_types``.
     capped: config.json has query_pre_attn_scalar and the two softcaps.
     even_heads: transformers wants a hidden size that is a multiple of the number of heads.
+    whole_heads: it wants heads that have the hidden size's features together.
+    experts: None: MLPs alone. never: as ``NEVER``, of this family.
     """
 
     architecture: str
@@ -61,6 +86,9 @@ class Family:
     windows: str = "none"
     capped: bool = False
     even_heads: bool = False
+    whole_heads: bool = False
+    experts: ExpertNames | None = None
+    never: Mapping[str, Any] = field(default_factory=dict)
     activation_key: str = "hidden_act"
     ignored: tuple[str, ...] = field(default=())
     """Keys of ``NEVER`` that transformers does not read for this family."""
@@ -78,6 +106,10 @@ def _defaults(max_position_embeddings: int, **others: Any) -> dict[str, Any]:
         "max_position_embeddings": max_position_embeddings,
         **others,
     }
+
+
+def _routers(coefficient: float) -> dict[str, Any]:
+    return {"output_router_logits": False, "router_aux_loss_coef": coefficient}
 
 
 _QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
@@ -135,6 +167,64 @@ FAMILIES = {
         "Olmo2ForCausalLM",
         LLAMA | {"qk_norm": "projection", "norm_placement": "after"},
         _defaults(2048, rms_norm_eps=1e-5),
+        ignored=("mlp_bias",),
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        LLAMA | {"normalize_experts": True},
+        _defaults(
+            131072,
+            num_key_value_heads=8,
+            rms_norm_eps=1e-5,
+            rope_theta=1e6,
+            sliding_window=None,
+            num_experts=8,
+            num_experts_per_tok=2,
+            **_routers(0.001),
+        ),
+        windows="all",
+        experts=ExpertNames(
+            "block_sparse_moe",
+            {"gate": "w1", "up": "w3", "down": "w2"},
+            count="num_local_experts",
+            normalized=None,
+        ),
+        never={"router_jitter_noise": 0.0},
+        ignored=("attention_bias", "mlp_bias"),
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        LLAMA | {"qk_norm": "head"},
+        _defaults(
+            32768,
+            num_key_value_heads=4,
+            use_sliding_window=False,
+            sliding_window=4096,
+            moe_intermediate_size=768,
+            num_experts=128,
+            num_experts_per_tok=8,
+            norm_topk_prob=False,
+            **_routers(0.001),
+        ),
+        windows="all",
+        experts=ExpertNames("mlp", _PROJECTIONS, size="moe_intermediate_size"),
+        never={"decoder_sparse_step": 1, "mlp_only_layers": []},
+        ignored=("mlp_bias",),
+    ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        LLAMA | {"qk_norm": "projection"},
+        _defaults(
+            4096,
+            rms_norm_eps=1e-5,
+            num_experts=64,
+            num_experts_per_tok=8,
+            norm_topk_prob=False,
+            **_routers(0.01),
+        ),
+        whole_heads=True,
+        experts=PER_EXPERT,
+        never={"clip_qkv": None},
         ignored=("mlp_bias",),
     ),
 }

@@ -18,20 +18,23 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from mst_train.attention.select import Attention, select_attention
 from mst_train.config import ModelConfig
 from mst_train.errors import UserError
 from mst_train.files import UNFINISHED, expanded, remove_unfinished, to_disk, unwritable
 from mst_train.model import Policy
-from mst_train.model.hf.config import read_config, write_config
+from mst_train.model.hf.config import read_config, read_model_type, write_config
+from mst_train.model.hf.names import Place, places_by_name
 from mst_train.model.transformer import Transformer, build_model, materialize
 
 SINGLE = "model.safetensors"
@@ -58,32 +61,19 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TYPES = ("F64", "F32", "F16", "BF16")
 """Of tensors, by safetensors' names; others are quantized."""
 
-OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-IN_BLOCK = {
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
-    "attention.query_norm": "self_attn.q_norm",
-    "attention.key_norm": "self_attn.k_norm",
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-}
-NORMS = {
-    "before": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
-    "around": {
-        "attention_norm": "input_layernorm",
-        "attention_output_norm": "post_attention_layernorm",
-        "mlp_norm": "pre_feedforward_layernorm",
-        "mlp_output_norm": "post_feedforward_layernorm",
-    },
-    "after": {
-        "attention_output_norm": "post_attention_layernorm",
-        "mlp_output_norm": "post_feedforward_layernorm",
-    },
-}
-"""The names of a block's norms, by ``norm_placement``."""
+MOST_PROBLEMS = 50
+"""What is said of a checkpoint that is another model's altogether."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint's tensors, each of which a decoder can take.
+
+    files: the tensors' names, by the file that holds them.
+    """
+
+    model_type: str
+    files: Mapping[Path, list[str]]
 
 
 def load_pretrained(
@@ -120,9 +110,9 @@ def load_pretrained(
         device="meta",
         dtype=dtype,
     )
-    files = _checked_files(folder, model)
+    found = _checked(folder, model)
     materialize(model, device)
-    copy_weights(files, model)
+    copy_weights(found, model)
     return model
 
 
@@ -134,30 +124,33 @@ def load_weights(model: Transformer, name: str | Path) -> None:
     copy_weights(find_weights(model.config, name), model)
 
 
-def find_weights(config: ModelConfig, name: str | Path) -> dict[Path, list[str]]:
-    """A checkpoint's files and the tensors in each, all of which a decoder of ``config`` can take.
+def find_weights(config: ModelConfig, name: str | Path) -> Found:
+    """A checkpoint's tensors, all of which a decoder of ``config`` can take.
 
     Raises UserError as ``load_pretrained`` does.
     """
-    return _checked_files(pretrained_folder(name), build_model(config, device="meta"))
+    return _checked(pretrained_folder(name), build_model(config, device="meta"))
 
 
 @torch.no_grad()
 def copy_weights(
-    files: Mapping[Path, list[str]],
+    found: Found,
     model: Transformer,
     whole: Callable[[nn.Parameter], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Put what ``find_weights`` has found into a decoder.
 
     whole: gives, for a parameter, a context in which it has its whole shape and takes new values.
+        It is entered once for all of a parameter's tensors that one file holds.
     """
-    places = dict(parameters_by_name(model))
-    for path, names in files.items():
+    places = dict(places_by_name(model, found.model_type))
+    for path, names in found.files.items():
         with safe_open(path, framework="pt") as file:
-            for name in names:
-                with whole(places[name]):
-                    places[name].copy_(file.get_tensor(name))
+            for _, group in groupby(names, lambda name: id(places[name].parameter)):
+                parts = [*group]
+                with whole(places[parts[0]].parameter):
+                    for name in parts:
+                        places[name].tensor.copy_(file.get_tensor(name))
 
 
 def pretrained_config(name: str | Path) -> ModelConfig:
@@ -199,38 +192,23 @@ def save_pretrained(
     values["torch_dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
     to_copy, known_ids = _tokenizer_files(tokenizer)
     values |= dict.fromkeys(TOKEN_IDS) | known_ids | dict(token_ids or {})
-    names = dict(parameters_by_name(model))
+    places = dict(places_by_name(model, values["model_type"]))
     with _written_whole(folder) as temporary:
-        shards = list(_shards(names, shard_bytes))
-        total = sum(parameter.nbytes for parameter in names.values())
-        places: dict[str, str] = {}
+        shards = list(_shards(places, shard_bytes))
+        total = sum(place.tensor.nbytes for place in places.values())
+        files: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
             part = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             file = SINGLE if len(shards) == 1 else part
-            tensors = {hub: names[hub].detach().cpu().contiguous() for hub in shard}
+            tensors = {name: places[name].tensor.cpu().contiguous() for name in shard}
             save_file(tensors, temporary / file, metadata={"format": "pt"})
-            places |= dict.fromkeys(shard, file)
+            files |= dict.fromkeys(shard, file)
         if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
             _write_json(temporary / INDEX, index)
         _write_json(temporary / "config.json", values)
         for source, target in to_copy.items():
             shutil.copyfile(source, temporary / target)
-
-
-# --- names ---------------------------------------------------------------------------------------
-
-
-def parameters_by_name(model: Transformer) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter by its name in a checkpoint; a tied one once, as the embedding."""
-    in_block = IN_BLOCK | NORMS[model.config.norm_placement]
-    for name, parameter in model.named_parameters():
-        module, _, kind = name.rpartition(".")
-        if module in OUTER:
-            yield f"{OUTER[module]}.{kind}", parameter
-        else:
-            _, layer, rest = module.split(".", 2)
-            yield f"model.layers.{layer}.{in_block[rest]}.{kind}", parameter
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -272,17 +250,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _checked_files(folder: Path, model: Transformer) -> dict[Path, list[str]]:
+def _checked(folder: Path, model: Transformer) -> Found:
     """The tensors to take from each file; everything about them is as the model wants it."""
-    wanted = dict(parameters_by_name(model))
+    config = folder / "config.json"
+    model_type = read_model_type(_read_json(config), str(config))
+    wanted = {name: place.tensor for name, place in places_by_name(model, model_type)}
     stored, problems = _stored_tensors(folder)
-    for name, parameter in wanted.items():
+    for name, tensor in wanted.items():
         if name not in stored:
             problems.append(f"{folder}: {name} is missing")
             continue
         _, shape, dtype = stored[name]
-        if shape != list(parameter.shape):
-            expected = list(parameter.shape)
+        if shape != list(tensor.shape):
+            expected = list(tensor.shape)
             problems.append(f"{folder}: {name} has the shape {shape}, and the model {expected}")
         if dtype not in TYPES:
             problems.append(f"{folder}: {name} is of type {dtype}: only floating point is read")
@@ -295,12 +275,15 @@ def _checked_files(folder: Path, model: Transformer) -> dict[Path, list[str]]:
                 f"tie_word_embeddings=true"
             )
     problems += [f"{folder}: {name} is not a tensor of such a model" for name in unknown]
+    if len(problems) > MOST_PROBLEMS:  # each expert has three tensors in each layer
+        more = len(problems) - MOST_PROBLEMS
+        problems[MOST_PROBLEMS:] = [f"{folder}: and {more:,} more tensors that are wrong"]
     if problems:
         raise UserError(problems)
     files = defaultdict(list)
     for name in wanted:
         files[stored[name][0]].append(name)
-    return files
+    return Found(model_type, files)
 
 
 def _stored_tensors(folder: Path) -> tuple[dict[str, tuple[Path, list[int], str]], list[str]]:
@@ -360,16 +343,17 @@ def _tokenizer_files(tokenizer: str | Path | None) -> tuple[dict[Path, str], dic
     return files, {key: values[key] for key in TOKEN_IDS if key in values}
 
 
-def _shards(names: Mapping[str, Tensor], shard_bytes: int) -> Iterator[list[str]]:
+def _shards(places: Mapping[str, Place], shard_bytes: int) -> Iterator[list[str]]:
     """Names of tensors, in their order, as many as fit a file."""
     shard: list[str] = []
     filled = 0
-    for name, tensor in names.items():
-        if shard and filled + tensor.nbytes > shard_bytes:
+    for name, place in places.items():
+        size = place.tensor.nbytes
+        if shard and filled + size > shard_bytes:
             yield shard
             shard, filled = [], 0
         shard.append(name)
-        filled += tensor.nbytes
+        filled += size
     yield shard
 
 
