@@ -156,6 +156,8 @@ class Run:
             and speed * self._flops_per_token / (self._device_flops * self.topology.world),
             **self._of_all_processes(seconds),
         }
+        if self.model.expert_load is not None:
+            record["expert_load"] = self.model.expert_load.tolist()
         self._record(record)
         with self._guard.deferred():
             self._profile.after(self.step)

@@ -31,6 +31,10 @@ def grouped(record: Mapping[str, Any]) -> dict[str, float]:
             values |= {f"val_loss/position_{int(at):04d}": loss for at, loss in value.items()}
         elif key.startswith("val_loss_"):
             values[f"val/loss_{key.removeprefix('val_loss_')}"] = value
+        elif key == "expert_load":
+            values |= {f"experts/load_{number:03d}": share for number, share in enumerate(value)}
+            values["experts/most_used"] = max(value) * len(value)
+            values["experts/least_used"] = min(value) * len(value)
         elif key == "passkey":
             for probe in value:
                 place = f"{probe['length']}_depth_{100 * probe['depth']:03.0f}"

@@ -21,6 +21,7 @@ WINDOWS = {
     "sliding_window_pattern": ["sliding", "full"],
     "attention_softcap": 20.0,
 }
+EXPERTS = {"num_experts": 5, "balance_loss": 0.3, "router_z_loss": 0.2}
 EXCHANGES = {2: ("heads", "keys"), 3: ("heads", "keys"), 4: ("heads", "keys", "both")}
 HEADS = [(12, 12), (12, 4), (12, 2), (12, 1), (12, 3), (12, 6)]
 """Query and key-value heads: for 4 processes enough, fewer, one, and numbers that do not divide."""
@@ -34,6 +35,8 @@ def cases(exchange):
         yield {"policy": "mst", "packed": True, "heads": heads, "keys": keys, "options": PLAIN}
     for policy, packed in itertools.product(("vanilla", "mst"), (False, True)):
         yield {"policy": policy, "packed": packed, "heads": 12, "keys": 2, "options": WINDOWS}
+    for policy in ("vanilla", "recompute", "mst"):
+        yield {"policy": policy, "packed": True, "heads": 12, "keys": 2, "options": EXPERTS}
     grouped = {"policy": "mst, attention twice", "heads": 12, "keys": 12, "packed": True}
     for at_once, options in itertools.product((1, 2), (PLAIN, WINDOWS)):
         yield {"at_once": at_once, "options": options, **grouped}

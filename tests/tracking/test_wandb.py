@@ -100,6 +100,7 @@ def test_names_are_grouped_and_sizes_in_gib():
         "val_loss_books": 4.0,
         "val_loss_by_position": {"0": 3.0, "256": 2.5, "16384": 2.0},
         "passkey": [{"length": 4096, "depth": 0.5, "accuracy": 0.75, "loss": 1.0}],
+        "expert_load": [0.25, 0.75],
         "skipped": "the loss is nan",
     }
     assert grouped(record) == {
@@ -111,6 +112,10 @@ def test_names_are_grouped_and_sizes_in_gib():
         "val_loss/position_0256": 2.5,
         "val_loss/position_16384": 2.0,
         "passkey/accuracy_4096_depth_050": 0.75,
+        "experts/load_000": 0.25,
+        "experts/load_001": 0.75,
+        "experts/most_used": 1.5,
+        "experts/least_used": 0.5,
     }
     assert grouped({"step": 2, "new_number": 3}) == {"train/new_number": 3}
 
