@@ -7,6 +7,7 @@ import torch
 
 from mst_train.mst import Documents, Scores
 from mst_train.mst.attention_chunk import attend_chunk, attend_chunk_backward
+from mst_train.mst.sinks import sinks_gradient
 
 BATCH, SEQUENCE = 2, 13
 SCORES = [
@@ -33,8 +34,8 @@ def make_documents(cu_seqlens):
     return cu_seqlens and Documents(torch.tensor(cu_seqlens, dtype=torch.int32))
 
 
-def formula(q, k, v, scores, cu_seqlens=None):
-    """(out, lse)."""
+def formula(q, k, v, scores, cu_seqlens=None, sinks=None):
+    """(out, lse); with sinks one more column of scores, whose probability nobody reads."""
     batch, sequence, heads, size = q.shape
     cu_seqlens = cu_seqlens or [i * sequence for i in range(batch + 1)]
     owners = torch.tensor([i for i, (a, b) in enumerate(pairwise(cu_seqlens)) for _ in range(a, b)])
@@ -50,12 +51,16 @@ def formula(q, k, v, scores, cu_seqlens=None):
     if scores.softcap is not None:
         products = scores.softcap * torch.tanh(products / scores.softcap)
     products = products.masked_fill(~seen, -math.inf)
-    return torch.einsum("bhqk,bkhe->bqhe", products.softmax(-1), v), products.logsumexp(-1)
+    if sinks is not None:
+        column = sinks[:, None, None].expand(batch, -1, sequence, 1)
+        products = torch.cat([products, column], dim=-1)
+    weights = products.softmax(-1)[..., :sequence]
+    return torch.einsum("bhqk,bkhe->bqhe", weights, v), products.logsumexp(-1)
 
 
-def differentiated(function, q, k, v, dout):
-    """(out, lse or None, dq, dk, dv)."""
-    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+def differentiated(function, q, k, v, dout, *others):
+    """(out, lse or None, dq, dk, dv, and the gradients of others that it takes)."""
+    leaves = [t.clone().requires_grad_() for t in (q, k, v, *others)]
     out, lse = function(*leaves)
     return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
 
@@ -68,22 +73,24 @@ def assert_same(actual, expected):
     torch.testing.assert_close(list(actual), list(expected), rtol=1e-12, atol=1e-12)
 
 
-def in_chunks(kernel, inputs, documents, rows_at_once):
-    """(out, lse, dq, dk, dv) chunk by chunk, as a block computes them."""
+def in_chunks(kernel, inputs, documents, rows_at_once, sinks=None):
+    """(out, lse, dq, dk, dv) chunk by chunk, as a block computes them; with sinks theirs too."""
     q, k, v, dout = inputs
     chunks = [
         slice(start, min(start + rows_at_once, q.shape[1]))
         for start in range(0, q.shape[1], rows_at_once)
     ]
-    results = [attend_chunk(kernel, q[:, rows], k, v, rows, documents) for rows in chunks]
+    results = [attend_chunk(kernel, q[:, rows], k, v, rows, documents, sinks) for rows in chunks]
     sums = [
         torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
         if len(chunks) > 1
         else None
         for t in (k, v)
     ]
-    gradients = []
+    gradients, dsinks = [], None
     for rows, (out, lse) in zip(reversed(chunks), reversed(results), strict=True):
+        if sinks is not None:
+            dsinks = sinks_gradient(sinks, dout[:, rows], out, lse, dsinks)
         parts = (q[:, rows], k, v, out, lse, rows, documents, *sums)
         gradients.insert(
             0, [t.clone() for t in attend_chunk_backward(kernel, dout[:, rows], *parts)]
@@ -92,4 +99,5 @@ def in_chunks(kernel, inputs, documents, rows_at_once):
         torch.cat([out for out, _ in results], 1),
         torch.cat([lse for _, lse in results], 2),
         *(torch.cat(parts, 1) for parts in zip(*gradients, strict=True)),
+        *(() if dsinks is None else (dsinks,)),
     ]

@@ -6,7 +6,8 @@ An attention takes queries, keys and values and returns what the queries read:
 
 with H a multiple of K: query heads share key-value heads in groups of H/K. Every query sees itself
 and what lies before it, in its document where documents are given and in its row otherwise. What
-scores are (scaled, capped, within a window) is ``mst.Scores``.
+scores are (scaled, capped, within a window) is ``mst.Scores``. Each head may have a sink, which
+joins the result of any kernel (``mst/sinks.py``); sdpa has none.
 
 Backends that are kernels (``AttentionKernel``) give their log-sum-exp, so that a block can keep
 their result; the others are computed again where a block is.
@@ -84,6 +85,9 @@ log = logging.getLogger(__name__)
 
 WITHOUT_WINDOWS = ("cudnn", "sdpa")
 WITHOUT_SOFTCAP = ("torch_flash", "cudnn", "sdpa")
+WITHOUT_SINKS = ("sdpa",)
+"""They do not give the log-sum-exp with which sinks join."""
+
 NOT_DETERMINISTIC = ("cudnn",)
 """Torch says so of its own; of the rest each has a slower backward that is, and takes it."""
 
@@ -104,7 +108,12 @@ class Attention(Protocol):
     """What the decoder calls; sequence-parallel attention has the same form."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor: ...
 
     def of(self, scores: Scores) -> "Attention":
@@ -118,9 +127,9 @@ def select_attention(
     """The backend of this name for tensors of this device and type.
 
     "auto" is cpu on a CPU. On CUDA it is for each kind of call the fastest of FOR_CUDA that work,
-    and tiled where none has these scores; in fp32 it is sdpa, and tiled where scores are capped or
-    in windows. Under torch's deterministic algorithms only what is deterministic is taken. Raises
-    UserError where the backend asked for cannot work here.
+    and tiled where none has these scores; in fp32 it is sdpa, and tiled where scores are capped, in
+    windows or beside sinks. Under torch's deterministic algorithms only what is deterministic is
+    taken. Raises UserError where the backend asked for cannot work here.
     """
     choose = partial(select_attention, name, device, dtype)
     if name == AUTO and device.type == "cuda" and dtype in HALF:
@@ -184,7 +193,7 @@ def _automatic(device: torch.device, scores: Scores) -> str:
     """Without measuring."""
     if device.type != "cuda":
         return "cpu"
-    return "sdpa" if scores.window is None and scores.softcap is None else "tiled"
+    return "tiled" if scores.window or scores.softcap or scores.sinks else "sdpa"
 
 
 def _measured(device: torch.device, dtype: torch.dtype, scores: Scores) -> AttentionKernel:
@@ -219,6 +228,11 @@ def _problem(name: str, device: torch.device, dtype: torch.dtype, scores: Scores
             f"it does not cap scores, and model.attention_softcap={scores.softcap}: set "
             f"kernel.attention={AUTO}"
         )
+    if scores.sinks and name in WITHOUT_SINKS:
+        return (
+            f"it gives no log-sum-exp for sinks to join, and model.attention_sinks=true: set "
+            f"kernel.attention={AUTO}"
+        )
     deterministic = torch.are_deterministic_algorithms_enabled()
     if device.type == "cuda" and deterministic and name in NOT_DETERMINISTIC:
         return (
@@ -247,11 +261,16 @@ class KernelAttention:
     sharing: SharedSequence | None = None
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         if self.sharing is not None:
-            return attend_shared(self.kernel, self.sharing, q, k, v, documents)
-        return attend(self.kernel, q, k, v, documents)
+            return attend_shared(self.kernel, self.sharing, q, k, v, documents, sinks)
+        return attend(self.kernel, q, k, v, documents, sinks)
 
     def of(self, scores: Scores) -> Attention:
         if scores == self.kernel.scores:
@@ -269,8 +288,14 @@ class SdpaAttention:
     of: Callable[[Scores], Attention]
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
+        assert sinks is None
         if documents is not None:
             # One split of each, whose backward puts all gradients together at once.
             lengths = [end - start for start, end in pairwise(documents.offsets)]

@@ -240,13 +240,15 @@ class ModelConfig:
     tie_embeddings: bool = False
     """The LM head's weight is the embedding's."""
     initializer_std: float = 0.02
-    """The standard deviation of matrices at the start."""
+    """The standard deviation of matrices, and sinks, at the start."""
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     max_positions: int | None = None
     """The longest sequence the model is meant for, as exported checkpoints state it; null: not
     known. It decides nothing here."""
     qkv_bias: bool = False
     """Biases in the query, key and value projections (Qwen2)."""
+    output_bias: bool = False
+    """A bias in attention's output projection (gpt-oss, beside qkv_bias)."""
     qk_norm: str = choice("none", QK_NORMS)
     """Norms of queries and keys before their rotation. head: each head by itself (Qwen3).
     projection: all heads of a token together (OLMo-2)."""
@@ -260,6 +262,8 @@ class ModelConfig:
     """What attention's scores are multiplied by; null: 1 / sqrt(head size)."""
     attention_softcap: float | None = None
     """Bounds attention's scores: softcap * tanh(score / softcap) (Gemma-2)."""
+    attention_sinks: bool = False
+    """Each query head has a learned logit that takes probability and gives no value (gpt-oss)."""
     logit_softcap: float | None = None
     """Bounds the logits in the same way (Gemma-2)."""
     activation: str = choice("silu", ACTIVATIONS)

@@ -17,6 +17,7 @@ from mst_train.attention.reference import ReferenceKernel
 from mst_train.model import Transformer
 from mst_train.mst import Documents, Scores
 from mst_train.mst.attention import PLAIN
+from mst_train.mst.sinks import join_sinks
 
 
 class CachedAttention:
@@ -38,12 +39,17 @@ class CachedAttention:
         return CachedAttention(self._attention.of(scores), scores)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         assert documents is None
         if self._kept is None:
             self._kept = k[:, self._seen], v[:, self._seen]
-            return self._attention(q, k, v)
+            return self._attention(q, k, v, sinks=sinks)
         assert q.shape[1] == 1
         k, v = (
             torch.cat([kept, new], 1)[:, self._seen]
@@ -52,8 +58,9 @@ class CachedAttention:
         self._kept = k, v
         # Query heads with the same keys are to the kernel as many queries of one head.
         q_BGKE = q[:, 0].unflatten(1, (k.shape[2], -1)).transpose(1, 2)
-        out_BGKE, _ = self._kernel.forward(q_BGKE, k, v, causal=False)
-        return out_BGKE.transpose(1, 2).reshape(q.shape)
+        out_BGKE, lse_BKG = self._kernel.forward(q_BGKE, k, v, causal=False)
+        out = out_BGKE.transpose(1, 2).reshape(q.shape)
+        return join_sinks(out, lse_BKG.flatten(1)[..., None], sinks)[0]
 
 
 def continuation(

@@ -6,8 +6,8 @@ from mst_train.config import ModelConfig
 def matrix_parameters(config: ModelConfig) -> int:
     """Weights that take part in a matrix product for each token.
 
-    All but the embedding, norms, biases and the experts that a token does not go through; a tied
-    embedding counts as the head that it is.
+    All but the embedding, norms, biases, sinks and the experts that a token does not go through; a
+    tied embedding counts as the head that it is.
     """
     return _matrices(config, config.experts_per_token)
 
@@ -30,6 +30,10 @@ def parameter_count(config: ModelConfig) -> int:
     block = (4 if config.norm_placement == "around" else 2) * hidden
     if config.qkv_bias:
         block += query_size + 2 * key_size
+    if config.output_bias:
+        block += hidden
+    if config.attention_sinks:
+        block += config.num_heads
     if config.qk_norm == "head":
         block += 2 * config.head_dim
     elif config.qk_norm == "projection":

@@ -77,7 +77,10 @@ class SelfAttention(nn.Module):
         self.query = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
         self.key = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
         self.value = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
-        self.output = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.output = nn.Linear(query_size, config.hidden_size, bias=config.output_bias)
+        self.sinks: nn.Parameter | None = None
+        if config.attention_sinks:
+            self.sinks = nn.Parameter(torch.empty(config.num_heads))
         self.query_norm: RMSNorm | None = None
         self.key_norm: RMSNorm | None = None
         self.norms_heads = config.qk_norm == "head"
@@ -209,6 +212,7 @@ class Block(nn.Module):
             keep=self.keep,
             offload=offload,
             sharing=attention.sharing,
+            sinks=self.attention.sinks,
         )
 
     def _at_once(
@@ -216,7 +220,8 @@ class Block(nn.Module):
     ) -> Tensor:
         q_BSHE, k_BSKE, v_BSKE = self.before_attention(x_BSD, cos, sin)
         assert q_BSHE is not None
-        out_BSHE = self.attention.attention(q_BSHE, k_BSKE, v_BSKE, documents)
+        qkv, sinks = (q_BSHE, k_BSKE, v_BSKE), self.attention.sinks
+        out_BSHE = self.attention.attention(*qkv, documents, sinks)
         stream_BSD, branch_BSD = self.after_attention(x_BSD, out_BSHE)
         return stream_BSD + branch_BSD
 
@@ -265,9 +270,9 @@ class Transformer(nn.Module):
         self.expert_load: Tensor | None = None
         self._sharing = attention.sharing if isinstance(attention, KernelAttention) else None
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        scale = config.attention_scale
+        scores = (config.attention_softcap, config.attention_scale, config.attention_sinks)
         self.blocks = nn.ModuleList(
-            Block(config, attention.of(Scores(window, config.attention_softcap, scale)))
+            Block(config, attention.of(Scores(window, *scores)))
             for window in map(config.window, range(config.num_layers))
         )
         self.norm = RMSNorm(config.hidden_size, config)
@@ -403,10 +408,11 @@ class Transformer(nn.Module):
 
         Matrices are normal with standard deviation ``initializer_std``; those that write to the
         residual stream are scaled by 1/sqrt(2 * layers), so that the stream's variance does not
-        grow with depth (GPT-2, section 2.3). Norms start as multiplying by one, biases at zero.
+        grow with depth (GPT-2, section 2.3). Norms start as multiplying by one, biases at zero;
+        sinks are drawn as matrices are (gpt-oss).
         """
         std = self.config.initializer_std
-        if parameter.ndim == 1:
+        if parameter.ndim == 1 and not name.endswith(".sinks"):
             is_zero = name.endswith(".bias") or self.config.norm_offset
             parameter.fill_(0.0 if is_zero else 1.0)
             return

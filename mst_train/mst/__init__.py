@@ -16,7 +16,7 @@ attention_chunk           attention of one chunk of queries
 sharing                   a sequence that several processes share, and attention over it
 kept                      what a block keeps beside its input
 recompute, rerun          a block in one piece, run again; what makes the second run like the first
-attention                 what an attention kernel is
+attention, sinks          what an attention kernel is; a logit beside the keys' scores
 offload, host_memory      kept tensors in host memory; page-locked tensors
 chunking, accumulate      sizes of chunks; weights' gradients, summed over them
 autograd, autocast        what the autograd functions share

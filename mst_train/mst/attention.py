@@ -8,7 +8,7 @@ Legend: B batch, S sequence, H query heads, K key-value heads, E head size.
 """
 
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from torch import Tensor
 from mst_train.mst.autocast import Autocast
 from mst_train.mst.autograd import first_order_only
 from mst_train.mst.kept import ATTENTION, kept_here
+from mst_train.mst.sinks import join_sinks, sinks_gradient
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class Scores:
     window: keys that a query sees, its own and the ones before it; None: all before it.
     softcap: the scores' bound; None: they are scale * q.k.
     scale: None: 1 / sqrt(head size).
+    sinks: whether each query head has a sink (mst/sinks.py), which joins what a kernel computed.
     """
 
     window: int | None = None
     softcap: float | None = None
     scale: float | None = None
+    sinks: bool = field(default=False, repr=False)  # of no concern to who tells kernels apart
 
 
 PLAIN = Scores()
@@ -172,13 +175,19 @@ class AttentionKernel(Protocol):
 
 
 def attend(
-    kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
+    kernel: AttentionKernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention by ``kernel``, differentiable in q, k and v.
+    """Causal attention by ``kernel``, differentiable in q, k, v and sinks.
 
     Args:
         q: [B, S, H, E]; k, v: [B, S, K, E], H a multiple of K.
         documents: confines attention to each document.
+        sinks: [H], in any type (mst/sinks.py); None: there are none.
 
     Returns:
         [B, S, H, E].
@@ -188,7 +197,7 @@ def attend(
     autocast = Autocast.here(q.device)
     q, k, v = map(autocast.cast, (q, k, v))
     with autocast.off():
-        out: Tensor = _Attend.apply(q, k, v, kernel, documents)  # type: ignore[no-untyped-call]
+        out: Tensor = _Attend.apply(q, k, v, sinks, kernel, documents)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -199,18 +208,25 @@ class _Attend(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        sinks: Tensor | None,
         kernel: AttentionKernel,
         documents: Documents | None,
     ) -> Tensor:
         kept = kept_here()
-        out, lse = kept.handed(ATTENTION, 2) or kernel.forward(q, k, v, documents)
+        out, lse = kept.handed(ATTENTION, 2) or join_sinks(
+            *kernel.forward(q, k, v, documents), sinks
+        )
         kept.record(ATTENTION, (out, lse))
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
         ctx.kernel, ctx.documents = kernel, documents
         return out
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk, dv = ctx.kernel.backward(dout, *ctx.saved_tensors, ctx.documents)
-        return dq, dk, dv, None, None
+        *tensors, out, lse, sinks = ctx.saved_tensors
+        dsinks = None
+        if sinks is not None:
+            dsinks = sinks_gradient(sinks, dout, out, lse).to(sinks.dtype)
+        dq, dk, dv = ctx.kernel.backward(dout, *tensors, out, lse, ctx.documents)
+        return dq, dk, dv, dsinks, None, None

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mst_train.mst.attention import KEYS_AT_ONCE, AttentionKernel, Documents
 from mst_train.mst.chunking import chunk_slices
+from mst_train.mst.sinks import join_sinks
 
 
 class _Part(NamedTuple):
@@ -47,18 +48,21 @@ def attend_chunk(
     v: Tensor,
     chunk: slice,
     documents: Documents | None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of a chunk's queries.
 
     Args:
         q: [B, T, H, E], the queries of the chunk alone.
         k, v: [B, S, K, E]; what comes after the chunk is not read.
+        sinks: [H]; they join once, when all keys are there.
 
     Returns:
         (out, lse): [B, T, H, E] and [B, H, T].
     """
     if kernel.scores.window is not None:
-        return _attend_window(kernel, q, k, v, _parts(documents, k, chunk, kernel.scores.window))
+        parts = _parts(documents, k, chunk, kernel.scores.window)
+        return join_sinks(*_attend_window(kernel, q, k, v, parts), sinks)
     out, lse = kernel.forward(q, k[:, chunk], v[:, chunk], _inside(documents, k, chunk))
     for batch, queries, keys in _before(documents, k, chunk, KEYS_AT_ONCE):
         past_out, past_lse = kernel.forward(
@@ -70,7 +74,7 @@ def attend_chunk(
         part.copy_(merged.addcmul_(past_out, _share(past_lse, merged_lse)))
         part_lse.copy_(merged_lse)
         del past_out, past_lse, merged  # not to be there with the next ones
-    return out, lse
+    return join_sinks(out, lse, sinks)
 
 
 def attend_chunk_backward(

@@ -51,6 +51,7 @@ def mini_sequence_block(
     keep: Collection[str] = (ATTENTION,),
     offload: Offload | None = None,
     sharing: SharedSequence | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """A decoder block, computed in chunks of the sequence in the forward and in the backward.
 
@@ -76,6 +77,8 @@ def mini_sequence_block(
         sharing: the processes that share the sequence, of which x and the row arguments are this
             one's positions, and ``documents`` those of whole sequences. All of them call this, and
             run its backward, together.
+        sinks: [H], attention's (mst/sinks.py), of all heads, in any type; None: there are none.
+            Their gradient reaches autograd once, as a parameter's does.
 
     Returns:
         [B, S, D].
@@ -96,7 +99,9 @@ def mini_sequence_block(
     """
     _require_parts(block, kernel, x)
     parameters = Parameters(block.modules())
-    needs_backward = torch.is_grad_enabled() and (x.requires_grad or bool(parameters.tensors))
+    wanted = x.requires_grad or bool(parameters.tensors)
+    wanted |= sinks is not None and sinks.requires_grad
+    needs_backward = torch.is_grad_enabled() and wanted
     rerun = Rerun("mini_sequence_block", x.device)
     if needs_backward:  # and the block will run again
         for argument in row_arguments:
@@ -117,7 +122,7 @@ def mini_sequence_block(
     schedule = FusedSchedule(call) if sharing is None else SharedSchedule(call, sharing)
     with rerun.autocast.restored(), uncached_parametrizations():
         y: Tensor = _MiniSequenceBlock.apply(  # type: ignore[no-untyped-call]
-            call, schedule, len(row_arguments), x, *row_arguments, *parameters.tensors
+            call, schedule, len(row_arguments), x, sinks, *row_arguments, *parameters.tensors
         )
     if needs_backward and rerun.forward_done():
         raise RuntimeError(
@@ -152,12 +157,13 @@ class _MiniSequenceBlock(torch.autograd.Function):
         schedule: FusedSchedule | SharedSchedule,
         row_arguments: int,
         x_BSD: Tensor,
+        sinks: Tensor | None,
         *tensors: Tensor,
     ) -> Tensor:
         arguments = tensors[:row_arguments]
         # Detached, because autograd may save views of it: it sees changes of x in place.
-        y_BSD = schedule.forward(x_BSD.detach(), arguments)
-        ctx.save_for_backward(*arguments, *call.kept.hand_over())
+        y_BSD = schedule.forward(x_BSD.detach(), arguments, sinks)
+        ctx.save_for_backward(sinks, *arguments, *call.kept.hand_over())
         ctx.call, ctx.schedule, ctx.row_arguments = call, schedule, row_arguments
         return y_BSD
 
@@ -165,10 +171,11 @@ class _MiniSequenceBlock(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, dy_BSD: Tensor) -> tuple[Tensor | None, ...]:
         with ctx.call.rerun.again():
-            saved = ctx.saved_tensors  # once: hooks of others may unpack them
+            sinks, *saved = ctx.saved_tensors  # once: hooks of others may unpack them
             arguments, kept = saved[: ctx.row_arguments], saved[ctx.row_arguments :]
-            dx_BSD, *gradients = ctx.schedule.backward(dy_BSD, arguments, kept)
-        return None, None, None, dx_BSD, *[None] * ctx.row_arguments, *gradients
+            dx_BSD, dsinks, *gradients = ctx.schedule.backward(dy_BSD, arguments, sinks, kept)
+        dsinks = None if dsinks is None else dsinks.to(sinks.dtype)
+        return None, None, None, dx_BSD, dsinks, *[None] * ctx.row_arguments, *gradients
 
 
 def _chunk_length(chunk_tokens: int | str, x_BSD: Tensor, block: RowwiseBlock) -> int:

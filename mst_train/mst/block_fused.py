@@ -17,6 +17,7 @@ from torch import Tensor
 from mst_train.mst.accumulate import wide_zeros
 from mst_train.mst.attention_chunk import attend_chunk, attend_chunk_backward
 from mst_train.mst.block_parts import Call, WeightGradients, gradients_of, refuse_others, sum_of
+from mst_train.mst.sinks import sinks_gradient
 
 KEYS_VALUES = "keys and values"
 """What is kept under it, with offload and several chunks; a chunk's x and attention's result and
@@ -29,7 +30,7 @@ class FusedSchedule:
     def __init__(self, call: Call) -> None:
         self._call = call
 
-    def forward(self, x_BSD: Tensor, arguments: Sequence[Tensor]) -> Tensor:
+    def forward(self, x_BSD: Tensor, arguments: Sequence[Tensor], sinks: Tensor | None) -> Tensor:
         """The block's result, [B, S, D]."""
         call, kept = self._call, self._call.kept
         y_BSD = torch.empty_like(x_BSD, memory_format=torch.contiguous_format)
@@ -40,8 +41,9 @@ class FusedSchedule:
             with results.first():
                 q_BTHE, *new = call.before_attention(x_BTD, arguments, chunk)
             k_BSKE, v_BSKE = keys_values.put(chunk, new)
-            out, lse = attend_chunk(call.kernel, q_BTHE, k_BSKE, v_BSKE, chunk, call.documents)
-            del q_BTHE, new
+            qkv = (q_BTHE, k_BSKE, v_BSKE)
+            out, lse = attend_chunk(call.kernel, *qkv, chunk, call.documents, sinks)
+            del qkv, q_BTHE, new
             if call.needs_backward:
                 kept.save(chunk.start, x_BTD, *((out, lse) if call.keep_attention else ()))
             with results.first():
@@ -53,12 +55,17 @@ class FusedSchedule:
         return y_BSD
 
     def backward(
-        self, dy_BSD: Tensor, arguments: Sequence[Tensor], saved: Sequence[Tensor]
+        self,
+        dy_BSD: Tensor,
+        arguments: Sequence[Tensor],
+        sinks: Tensor | None,
+        saved: Sequence[Tensor],
     ) -> list[Tensor | None]:
-        """The gradients of x and of the parameters."""
+        """The gradients of x, of the sinks and of the parameters."""
         call, several = self._call, len(self._call.chunks) > 1
         dx_BSD = torch.empty_like(dy_BSD, memory_format=torch.contiguous_format)
         dk_BSKE = dv_BSKE = None
+        dsinks: Tensor | None = None
         with call.parameters.aliases() as parameters:
             sums = WeightGradients(parameters, several=several)
             if several:
@@ -75,7 +82,9 @@ class FusedSchedule:
                     if not several:
                         k_BSKE, v_BSKE = k_BTKE.detach(), v_BTKE.detach()
                     qkv = (q_BTHE.detach(), k_BSKE, v_BSKE)
-                    out, lse = attention or attend_chunk(call.kernel, *qkv, chunk, call.documents)
+                    out, lse = attention or attend_chunk(
+                        call.kernel, *qkv, chunk, call.documents, sinks
+                    )
                     out = out.detach().requires_grad_()
                     with torch.enable_grad():
                         results = call.block.after_attention(x_BTD, out, values=False)
@@ -88,9 +97,12 @@ class FusedSchedule:
                 )
                 sums.add(gradients)
                 del gradients
+                dout = sum_of(out, dout)
+                if sinks is not None:
+                    dsinks = sinks_gradient(sinks, dout, out.detach(), lse, dsinks)
                 dq, dk, dv = attend_chunk_backward(
                     call.kernel,
-                    sum_of(out, dout),
+                    dout,
                     *qkv,
                     out.detach(),
                     lse,
@@ -108,7 +120,7 @@ class FusedSchedule:
                 dx_BSD[:, chunk] = sum_of(x_BTD, dx_BTD, more_dx_BTD)
                 # What the next chunk does not need would be there at its peak.
                 del x_BTD, dx_BTD, more_dx_BTD, gradients
-            return [dx_BSD, *sums.totals()]
+            return [dx_BSD, dsinks, *sums.totals()]
 
     def _keys_values_again(
         self, arguments: Sequence[Tensor], saved: Sequence[Tensor]

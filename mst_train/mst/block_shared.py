@@ -37,14 +37,14 @@ class SharedSchedule:
         self._sharing = sharing
         self._attention: SharedAttention
 
-    def forward(self, x_BLD: Tensor, arguments: Sequence[Tensor]) -> Tensor:
+    def forward(self, x_BLD: Tensor, arguments: Sequence[Tensor], sinks: Tensor | None) -> Tensor:
         """The block's result, [B, L, D]."""
         call = self._call
         q_BLHE, k_BLKE, v_BLKE = self._projected(x_BLD, arguments)
         self._attention = SharedAttention.of(
             call.kernel, self._sharing, call.documents, q_BLHE, k_BLKE
         )
-        out_BLHE, attended = self._attention.forward(q_BLHE, k_BLKE, v_BLKE)
+        out_BLHE, attended = self._attention.forward(q_BLHE, k_BLKE, v_BLKE, sinks=sinks)
         del q_BLHE, k_BLKE, v_BLKE
         if call.needs_backward:
             for chunk in call.chunks:
@@ -64,9 +64,13 @@ class SharedSchedule:
         return y_BLD
 
     def backward(
-        self, dy_BLD: Tensor, arguments: Sequence[Tensor], saved: Sequence[Tensor]
+        self,
+        dy_BLD: Tensor,
+        arguments: Sequence[Tensor],
+        sinks: Tensor | None,
+        saved: Sequence[Tensor],
     ) -> list[Tensor | None]:
-        """The gradients of x and of the parameters."""
+        """The gradients of x, of the sinks (this process's part) and of the parameters."""
         call = self._call
         dx_BLD = torch.empty_like(dy_BLD, memory_format=torch.contiguous_format)
         with call.parameters.aliases() as parameters:
@@ -83,7 +87,7 @@ class SharedSchedule:
             else:
                 (x_BLD,) = call.kept.load(INPUT, saved)
                 qkv = self._projected(x_BLD, arguments, kept)
-                out_BLHE, attended = self._attention.forward(*qkv)
+                out_BLHE, attended = self._attention.forward(*qkv, sinks=sinks)
             for chunk in reversed(call.chunks):
                 part = (AFTER, chunk.start)
                 with call.results(part).again(call.load_results(part, saved)):
@@ -93,14 +97,16 @@ class SharedSchedule:
                 qkv = self._projected(x_BLD, arguments, kept)
             given = [out_BLHE, *qkv]  # it alone, so that they can go
             del out_BLHE, qkv
-            gradients = self._attention.backward(given, attended, overwrite=True)
+            gradients, dsinks = self._attention.backward(
+                given, attended, sinks=sinks, overwrite=True
+            )
             for chunk in reversed(call.chunks):
                 cut = [t[:, chunk] for t in gradients]
                 with call.results((BEFORE, chunk.start)).again(kept[chunk.start]):
                     self._before_attention_backward(
                         x_BLD[:, chunk], arguments, chunk, cut, dx_BLD[:, chunk], sums
                     )
-            return [dx_BLD, *sums.totals()]
+            return [dx_BLD, dsinks, *sums.totals()]
 
     def _projected(
         self,

@@ -22,6 +22,7 @@ WINDOWS = {
     "attention_softcap": 20.0,
 }
 EXPERTS = {"num_experts": 5, "balance_loss": 0.3, "router_z_loss": 0.2}
+SINKS = {"attention_sinks": True, "output_bias": True, "initializer_std": 0.5}
 EXCHANGES = {2: ("heads", "keys"), 3: ("heads", "keys"), 4: ("heads", "keys", "both")}
 HEADS = [(12, 12), (12, 4), (12, 2), (12, 1), (12, 3), (12, 6)]
 """Query and key-value heads: for 4 processes enough, fewer, one, and numbers that do not divide."""
@@ -40,8 +41,13 @@ def cases(exchange):
     grouped = {"policy": "mst, attention twice", "heads": 12, "keys": 12, "packed": True}
     for at_once, options in itertools.product((1, 2), (PLAIN, WINDOWS)):
         yield {"at_once": at_once, "options": options, **grouped}
+    for policy in POLICIES:
+        yield {"policy": policy, "packed": True, "heads": 12, "keys": 2, "options": SINKS}
+    for keys in (1, 3, 6):
+        yield {"policy": "mst", "packed": False, "heads": 12, "keys": keys, "options": SINKS}
+    yield {"at_once": 1, "options": SINKS | WINDOWS, **grouped}
     if exchange == "keys":  # heads that no number of processes divides
-        for options in (PLAIN, WINDOWS):
+        for options in (PLAIN, WINDOWS, SINKS):
             yield {"policy": "mst", "packed": True, "heads": 7, "keys": 1, "options": options}
 
 

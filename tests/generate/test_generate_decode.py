@@ -48,9 +48,17 @@ def make_model(config, attending=lambda attention: attention):
     return model
 
 
-@pytest.mark.parametrize("preset", choices("model"))
-def test_logits_are_those_of_the_whole_text(preset):
-    config = tiny(preset)
+def sinking(config):
+    """As gpt-oss has it."""
+    return dataclasses.replace(config, attention_sinks=True, qkv_bias=True, output_bias=True)
+
+
+@pytest.mark.parametrize(
+    ("preset", "more"),
+    [*((name, None) for name in choices("model")), ("gemma2_2b", sinking), ("llama3_8b", sinking)],
+)
+def test_logits_are_those_of_the_whole_text(preset, more):
+    config = more(tiny(preset)) if more else tiny(preset)
     text = torch.randint(97, (LENGTH,), generator=torch.Generator().manual_seed(1)).tolist()
     with torch.no_grad():
         expected = make_model(config).logits(torch.tensor([text]))[0]

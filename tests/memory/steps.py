@@ -83,7 +83,7 @@ def random_step(seed):
     draw = random.Random(seed)
     while validate(config := _random_config(draw)):
         pass
-    config = with_random_pieces(seed, config)
+    config = with_random_sinks(seed, with_random_pieces(seed, config))
     portions = Portions()
     if draw.random() < 0.6:
         length, model = config.data.sequence_length, config.model
@@ -193,6 +193,14 @@ def with_random_pieces(seed, config):
         draw.choice([attention, draw.choice(counts)]), *(draw.choice(counts) for _ in PIECES[1:])
     )
     return replace(config, memory=replace(config.memory, keep=keep))
+
+
+def with_random_sinks(seed, config):
+    """In some steps sinks, and a bias beside the output projection."""
+    draw = random.Random(f"sinks {seed}")
+    sinks = config.kernel.attention != "sdpa" and draw.random() < 0.4
+    model = replace(config.model, attention_sinks=sinks, output_bias=draw.random() < 0.3)
+    return replace(config, model=model)
 
 
 def _random_boundaries(draw, config):

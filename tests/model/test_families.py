@@ -61,6 +61,14 @@ FORMS = {
         "normalize_experts": False,
         "qk_norm": "projection",
     },
+    "gpt_oss": {
+        "qkv_bias": True,
+        "output_bias": True,
+        "attention_sinks": True,
+        "head_size": 10,
+        "sliding_window": 7,
+        "sliding_window_pattern": ["sliding", "full"],
+    },
 }
 POLICIES = {
     "recompute": Policy(recompute=True),
@@ -178,12 +186,12 @@ def test_layers_take_turns():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_initialisation(form):
-    """Norms multiply by one, biases add nothing, matrices have their spread."""
+    """Norms multiply by one, biases add nothing, matrices and sinks have their spread."""
     config = dataclasses.replace(
         ModelConfig(**SIZES | FORMS[form]), hidden_size=256, num_layers=8, initializer_std=0.02
     )
     for name, parameter in build_model(config, seed=0).named_parameters():
-        if parameter.ndim == 1:
+        if parameter.ndim == 1 and not name.endswith("sinks"):
             factor = 0.0 if name.endswith("bias") or config.norm_offset else 1.0
             assert (parameter == factor).all(), name
             continue

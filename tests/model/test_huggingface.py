@@ -685,6 +685,8 @@ def test_models_that_no_family_has():
         ({"attention_scale": 0.5}, None),
         ({"attention_scale": 64**-0.5}, "llama"),
         ({"attention_softcap": 9.0}, None),
+        ({"attention_sinks": True}, None),
+        ({"qkv_bias": True, "output_bias": True}, None),
     ],
 )
 def test_the_family_is_found_by_the_settings(changes, family):

@@ -34,6 +34,14 @@ FAMILIES = {
         sliding_window_pattern=["sliding", "full"],
         attention_softcap=20.0,
     ),
+    "gpt_oss": replace(
+        LLAMA,
+        qkv_bias=True,
+        output_bias=True,
+        attention_sinks=True,
+        sliding_window=9,
+        sliding_window_pattern=["sliding", "full"],
+    ),
 }
 SEQUENCE, OFFSETS = 29, [0, 7, 8, 21, 29, 58]
 

@@ -32,7 +32,11 @@ NEVER = {
 }
 """Keys that only these values (or null) are supported of."""
 
+ATTENTION = {"output_bias": False, "attention_sinks": False}
+"""What no family has."""
+
 LLAMA = {
+    **ATTENTION,
     "qkv_bias": False,
     "qk_norm": "none",
     "attention_softcap": None,
@@ -140,6 +144,7 @@ FAMILIES = {
     "gemma2": Family(
         "Gemma2ForCausalLM",
         {
+            **ATTENTION,
             "qkv_bias": False,
             "qk_norm": "none",
             "norm_placement": "around",

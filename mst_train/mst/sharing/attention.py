@@ -27,6 +27,7 @@ from mst_train.mst.autograd import first_order_only
 from mst_train.mst.sharing.heads import Heads, Share, start_to_heads, start_to_positions
 from mst_train.mst.sharing.keys import KeyMap, Pair
 from mst_train.mst.sharing.sequence import SharedSequence
+from mst_train.mst.sinks import sinks_gradient
 
 
 def attend_shared(
@@ -36,14 +37,17 @@ def attend_shared(
     k: Tensor,
     v: Tensor,
     documents: Documents | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention by ``kernel`` over a shared sequence, differentiable in q, k and v.
+    """Causal attention by ``kernel`` over a shared sequence, differentiable in q, k, v and sinks.
 
     All processes call this together, and run its backward together.
 
     Args:
         q: [B, L, H, E]; k, v: [B, L, K, E], H a multiple of K: at this process's positions.
         documents: of the whole sequences; confines attention to each.
+        sinks: [H], of all heads (mst/sinks.py); None: there are none. As of any weight that the
+            processes have alike, its gradient is the sum of theirs.
 
     Returns:
         [B, L, H, E].
@@ -56,23 +60,33 @@ def attend_shared(
     q, k, v = map(autocast.cast, (q, k, v))
     attention = SharedAttention.of(kernel, sharing, documents, q, k)
     with autocast.off():
-        out: Tensor = _Attend.apply(q, k, v, attention)  # type: ignore[no-untyped-call]
+        out: Tensor = _Attend.apply(q, k, v, sinks, attention)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, attention: "SharedAttention") -> Tensor:
-        out, kept = attention.forward(q, k, v)
-        ctx.save_for_backward(q, k, v, *kept)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        attention: "SharedAttention",
+    ) -> Tensor:
+        out, kept = attention.forward(q, k, v, sinks=sinks)
+        ctx.save_for_backward(q, k, v, sinks, *kept)
         ctx.attention = attention
         return out
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *kept = ctx.saved_tensors
-        return *ctx.attention.backward([dout, q, k, v], kept, overwrite=False), None
+        q, k, v, sinks, *kept = ctx.saved_tensors
+        gradients, dsinks = ctx.attention.backward(
+            [dout, q, k, v], kept, sinks=sinks, overwrite=False
+        )
+        return *gradients, None if dsinks is None else dsinks.to(sinks.dtype), None
 
 
 class _Opened(NamedTuple):
@@ -114,11 +128,13 @@ class SharedAttention:
         heads = Heads(q.shape[2], k.shape[2], places.heads)
         return cls(kernel, sharing, documents, q.shape[1] * places.processes, heads)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Attention of this process's positions.
 
         Args:
-            q: [B, L, H, E]; k, v: [B, L, K, E].
+            q: [B, L, H, E]; k, v: [B, L, K, E]; sinks: [H].
 
         Returns:
             [B, L, H, E], and what else the backward wants: for each group of heads the result and
@@ -128,7 +144,7 @@ class SharedAttention:
         kept: list[Tensor] = []
         closing = _nothing
         for group, opened in self._opened([q, k, v], rows=1):
-            result, lse = self._attend(opened)
+            result, lse = self._attend(opened, None if sinks is None else sinks[self._own(group)])
             del opened
             closing()
             closing = self._to_positions(group, [result], [], [out])
@@ -145,13 +161,22 @@ class SharedAttention:
             self._to_positions(group, [result], [], [out])()
         return out
 
-    def backward(self, given: list[Tensor], kept: list[Tensor], *, overwrite: bool) -> list[Tensor]:
-        """The gradients of q, k and v.
+    def backward(
+        self,
+        given: list[Tensor],
+        kept: list[Tensor],
+        *,
+        sinks: Tensor | None = None,
+        overwrite: bool,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """The gradients of q, k and v, and of the sinks: this process's part of them, in fp32 at
+        least, which is zero for all heads but those that it attends with.
 
         Args:
             given: the result's gradient, [B, L, H, E], and q, k and v as ``forward`` took them;
                 emptied as soon as other processes have their heads.
             kept: as ``forward`` gave it; emptied.
+            sinks: as ``forward`` took them.
             overwrite: whether gradients may be written where q, k and v are, each group's after all
                 of its were read.
 
@@ -161,9 +186,13 @@ class SharedAttention:
         overwrite &= len(self._groups) > 1 or self.sharing.places.heads == 1
         shapes = [t.shape for t in given[1:]]
         into = given[1:] if overwrite else []
+        dsinks = None if sinks is None else wide_zeros(sinks)
         closing = _nothing
         for group, opened in self._opened(given, rows=2):
             result, lse = kept.pop(0), kept.pop(0)
+            if sinks is not None and dsinks is not None:
+                own = self._own(group)
+                dsinks[own] = sinks_gradient(sinks[own], opened.rows[0], result, lse)
             dq, dk, dv = self._attend_backward(opened, result, lse)
             del opened, result, lse
             closing()
@@ -171,7 +200,7 @@ class SharedAttention:
             closing = self._to_positions(group, [dq], [dk, dv], into)
             del dq, dk, dv
         closing()
-        return into
+        return into, dsinks
 
     def _opened(self, given: list[Tensor], rows: int) -> Iterator[tuple[Sequence[Share], _Opened]]:
         """Each group of heads; the next one's tensors are on their way.
@@ -222,13 +251,17 @@ class SharedAttention:
         shares = _heads_of(group, rows, keys_values)
         return start_to_positions([*rows, *keys_values], shares, self.sharing.heads, into)
 
-    def _attend(self, opened: _Opened) -> tuple[Tensor, Tensor]:
+    def _own(self, group: Sequence[Share]) -> slice:
+        """This process's query heads of a group, of all heads."""
+        return group[self.sharing.heads.rank].queries
+
+    def _attend(self, opened: _Opened, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
         """(result, log-sum-exp) of a group: [B, N, heads, E] and [B, heads, N]."""
         (q,) = opened.rows
         spans = [self._for_each_reader(pair) for pair in opened.spans]
         out = lse = None
         for rows, span, chunk, documents in self._pieces(q):
-            part = attend_chunk(self.kernel, q[:, rows], *spans[span], chunk, documents)
+            part = attend_chunk(self.kernel, q[:, rows], *spans[span], chunk, documents, sinks)
             if part[0].shape == q.shape:
                 return part
             if out is None or lse is None:
