@@ -379,9 +379,10 @@ class OptimizerConfig:
 
     name: str = choice("adamw", ("adamw", "muon"))
     """adamw: for all parameters. muon: Muon (Jordan et al. 2024), with one state in the place of
-    two, for the matrices of the blocks, and AdamW for embeddings, LM head, norms and biases. Both
-    have one learning rate and weight decay: an orthogonal update is scaled to the size of AdamW's,
-    by 0.2 sqrt(larger dimension) (Liu et al. 2025, "Muon is Scalable for LLM Training")."""
+    two, for the matrices of the blocks, those of each expert by themselves, and AdamW for
+    embeddings, LM head, norms and biases. Both have one learning rate and weight decay: an
+    orthogonal update is scaled to the size of AdamW's, by 0.2 sqrt(larger dimension) (Liu et al.
+    2025, "Muon is Scalable for LLM Training")."""
     learning_rate: float = 3e-4
     """The highest."""
     schedule: str = choice("cosine", ("cosine", "wsd", "constant"))

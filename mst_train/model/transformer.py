@@ -465,9 +465,12 @@ def materialize(model: nn.Module, device: torch.device | str) -> None:
 def _materialized(
     model: nn.Module, device: torch.device | str
 ) -> Iterator[tuple[nn.Module, dict[str, nn.Parameter]]]:
-    """``materialize`` module by module: each with what is new in it, by its name in the model."""
+    """``materialize`` module by module: each with what is new in it, by its name in the model.
+
+    A module comes after those inside it, which then have values.
+    """
     made: dict[nn.Parameter, nn.Parameter] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in _inside_out(model):
         new = {}
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter not in made:
@@ -476,3 +479,10 @@ def _materialized(
             setattr(module, name, made[parameter])
         if new:
             yield module, new
+
+
+def _inside_out(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """``named_modules`` in the order in which a module comes after those inside it."""
+    for name, child in module.named_children():
+        yield from _inside_out(child, f"{prefix}.{name}" if prefix else name)
+    yield prefix, module

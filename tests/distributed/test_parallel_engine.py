@@ -44,6 +44,15 @@ ON_HOST = [
         (1, 3, "bf16_master"),
     )
 ]
+EXPERTS = [
+    {"degree": degree, "stage": stage, "experts": 3, **others, **FEWER}
+    for degree, stage, others in (
+        (1, 2, {}),
+        (2, 3, {}),
+        (1, 3, {"policy": "recompute"}),
+        (1, 0, {"in_backward": True}),
+    )
+]
 UNCLIPPED = [{"degree": 1, "stage": stage, "max_grad_norm": None, **FEWER} for stage in (1, 2, 3)]
 IN_BACKWARD = [{"degree": degree, "stage": 0, "in_backward": True, **FEWER} for degree in (1, 2)]
 MUON = [
@@ -61,7 +70,7 @@ def alone():
 @pytest.fixture(scope="module")
 def two_together(tmp_path_factory):
     """What else two processes train, in one start of them."""
-    runs = [*MASTERS, *TIED, *IN_BACKWARD, *MUON, *ON_HOST, *UNCLIPPED]
+    runs = [*MASTERS, *TIED, *IN_BACKWARD, *MUON, *ON_HOST, *UNCLIPPED, *EXPERTS]
     return train_all(2, runs, tmp_path_factory.mktemp("two"), timeout=600)
 
 
@@ -204,6 +213,14 @@ def test_muon_without_zero(two_together):
         torch.testing.assert_close(found["norms"], expected["norms"], rtol=5e-4, atol=0)
         for name, weight in expected["weights"].items():
             torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_mixtures_of_experts(two_together):
+    for settings in EXPERTS:
+        (found,) = those_of(two_together, [settings])
+        in_backward = settings.get("in_backward", False)
+        check_equal(train_alone(experts=3, in_backward=in_backward, **FEWER), found, 1e-5)
 
 
 @pytest.mark.slow

@@ -99,7 +99,8 @@ def test_two_processes_train_the_tokens_that_one_has_left(place, tmp_path):
     assert "  steps: 6\n" in (two / "config.yaml").read_text()
 
 
-def test_shared_weights_are_those_of_a_checkpoint(place, tmp_path):
+@pytest.mark.parametrize("experts", [None, 3])
+def test_shared_weights_are_those_of_a_checkpoint(experts, place, tmp_path):
     settings = ModelConfig(
         vocab_size=512,
         hidden_size=32,
@@ -108,6 +109,7 @@ def test_shared_weights_are_those_of_a_checkpoint(place, tmp_path):
         num_heads=4,
         num_kv_heads=2,
         max_positions=64,
+        num_experts=experts,
     )
     save_pretrained(build_model(settings, seed=5), tmp_path / "weights")
     start = [f"model.from_pretrained={tmp_path / 'weights'}", "data.tokenizer=null"]

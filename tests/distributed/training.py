@@ -81,6 +81,7 @@ def make_config(
     max_grad_norm=0.3,
     exchange="auto",
     optimizer="adamw",
+    experts=None,
 ):
     """Whatever the processes, a step has the same sequences, in two micro-batches.
 
@@ -95,7 +96,7 @@ def make_config(
             micro_batch_size=STEP_SEQUENCES // (accumulation * groups),
             accumulation_steps=accumulation,
         ),
-        model=dataclasses.replace(MODEL, tie_embeddings=tied),
+        model=dataclasses.replace(MODEL, tie_embeddings=tied, num_experts=experts),
         data=DataConfig(sequence_length=LENGTH),
         memory=MemoryConfig(
             policy=policy, mlp_chunk_tokens=13, head_chunk_tokens=19, block_chunk_tokens=23

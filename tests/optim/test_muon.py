@@ -17,6 +17,7 @@ CONFIG = OptimizerConfig(name="muon", beta2=0.99, weight_decay=0.2, muon_momentu
 ADAMW = dataclasses.replace(CONFIG, name="adamw")
 STEPS = 10
 TOKENS = 40
+EXPERTS = {"num_experts": 5, "experts_per_token": 2}
 PLACES = {"after": Optimizer, "in_backward": InBackwardOptimizer}
 
 
@@ -32,6 +33,7 @@ def make_decoder(dtype=torch.float64, **settings):
         "qkv_bias": True,
         "qk_norm": "head",
     }
+    sizes |= EXPERTS if settings.pop("experts", False) else {}
     model = ModelConfig(**{**sizes, **settings})
     return build_model(model, policy=Policy(True, True, 16, 24), dtype=dtype)
 
@@ -59,8 +61,10 @@ def run(model, optimizer, steps, accumulation=1, clip=None):
 
 def torchs_own(model, steps, accumulation=1, clip=None):
     """The same steps as a user of torch would write them."""
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    inside = {id(p) for p in matrices}
+    weights = [p for p in model.blocks.parameters() if p.ndim > 1]
+    inside = {id(p) for p in weights}
+    stacked = {p: p.detach().unbind() for p in weights if p.ndim == 3}
+    matrices = [matrix for p in weights for matrix in stacked.get(p, [p])]
     others = [p for p in model.parameters() if id(p) not in inside]
     muon = torch.optim.Muon(
         matrices,
@@ -81,6 +85,10 @@ def torchs_own(model, steps, accumulation=1, clip=None):
         backward(model, step, accumulation)
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
+        for weight, experts in stacked.items():
+            for matrix, gradient in zip(experts, weight.grad, strict=True):
+                matrix.grad = gradient
+            weight.grad = None
         for optimizer in (muon, adamw):
             for group in optimizer.param_groups:
                 group["lr"] = 0.01 / (step + 1)
@@ -93,14 +101,14 @@ def assert_equal(model, other):
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"tie_embeddings": True}, {"experts": True}])
 @pytest.mark.parametrize(
     ("place", "accumulation", "clip"),
     [("after", 1, None), ("in_backward", 1, None), ("after", 3, None), ("after", 2, 0.5)],
 )
-def test_ten_steps_are_those_of_torchs_own(place, accumulation, clip, tied):
+def test_ten_steps_are_those_of_torchs_own(place, accumulation, clip, settings):
     """Bit for bit: Muon rounds to bf16, which can make much of a difference in a last digit."""
-    model, reference = (make_decoder(tie_embeddings=tied) for _ in range(2))
+    model, reference = (make_decoder(**settings) for _ in range(2))
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = PLACES[place](model, CONFIG, master_weights=False)
     run(model, optimizer, range(STEPS), accumulation, clip)
@@ -129,6 +137,16 @@ def test_muon_has_the_blocks_matrices_and_adamw_the_rest(tied):
         assert states[name].keys() == {"step", "exp_avg", "exp_avg_sq"}
 
 
+def test_muon_has_the_experts_matrices():
+    model = make_decoder(experts=True)
+    optimizer = Optimizer(model, CONFIG, master_weights=False)
+    run(model, optimizer, range(1))
+    states = optimizer.state_dict()
+    for name in ("gate", "up", "down", "router.weight"):
+        assert tuple(states[f"blocks.1.mlp.{name}"]) == MUON_STATES
+    assert states["blocks.1.mlp.down"]["momentum_buffer"].shape == (5, 32, 48)
+
+
 @pytest.mark.parametrize("master_weights", [False, True])
 def test_in_the_backward_bf16_is_the_same_bit_for_bit(master_weights):
     found = []
@@ -144,11 +162,13 @@ def test_in_the_backward_bf16_is_the_same_bit_for_bit(master_weights):
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize(("before", "after"), [*itertools.product(PLACES, PLACES)])
 @pytest.mark.parametrize("precision", ["fp64", "bf16", "bf16_master"])
-def test_a_state_goes_on_bit_for_bit(before, after, precision, tmp_path):
+def test_a_state_goes_on_bit_for_bit(before, after, precision, experts, tmp_path):
     def make(place):
-        model = make_decoder(torch.float64 if precision == "fp64" else torch.bfloat16)
+        dtype = torch.float64 if precision == "fp64" else torch.bfloat16
+        model = make_decoder(dtype, experts=experts)
         masters = precision == "bf16_master"
         return model, PLACES[place](model, CONFIG, master_weights=masters)
 
@@ -175,14 +195,15 @@ def test_another_optimizers_state_is_refused(saved, loaded):
         other.load_state_dict(optimizer.state_dict())
 
 
-def test_muon_keeps_one_state_in_the_place_of_two():
+@pytest.mark.parametrize("experts", [False, True])
+def test_muon_keeps_one_state_in_the_place_of_two(experts):
     kept = []
     for config in (ADAMW, CONFIG):
         with MemoryTracker() as tracker:
-            model = make_decoder(torch.float32)
+            model = make_decoder(torch.float32, experts=experts)
             optimizer = Optimizer(model, config, master_weights=False)
             run(model, optimizer, range(2))
         kept.append(tracker.live_bytes)
-    matrices = sum(p.nbytes for p in model.blocks.parameters() if p.ndim == 2)
-    steps = 4 * sum(p.ndim == 2 for p in model.blocks.parameters())
+    matrices = sum(p.nbytes for p in model.blocks.parameters() if p.ndim > 1)
+    steps = 4 * sum(p.ndim > 1 for p in model.blocks.parameters())
     assert kept[0] - kept[1] == matrices + steps
