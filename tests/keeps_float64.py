@@ -6,7 +6,8 @@ from torch.overrides import TorchFunctionMode
 
 
 class KeepsFloat64(TorchFunctionMode):
-    """Leaves fp64 tensors fp64 where transformers casts to fp32 (norms, softmax, logits).
+    """Leaves fp64 tensors fp64 where transformers casts to fp32 (norms, softmax, logits), and has
+    its sums for each expert in fp64.
 
     What it has in fp32 from the start, the rotary angles, stays so.
     """
@@ -21,4 +22,10 @@ class KeepsFloat64(TorchFunctionMode):
                 return args[0]
             if function is F.softmax and torch.float32 in asked:
                 return F.softmax(args[0], dim=kwargs["dim"])
+        if (
+            function is torch.zeros
+            and kwargs.get("dtype") is torch.float32
+            and type(args[0]) is int
+        ):
+            kwargs["dtype"] = torch.float64
         return function(*args, **kwargs)

@@ -41,6 +41,23 @@ MODELS = {
     ),
     "olmo2": ("Olmo2", {}),
     "phi3": ("Phi3", {"sliding_window": 6}),
+    "mixtral": ("Mixtral", {"num_local_experts": 5}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "head_dim": 10,
+            "output_router_logits": True,
+            "router_aux_loss_coef": 0.3,
+        },
+    ),
+    "olmoe": ("Olmoe", {"num_experts": 5, "num_experts_per_tok": 3}),
+    "olmoe, relu": (
+        "Olmoe",
+        {"num_experts": 5, "num_experts_per_tok": 2, "hidden_act": "relu"},
+    ),
 }
 CHUNKS = {"mlp_chunk_tokens": 7, "head_chunk_tokens": 11, "block_chunk_tokens": 12}
 SCHEMES = {
@@ -57,7 +74,7 @@ def make_model(name="llama", dtype=torch.float32, seed=0, **others):
     config = getattr(transformers, f"{family}Config")(**COMMON | settings | others)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")._from_config(
-        config, attn_implementation="eager"
+        config, attn_implementation="eager", experts_implementation="eager"
     )
     with torch.no_grad():
         for parameter in model.parameters():

@@ -185,6 +185,52 @@ def test_removed_under_a_wrapper_that_holds_on_to_the_forward():
     assert held(**make_batch()).logits is not None
 
 
+def test_the_routers_loss(warnings):
+    """Beside what the mask hides, and beside a router that is not transformers' own, it is the
+    model's own."""
+    model = make_model("qwen3_moe", torch.float64)
+    mask = torch.ones(ROWS, LENGTH, dtype=torch.int64)
+    mask[1, 15:] = 0
+    batch = make_batch()
+    hidden = batch | {"attention_mask": mask}
+    hidden["labels"] = batch["labels"].masked_fill(mask == 0, -100)
+    without = batch | {"output_router_logits": False}
+    expected = [step(model, **b) for b in (without, batch)]
+    of_hidden = model(**hidden).loss
+    assert expected[1][0] - expected[0][0] > 0.3  # at least its coefficient
+    apply_mini_sequence(model, **CHUNKS)
+    assert_same(step(model, **without), expected[0])
+    assert_same(step(model, **batch), expected[1])
+    assert not warnings()
+    torch.testing.assert_close(model(**hidden).loss, of_hidden)
+    model.model.layers[1].mlp.gate.register_forward_hook(lambda *_: None)
+    assert_same(step(model, **batch), expected[1], 1e-14)
+    told = warnings()
+    assert ["attention_mask hides" in told[0], "routers and experts as" in told[1]] == [True] * 2
+
+
+def test_an_expert_layer_keeps_no_intermediates():
+    """But for one chunk's, whatever the length."""
+
+    def peak(length, apply):
+        model, batch = make_model("mixtral"), make_batch(1, length)
+        if apply:
+            apply_mini_sequence(model, **CHUNKS)
+        with MemoryTracker() as tracker:
+            model(**batch, use_cache=False).loss.backward()
+        return tracker.peak_bytes
+
+    growth = [peak(512, apply) - peak(256, apply) for apply in (False, True)]
+    assert growth[1] < 0.1 * growth[0]
+
+
+def test_random_routing_is_refused():
+    model = make_model("mixtral", router_jitter_noise=0.1)
+    apply_mini_sequence(model, **CHUNKS)
+    with pytest.raises(RuntimeError, match="drew random numbers"):
+        model(**make_batch())
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -193,8 +239,8 @@ def unsupported():
     yield transformers.GPT2LMHeadModel(gpt2), "GPT2LMHeadModel is not supported"
     yield torch.nn.Linear(2, 2), "Linear is not supported"
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
-    mixtral = transformers.MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
-    yield transformers.MixtralForCausalLM(mixtral), "MixtralForCausalLM is not supported"
+    shared = transformers.Qwen2MoeConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    yield transformers.Qwen2MoeForCausalLM(shared), "Qwen2MoeForCausalLM is not supported"
     yield make_model().model, "LlamaModel is not supported"
     yield make_model(attention_dropout=0.1), "attention_dropout=0.1"
     yield make_model("phi3", resid_pdrop=0.1), "resid_pdrop=0.1"

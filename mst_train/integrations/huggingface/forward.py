@@ -21,7 +21,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from mst_train.attention.select import KernelAttention, select_attention
 from mst_train.integrations.huggingface.calls import origin, rewritten
 from mst_train.integrations.huggingface.head import logits_of, loss_of
-from mst_train.integrations.huggingface.layers import Family, RowwiseLayer, once_only
+from mst_train.integrations.huggingface.layers import (
+    Family,
+    RowwiseLayer,
+    once_only,
+    plain_activation,
+)
 from mst_train.mst import (
     ATTENTION,
     AttentionKernel,
@@ -29,8 +34,10 @@ from mst_train.mst import (
     Scores,
     attend,
     mini_sequence_block,
+    router_losses,
 )
 from mst_train.mst.autocast import Autocast
+from mst_train.mst.router_losses import RouterLosses
 from mst_train.ranges import BLOCK_RANGE, HEAD_RANGE
 
 STATE = "_mini_sequence"
@@ -153,29 +160,46 @@ def causal_lm_forward(base: Any) -> Any:
             finally:
                 settings.as_before = False
         _check_forward(base, "the model")
-        hidden_BSD = (
-            Call(settings, packed=_packed(self, call))
-            .run(
-                "the model's trunk",
-                self.model,
-                input_ids=input_ids,
-                position_ids=position_ids,
-                past_key_values=None,
-                inputs_embeds=inputs_embeds,
-                use_cache=False,
+        losses = _router_losses(self, call)
+        with router_losses.first(losses):
+            hidden_BSD = (
+                Call(settings, packed=_packed(self, call))
+                .run(
+                    "the model's trunk",
+                    self.model,
+                    input_ids=input_ids,
+                    position_ids=position_ids,
+                    past_key_values=None,
+                    inputs_embeds=inputs_embeds,
+                    use_cache=False,
+                )
+                .last_hidden_state
             )
-            .last_hidden_state
-        )
         if labels is None:
             return CausalLMOutputWithPast(logits=logits_of(self, hidden_BSD))
         with record_function(HEAD_RANGE):
             loss = loss_of(self, hidden_BSD, labels, settings.head_chunk_tokens, **kwargs)
+        if losses is not None:
+            loss = losses.added(loss, torch.ones_like(loss, dtype=torch.int64))
         wanted = settings.evaluation_logits and not self.training
         return CausalLMOutputWithPast(
             loss=loss, logits=logits_of(self, hidden_BSD) if wanted else None
         )
 
     return forward
+
+
+def _router_losses(model: Any, call: dict[str, Any]) -> RouterLosses | None:
+    """What the model adds to its loss for its routers, if it does."""
+    if call["labels"] is None or not _wants_router_logits(model, call):
+        return None
+    device = model.get_input_embeddings().weight.device
+    return RouterLosses(model.num_experts, device, model.router_aux_loss_coef, 0.0)
+
+
+def _wants_router_logits(model: Any, call: dict[str, Any]) -> bool:
+    wanted = call.get("output_router_logits")
+    return bool(getattr(model.config, "output_router_logits", False) if wanted is None else wanted)
 
 
 def trunk_forward(base: Any) -> Any:
@@ -259,6 +283,7 @@ def _unsuited(model: Any, call: dict[str, Any]) -> str | None:
     taken = {
         *("input_ids", "inputs_embeds", "position_ids", "labels", "attention_mask"),
         *("num_items_in_batch", "shift_labels", "ignore_index", "return_dict", "logits_to_keep"),
+        "output_router_logits",
     }
     if call["past_key_values"] is not None or call["use_cache"]:
         return "a KV cache is asked for (use_cache=False does without)"
@@ -284,6 +309,13 @@ def _unsuited(model: Any, call: dict[str, Any]) -> str | None:
             return "an activated LoRA (alora_invocation_tokens) begins at some token"
     if call["labels"] is not None and model.loss_function is not ForCausalLMLoss:
         return "the model has a loss function of its own"
+    if _wants_router_logits(model, call):
+        family: Family = getattr(model, STATE).family
+        mask = call["attention_mask"]
+        if mask is not None and not bool(mask.all()):
+            return "the routers' loss leaves out what attention_mask hides"
+        if any(plain_activation(layer, family) is None for layer in model.model.layers):
+            return "the routers' loss needs routers and experts as transformers made them"
     if not _hides_nothing(call):
         return (
             "attention_mask hides tokens, and not only unlabelled ones at the rows' ends: pad on "

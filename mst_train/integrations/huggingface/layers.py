@@ -22,7 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from mst_train.integrations.huggingface.calls import altered, origin
 from mst_train.model.hf.families import FAMILIES as DECODERS
 from mst_train.model.hf.families import Family as DecoderFamily
-from mst_train.mst import Scores, mini_sequence_mlp
+from mst_train.mst import Scores, mini_sequence_experts, mini_sequence_mlp
 from mst_train.mst.chunking import BLOCK_BYTES, chunk_slices, resolve_chunk_tokens
 
 
@@ -38,6 +38,7 @@ class Family:
         ``layer_types`` says.
     head_norms: queries and keys are normed. none, head (each head), projection (all together).
     fused: one projection for queries, keys and values.
+    experts: a mixture of experts is in the MLP's place.
     """
 
     module: str
@@ -46,6 +47,7 @@ class Family:
     windows: str = "none"
     head_norms: str = "none"
     fused: bool = False
+    experts: bool = False
 
     @classmethod
     def of(cls, model_type: str, decoder: DecoderFamily) -> "Family":
@@ -56,6 +58,7 @@ class Family:
             norms=decoder.fixed["norm_placement"],
             windows=decoder.windows,
             head_norms=decoder.fixed["qk_norm"],
+            experts=decoder.experts is not None,
         )
 
     @property
@@ -84,7 +87,8 @@ class Family:
 
     def problem(self, layer: Any) -> str | None:
         """Why a layer's attention and MLP cannot be computed in their place, if they cannot."""
-        for name, suffix in (("self_attn", "Attention"), ("mlp", "MLP")):
+        mlp = "SparseMoeBlock" if self.experts else "MLP"
+        for name, suffix in (("self_attn", "Attention"), ("mlp", mlp)):
             part, own = getattr(layer, name), self.get(self.prefix + suffix)
             if type(part) is not own:
                 theirs = f"transformers' own {self.prefix}{suffix}"
@@ -110,10 +114,10 @@ class Family:
 
 
 FAMILIES = (
-    *(Family.of(name, decoder) for name, decoder in DECODERS.items() if decoder.experts is None),
+    *(Family.of(name, decoder) for name, decoder in DECODERS.items()),
     Family("phi3", "Phi3", windows="all", fused=True),
 )
-"""Those of our own decoder that have MLPs alone, and others whose checkpoints it does not read."""
+"""Those of our own decoder, and others whose checkpoints it does not read."""
 
 NORMS = {
     "before": ("input_layernorm", None, "post_attention_layernorm", None),
@@ -146,15 +150,7 @@ class RowwiseLayer:
         self._switches = _switches(layer) if rerun else None
         self._rotate: Callable[..., tuple[Tensor, Tensor]] = family.get("apply_rotary_pos_emb")
         self._norms = [name and getattr(layer, name) for name in NORMS[family.norms]]
-        self._activation: str | None = None
-        if (
-            not family.fused
-            and altered(layer.mlp) is None
-            and all(map(is_plain, self._projections()))
-        ):
-            activation = layer.mlp.act_fn
-            if altered(activation) is None:
-                self._activation = ACTIVATIONS.get(type(activation))
+        self._activation = plain_activation(layer, family)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self._layer.parameters()
@@ -218,39 +214,77 @@ class RowwiseLayer:
         """
         config, head_dim = self._layer.self_attn.config, self._layer.self_attn.head_dim
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        features = heads * head_dim + 2 * config.hidden_size + 2 * config.intermediate_size
+        features = heads * head_dim + config.hidden_size + self._mlp_features()
         bytes_per_token = 2 * features * x_BSD.element_size()
         tokens = x_BSD[..., 0].numel()
         return resolve_chunk_tokens(asked, tokens, bytes_per_token, x_BSD.device, BLOCK_BYTES)
 
-    def _projections(self) -> tuple[Any, Any, Any]:
+    def _mlp_features(self) -> int:
+        """Features of the results of the MLP's products, per token."""
         mlp = self._layer.mlp
-        return mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        if not self._family.experts:
+            return int(mlp.config.hidden_size + 2 * mlp.config.intermediate_size)
+        experts = mlp.experts
+        each = experts.hidden_dim + 2 * experts.intermediate_dim
+        return int(experts.num_experts + mlp.gate.top_k * each)
 
     def _mlp(self, x_BTD: Tensor, values: bool = True) -> Tensor:
         mlp = self._layer.mlp
         if self._activation is not None:
-            weights = [projection.weight for projection in self._projections()]
-            return mini_sequence_mlp(
+            options: Any = {
+                "chunk_tokens": self._mlp_chunk_tokens,
+                "activation": self._activation,
+                "values": values,
+            }
+            if not self._family.experts:
+                weights = [projection.weight for projection in _projections(mlp)]
+                return mini_sequence_mlp(x_BTD, *weights, **options)
+            return mini_sequence_experts(
                 x_BTD,
-                *weights,
-                chunk_tokens=self._mlp_chunk_tokens,
-                activation=self._activation,
-                values=values,
+                mlp.gate.weight,
+                *mlp.experts.gate_up_proj.chunk(2, dim=1),
+                mlp.experts.down_proj,
+                top_k=mlp.gate.top_k,
+                normalize=getattr(mlp.gate, "norm_topk_prob", True),
+                **options,
             )
         if self._rerun or not torch.is_grad_enabled():
             return mlp(x_BTD)
-        # Three arrays of [C, F], each with its gradient.
-        bytes_per_token = 6 * mlp.config.intermediate_size * x_BTD.element_size()
+        # What its products give, each with its gradient.
+        bytes_per_token = 2 * self._mlp_features() * x_BTD.element_size()
         tokens = resolve_chunk_tokens(
             self._mlp_chunk_tokens, x_BTD[..., 0].numel(), bytes_per_token, x_BTD.device
         )
         length = -(-tokens // x_BTD.shape[0])
         parts = [
-            checkpoint(mlp, x_BTD[:, chunk], use_reentrant=False)
+            checkpoint(mlp, x_BTD[:, chunk].contiguous(), use_reentrant=False)
             for chunk in chunk_slices(x_BTD.shape[1], length)
         ]
         return torch.cat(parts, dim=1)
+
+
+def plain_activation(layer: Any, family: Family) -> str | None:
+    """The activation of a layer's MLP that the method can compute in its place; None where it is
+    more than linear layers, or experts, and an activation that is known."""
+    mlp = layer.mlp
+    if family.fused or altered(mlp) is not None:
+        return None
+    if family.experts:
+        router, experts = mlp.gate, mlp.experts
+        theirs = (family.get(f"{family.prefix}{name}") for name in ("TopKRouter", "Experts"))
+        plain = [type(router), type(experts)] == [*theirs] and not getattr(mlp, "jitter_noise", 0)
+        if not plain or altered(router) is not None or altered(experts) is not None:
+            return None
+        activation = experts.act_fn
+    else:
+        if not all(map(is_plain, _projections(mlp))):
+            return None
+        activation = mlp.act_fn
+    return ACTIVATIONS.get(type(activation)) if altered(activation) is None else None
+
+
+def _projections(mlp: Any) -> tuple[Any, Any, Any]:
+    return mlp.gate_proj, mlp.up_proj, mlp.down_proj
 
 
 def is_plain(module: nn.Module) -> bool:
