@@ -42,6 +42,12 @@ def parameter_count(config: ModelConfig) -> int:
     return matrices + embedding + config.num_layers * block + hidden
 
 
+def active_parameter_count(config: ModelConfig) -> int:
+    """Those parameters that one token uses: all but the experts that it does not go through."""
+    idle = _matrices(config, config.num_experts or 0) - matrix_parameters(config)
+    return parameter_count(config) - idle
+
+
 def training_flops(config: ModelConfig, sequence_length: int) -> float:
     """Model FLOPs of training on one sequence: forward and backward, nothing recomputed.
 

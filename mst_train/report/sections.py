@@ -48,6 +48,8 @@ def heading(run: Run) -> str:
     parts = []
     if model:
         parts.append(f"{model['num_layers']} layers of {model['hidden_size']:,}")
+        if model.get("num_experts"):
+            parts.append(f"{model['num_experts']} experts")
     if run.sequence_length:
         parts.append(f"sequences of {run.sequence_length:,} tokens")
     parts += [str(run.settings[key]) for key in ("precision",) if key in run.settings]

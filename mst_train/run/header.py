@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import torch
 
-from mst_train.config import Config
+from mst_train.config import Config, ModelConfig
 from mst_train.data import Data
 from mst_train.distributed.exchange import choose_exchange
-from mst_train.model.flops import parameter_count
+from mst_train.model.flops import active_parameter_count, parameter_count
 from mst_train.plan.choose import describe
 from mst_train.plan.predict import Prediction
 from mst_train.units import GIB, duration
@@ -17,13 +17,20 @@ def header(config: Config, prediction: Prediction, data: Data, step: int) -> Ite
     """Line by line: the model and where it is trained, the data, the way that is left, what it is
     predicted to take. step: the last finished one."""
     yield (
-        f"{config.run.name}: {parameter_count(config.model):,} parameters in {config.precision} on "
+        f"{config.run.name}: {_parameters(config.model)} in {config.precision} on "
         f"{_devices(prediction)}"
     )
     yield f"memory: {describe(prediction)}; {_chunks(prediction)}"
     yield f"data: {_data(config, data)}"
     yield f"run: {_steps(prediction, data, step)}"
     yield f"predicted: {_predicted(prediction, step)}"
+
+
+def _parameters(model: ModelConfig) -> str:
+    text = f"{parameter_count(model):,} parameters"
+    if model.num_experts is not None:
+        text += f", {active_parameter_count(model):,} of them for each token,"
+    return text
 
 
 def _devices(prediction: Prediction) -> str:

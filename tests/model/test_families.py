@@ -16,7 +16,12 @@ from mst_train.cli.config_folders import choices
 from mst_train.config import Config, ModelConfig, RopeScalingConfig, validate
 from mst_train.errors import UserError
 from mst_train.model import Policy, build_model
-from mst_train.model.flops import matrix_parameters, parameter_count, training_flops
+from mst_train.model.flops import (
+    active_parameter_count,
+    matrix_parameters,
+    parameter_count,
+    training_flops,
+)
 from mst_train.model.rope import beyond_positions
 from mst_train.mst import Documents, Offload
 
@@ -232,6 +237,16 @@ def test_matrices_are_those_that_a_token_goes_through():
     more = matrix_parameters(sparse) - matrix_parameters(dense)
     assert more == 3 * one + routers  # in each of three layers a second expert, and the router
     assert parameter_count(sparse) - parameter_count(dense) == 3 * 4 * one + routers
+
+
+@pytest.mark.parametrize(
+    ("preset", "billions"), [("mixtral_8x7b", 12.9), ("olmoe_1b_7b", 1.3), ("qwen3_30b_a3b", 3.3)]
+)
+def test_what_a_token_uses_is_what_is_published(preset, billions):
+    config = compose([f"model={preset}"]).model
+    assert active_parameter_count(config) / 1e9 == pytest.approx(billions, abs=0.06)
+    plain = dataclasses.replace(config, num_experts=None)
+    assert active_parameter_count(plain) == parameter_count(plain)
 
 
 @pytest.mark.parametrize("preset", choices("model"))

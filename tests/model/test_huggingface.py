@@ -138,6 +138,7 @@ MODELS = {
     "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 4, "intermediate_size": 11}),
     "olmoe, one expert each": ("Olmoe", {"num_experts": 3, "num_experts_per_tok": 1}),
 }
+POWERS_OF_TWO = {"num_hidden_layers": 4, "num_experts": 8}
 POLICIES = {
     "vanilla": Policy(),
     "recompute": Policy(recompute=True),
@@ -151,10 +152,10 @@ def model_type_of(name):
     return getattr(transformers, f"{MODELS[name][0]}Config").model_type
 
 
-def make_theirs(name, dtype=torch.float64, seed=0):
+def make_theirs(name, dtype=torch.float64, seed=0, **others):
     """transformers' model of this name, every parameter at random."""
     family, settings = MODELS[name]
-    config = getattr(transformers, f"{family}Config")(**COMMON | settings)
+    config = getattr(transformers, f"{family}Config")(**COMMON | settings | others)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")._from_config(
         config, attn_implementation="eager", experts_implementation="eager"
@@ -713,7 +714,10 @@ def test_every_presets_configuration_survives_the_way_out_and_back():
         again = read_config(values, "config")
         assert again.head_dim == config.head_dim
         expected = dataclasses.replace(
-            config, head_size=again.head_size, max_positions=again.max_positions
+            config,
+            head_size=again.head_size,
+            max_positions=again.max_positions,
+            router_z_loss=0.0,  # which transformers knows nothing of
         )
         assert again == expected, preset
         theirs = transformers.AutoConfig.for_model(**values)
@@ -740,6 +744,28 @@ def test_the_balance_loss_is_transformers_where_it_adds_it(tmp_path):
     values = json.loads((tmp_path / "0.25" / "config.json").read_text())
     without = read_config(values | {"router_aux_loss_coef": 0}, "config")
     assert without.balance_loss == 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", ["mixtral", "qwen3 moe", "olmoe"])
+def test_gradients_with_the_balance_loss(name, policy, tmp_path):
+    """transformers divides by the number of rows in fp32: of a power of two, which is exact."""
+    model = make_theirs(name, output_router_logits=True, router_aux_loss_coef=0.5, **POWERS_OF_TWO)
+    model.save_pretrained(tmp_path)
+    tokens, labels = (t[:, :16] for t in make_batch())
+    expected = their_step(model, tokens, labels)
+    ours = load_pretrained(tmp_path, dtype=torch.float64, device=CPU, policy=POLICIES[policy])
+    loss, _, gradients = our_step(ours, tokens, labels, name)
+    plain = load_pretrained(
+        tmp_path,
+        dtype=torch.float64,
+        device=CPU,
+        config=dataclasses.replace(ours.config, balance_loss=0.0),
+    )
+    assert loss > our_step(plain, tokens, labels, name)[0] + 0.5
+    torch.testing.assert_close(loss, expected[0], rtol=1e-12, atol=0)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[2][key], rtol=1e-10, atol=1e-12, msg=key)
 
 
 def test_how_many_experts_there_are_has_two_keys():

@@ -39,6 +39,15 @@ def test_what_a_run_is():
     assert float(step) == pytest.approx(seconds * 1000, rel=1e-2)
 
 
+def test_parameters_that_a_token_uses():
+    found, _ = lines("model.num_experts=4", "model.experts_per_token=1")
+    # In the one layer 3 experts more than in a dense one, and the router's 4 * 256.
+    assert found[0].startswith(
+        f"tiny: {2_835_200 + 3 * 3 * 256 * 704 + 1024:,} parameters, {2_835_200 + 1024:,} of them "
+        f"for each token, in fp32 on "
+    )
+
+
 def test_what_is_shared_and_kept_on_the_host():
     mixture = "data.mixture=[{source: a}, {source: b}]"
     found, _ = lines(
