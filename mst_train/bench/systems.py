@@ -1,14 +1,14 @@
 """Whole training steps: this project's, transformers', DeepSpeed's ALST and Liger's.
 
 All of them use the same weights: transformers' models have this project's parameters put in the
-place of their own. So losses and gradients can be compared, and each starts from the same memory.
+place of their own, or copies. So losses and gradients can be compared, and a peak is what a step
+takes beside them.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,10 @@ def run(config: BenchConfig, device: torch.device) -> tuple[list[dict[str, Any]]
     problems = {name: missing(NEEDED[name], device) for name in wanted}
     ours = build(config, device)
     ours.policy = policy_of("mst", config)
-    forwards = {
-        name: _forward(name, config, ours, device)
+    if config.model.num_experts is not None and "liger" in problems:
+        problems["liger"] = "not run: mixtures of experts have no kernels of Liger's"
+    systems = {
+        name: _system(name, config, ours, device)
         for name, problem in problems.items()
         if problem is None
     }
@@ -57,8 +59,8 @@ def run(config: BenchConfig, device: torch.device) -> tuple[list[dict[str, Any]]
     def variants(batch: Batch) -> list[Variant]:
         reference: dict[str, Tensor] = {}
         return [
-            _variant(name, partial(forwards[name], batch), ours, reference)
-            if name in forwards
+            _variant(name, systems, batch, reference)
+            if name in systems
             else Variant(name, lambda: None, problem=problems[name], peer=True)
             for name in wanted
         ]
@@ -67,39 +69,63 @@ def run(config: BenchConfig, device: torch.device) -> tuple[list[dict[str, Any]]
     return rows, wrong + _gradient_problems(rows, weight_type(config.precision))
 
 
-def compared_gradients(model: Transformer) -> dict[str, nn.Parameter]:
-    """The parameters of ``COMPARED``."""
-    first: Any = model.blocks[0]
-    last: Any = model.blocks[-1]
-    weights = (
-        model.embedding.weight,
-        first.attention.query.weight,
-        first.mlp.gate.weight,
-        last.attention.key.weight,
-        last.mlp.down.weight,
-        model.head.weight,
-    )
-    return dict(zip(COMPARED, weights, strict=True))
+class System(NamedTuple):
+    """A model, and what computes the mean loss of a batch with it."""
+
+    model: nn.Module
+    loss: Callable[[Batch], Tensor]
+
+
+def compared_gradients(model: Any) -> dict[str, Tensor]:
+    """The gradients of ``COMPARED``, of this project's model or transformers'."""
+    first: Any
+    last: Any
+    embedding: Any
+    head: Any
+    if isinstance(model, Transformer):
+        first, last = model.blocks[0], model.blocks[-1]
+        embedding, head = model.embedding, model.head
+        query, key = first.attention.query, last.attention.key
+        gate, down = first.mlp.gate, last.mlp.down
+    else:
+        first, last = model.model.layers[0], model.model.layers[-1]
+        embedding, head = model.model.embed_tokens, model.lm_head
+        query, key = first.self_attn.q_proj, last.self_attn.k_proj
+        if hasattr(first.mlp, "experts"):
+            gate, down = first.mlp.experts.gate_up_proj, last.mlp.experts.down_proj
+        else:
+            gate, down = first.mlp.gate_proj, last.mlp.down_proj
+    weights = [getattr(part, "weight", part) for part in (embedding, query, gate, key, down, head)]
+    weights = [getattr(part, "weight", part) for part in (embedding, query, gate, key, down, head)]
+    gradients = [w.grad[0] if w.ndim == 3 else w.grad for w in weights]  # the first expert's
+    gradients[2] = gradients[2][: gradients[4].shape[-1]]  # without up, where both are one
+    return {
+        name: gradient[:COMPARED_ROWS].float()
+        for name, gradient in zip(COMPARED, gradients, strict=True)
+    }
 
 
 def _variant(
-    name: str, forward: Callable[[], Tensor], ours: Transformer, reference: dict[str, Tensor]
+    name: str, systems: dict[str, System], batch: Batch, reference: dict[str, Tensor]
 ) -> Variant:
+    system = systems[name]
+
+    def forget() -> None:
+        for other in systems.values():
+            other.model.zero_grad(set_to_none=True)
+
     def run() -> Tensor:
-        loss = forward()
+        loss = system.loss(batch)
         loss.backward()
         return loss.detach()
 
     def inspect(loss: Tensor) -> dict[str, Any]:
         found: dict[str, Any] = {"loss": loss.item(), "gradient_errors": {}}
-        for key, parameter in compared_gradients(ours).items():
-            assert parameter.grad is not None
-            gradient = parameter.grad[:COMPARED_ROWS].float()
+        for key, gradient in compared_gradients(system.model).items():
             reference.setdefault(key, gradient.clone())
             found["gradient_errors"][key] = _difference(gradient, reference[key])
         return found
 
-    forget = partial(ours.zero_grad, set_to_none=True)  # everybody's parameters
     return Variant(name, run, forget, inspect, peer=name != "mst")
 
 
@@ -123,12 +149,9 @@ def _gradient_problems(rows: Sequence[dict[str, Any]], dtype: torch.dtype) -> li
 # --- the variants: the loss of each --------------------------------------------------------------
 
 
-def _forward(
-    name: str, config: BenchConfig, ours: Transformer, device: torch.device
-) -> Callable[[Batch], Tensor]:
-    """What computes the mean loss of a batch."""
+def _system(name: str, config: BenchConfig, ours: Transformer, device: torch.device) -> System:
     if name == "mst":
-        return lambda batch: ours(batch.tokens, batch.labels)[0] / batch.valid_tokens
+        return System(ours, lambda batch: ours(batch.tokens, batch.labels)[0] / batch.valid_tokens)
     if name == "liger":
         model, rope = _liger_model(config, ours, device)
     else:
@@ -139,16 +162,16 @@ def _forward(
         for layer in model.model.layers:
             layer.mlp.forward = MethodType(_tiled_mlp_forward, layer.mlp)
 
-    def forward(batch: Batch) -> Tensor:
+    def loss(batch: Batch) -> Tensor:
         from transformers.models.llama import modeling_llama
 
-        modeling_llama.apply_rotary_pos_emb = rope  # where all of these models look it up
+        modeling_llama.apply_rotary_pos_emb = rope  # where all of the Llamas look it up
         if name == "alst":
             return _tiled_loss(model, batch, loss_tiles(batch.tokens.shape[1], config))
         # The model shifts the labels by itself.
         return model(input_ids=batch.tokens, labels=batch.tokens, use_cache=False).loss
 
-    return forward
+    return System(model, loss)
 
 
 def _tiled_loss(model: Any, batch: Batch, tiles: int) -> Tensor:
@@ -174,9 +197,14 @@ def _tiled_loss(model: Any, batch: Batch, tiles: int) -> Tensor:
 def _tiled_mlp_forward(mlp: Any, x_BSD: Tensor) -> Tensor:
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
 
-    weights = [mlp.down_proj.weight, mlp.gate_proj.weight, mlp.up_proj.weight]
     tiles = mlp_tiles(x_BSD.shape[1], x_BSD.shape[2])
-    return TiledMLP.apply(type(mlp).forward, mlp, x_BSD, tiles, weights)
+    return TiledMLP.apply(_tile_forward, mlp, x_BSD, tiles, list(mlp.parameters()))
+
+
+def _tile_forward(mlp: Any, x: Tensor) -> Tensor:
+    """Of a tile [B, T, D], or in the backward [B * T, D], which experts do not take."""
+    y: Tensor = type(mlp).forward(mlp, x if x.ndim == 3 else x[None])
+    return y.view_as(x)
 
 
 def loss_tiles(tokens: int, config: BenchConfig) -> int:
@@ -194,17 +222,28 @@ def mlp_tiles(tokens: int, hidden_size: int) -> int:
 
 
 def _transformers_model(config: BenchConfig, ours: Transformer, device: torch.device) -> Any:
-    """transformers' Llama of the same dimensions, over this project's parameters."""
+    """transformers' Llama or Mixtral of the same dimensions, over this project's parameters.
+
+    But for those of experts, gate and up of which are one parameter there: these are copies.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = write_config(config.model, "llama", max(lengths(config)))
+    family = "llama" if config.model.num_experts is None else "mixtral"
+    values = write_config(config.model, family, max(lengths(config)))
     settings = AutoConfig.for_model(**values, attn_implementation="sdpa", use_cache=False)
     # The type here and not by a later .to(), which would round the rotary angles too.
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(settings, dtype=weight_type(config.precision))
-    for name, place in places_by_name(ours, "llama"):
-        module, _, kind = name.rpartition(".")
-        setattr(model.get_submodule(module), kind, place.parameter)
+    for name, place in places_by_name(ours, family):
+        if place.expert is None:
+            module, _, kind = name.replace("block_sparse_moe", "mlp").rpartition(".")
+            setattr(model.get_submodule(module), kind, place.parameter)
+    if family == "mixtral":
+        for layer, block in zip(model.model.layers, ours.blocks, strict=True):
+            mlp: Any = block.mlp
+            with torch.no_grad():
+                layer.mlp.experts.gate_up_proj.copy_(torch.cat([mlp.gate, mlp.up], dim=1))
+                layer.mlp.experts.down_proj.copy_(mlp.down)
     model.lm_head.weight = ours.head.weight  # tied ones have one name
     collect_garbage(device)
     return model.train()

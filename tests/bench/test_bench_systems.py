@@ -105,3 +105,15 @@ def test_labels_are_shifted(change):
     batch = random_batch(BenchConfig(), 9, torch.device("cpu"))
     assert batch.labels[0, :-1].tolist() == batch.tokens[0, 1:].tolist()
     assert batch.labels[0, -1] == -100 and batch.valid_tokens == 8
+
+
+def test_mixtures_of_experts_agree(run_bench, by_variant):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    report, _ = run_bench("systems_experts", "bench.loss_tile_mib=1", "bench.lengths=[80]")
+    rows = by_variant(report)
+    for name in HERE:
+        assert rows[name]["problem"] is None
+        assert rows[name]["loss"] == pytest.approx(rows["mst"]["loss"], rel=1e-6)
+        assert max(rows[name]["gradient_errors"].values()) < 1e-5
+    assert rows["liger"]["problem"] == "not run: mixtures of experts have no kernels of Liger's"
