@@ -184,7 +184,7 @@ def check_beginning(before: dict[str, Any], config: Config, origin: Path) -> Non
         f"{key}={new}, but run.init_from={origin} was made with {old}: its weights are for that "
         f"(+experiment with that run's folder takes over all of its settings)"
         for key, new in leaves(asdict(config))
-        if _has_other_weights(key) and (old := lookup(before, key)) != new
+        if _has_other_weights(key) and (old := _before(before, key)) != new
     ]
     name, old = config.optimizer.name, _before(before, "optimizer.name")
     if config.run.init_optimizer and name != old:
@@ -202,9 +202,11 @@ def _has_other_weights(key: str) -> bool:
 
 
 def _before(before: dict[str, Any], key: str) -> Any:
-    """A checkpoint's setting. Those from before there was ``optimizer.name`` are of AdamW."""
-    found = lookup(before, key)
-    return "adamw" if found is None and key == "optimizer.name" else found
+    """A checkpoint's setting; its default where the checkpoint is from before there was one."""
+    group, _, name = key.rpartition(".")
+    holder = lookup(before, group) if group else before
+    known = isinstance(holder, dict) and name in holder
+    return lookup(before if known else asdict(Config()), key)
 
 
 def _is_among(key: str, settings: Iterable[str]) -> bool:

@@ -344,16 +344,19 @@ def test_resuming_as_another_run_is_refused(small_config, change, setting, value
         train(change(small_config, **{setting: value}))
 
 
-def test_a_checkpoint_that_names_no_optimizer_is_of_adamw(small_config, change, caplog):
+def test_a_checkpoint_from_before_a_setting_has_its_default(small_config, change, caplog):
     before = asdict(small_config)
-    del before["optimizer"]["name"]
+    del before["optimizer"]["name"], before["model"]["attention_sinks"], before["memory"]["keep"]
     check_continuation(before, small_config, Path("checkpoint"))
     check_beginning(before, small_config, Path("checkpoint"))
     assert caplog.text == ""
     muon = change(small_config, **{"optimizer.name": "muon"})
+    sinks = change(small_config, **{"model.attention_sinks": True})
     for check in (check_continuation, check_beginning):
         with pytest.raises(UserError, match="was made with adamw"):
             check(before, muon, Path("checkpoint"))
+        with pytest.raises(UserError, match=r"attention_sinks=True, but .* was made with False"):
+            check(before, sinks, Path("checkpoint"))
 
 
 def test_a_prepared_folder_may_move(small_config, change, corpus, tmp_path, caplog):
