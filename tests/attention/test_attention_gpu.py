@@ -34,9 +34,10 @@ def kernel_or_skip(name, scores):
 
 def assert_near(actual, truths):
     """Relative errors of whole tensors. bf16 rounds by 0.002; gradients are sums of such terms."""
-    names = ("result", "lse", "dq", "dk", "dv")
-    bounds = (0.01, 0.002, 0.02, 0.02, 0.02)
-    for name, result, truth, bound in zip(names, actual, truths, bounds, strict=True):
+    names = ("result", "lse", "dq", "dk", "dv", "dsinks")
+    bounds = (0.01, 0.002, 0.02, 0.02, 0.02, 0.02)
+    assert len(actual) == len(truths)
+    for name, result, truth, bound in zip(names, actual, truths, bounds, strict=False):
         error = ((result.double() - truth.double()).norm() / truth.double().norm()).item()
         assert error < bound, f"{name} is off by {error:.2%}"
 
@@ -57,3 +58,16 @@ def test_backends_are_the_formula(name, heads, scores, cu_seqlens):
     truths = results(ReferenceKernel(scores), [t.float() for t in inputs], documents)
     assert_near(results(kernel, inputs, documents), truths)
     assert_near(in_chunks(kernel, inputs, documents, 128), truths)
+
+
+@pytest.mark.parametrize("cu_seqlens", DOCUMENTS, ids=["rows", "documents"])
+@pytest.mark.parametrize("scores", [Scores(sinks=True), Scores(window=100, sinks=True)], ids=str)
+@pytest.mark.parametrize("name", ["auto", *FOR_CUDA, "tiled"])
+def test_sinks(name, scores, cu_seqlens):
+    kernel, documents = kernel_or_skip(name, scores), make_documents(cu_seqlens)
+    inputs = [t.to("cuda", torch.bfloat16) for t in make_inputs(8, 2, SEQUENCE, SIZE, batch=2)]
+    sinks = torch.linspace(-1, 4, 8, device="cuda", dtype=torch.bfloat16)
+    floats = [t.float() for t in inputs]
+    truths = in_chunks(ReferenceKernel(scores), floats, documents, SEQUENCE, sinks.float())
+    for rows_at_once in (128, SEQUENCE):
+        assert_near(in_chunks(kernel, inputs, documents, rows_at_once, sinks), truths)

@@ -78,9 +78,11 @@ def test_it_trains_and_says_where(tmp_path, arguments, monkeypatch, caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_killed_and_resumed_it_gives_the_same_losses(tmp_path, arguments, optimizer):
-    arguments = [*arguments, f"optimizer.name={optimizer}"]
+@pytest.mark.parametrize(
+    "setting", ["optimizer.name=adamw", "optimizer.name=muon", "model.attention_sinks=true"]
+)
+def test_killed_and_resumed_it_gives_the_same_losses(tmp_path, arguments, setting):
+    arguments = [*arguments, setting]
     assert main([*arguments, f"run.dir={tmp_path}/whole"]) == 0
     metrics = tmp_path / "cut" / "metrics.jsonl"
     process = subprocess.Popen(

@@ -32,6 +32,7 @@ ACCUMULATION = "train.accumulation_steps=2"
 TWO = "parallel.sequence_parallel=2"
 HEADS, KEYS = ("parallel.sequence_exchange=" + name for name in ("heads", "keys"))
 ONE_AT_A_TIME = "parallel.exchange_heads=1"
+SINKS = "model.attention_sinks=true"
 MASTERS = "precision=bf16_master"
 
 WITHOUT_ZERO = {
@@ -48,6 +49,8 @@ WITHOUT_ZERO = {
         *(TWO, "memory.policy=mst", *MANY_HEADS, KEYS),
         *("model.sliding_window=40", "model.sliding_window_pattern=[sliding]"),
     ],
+    "heads, sinks": [TWO, "memory.policy=mst", *MANY_HEADS, HEADS, SINKS],
+    "keys, sinks": [TWO, "memory.policy=mst", *MANY_HEADS, KEYS, ONE_AT_A_TIME, SINKS],
     "heads, vanilla": [TWO, "memory.policy=vanilla", *MANY_HEADS, "model.num_kv_heads=2"],
     "heads, shared keys": [
         *(TWO, "memory.policy=recompute", *MANY_HEADS, HEADS, "model.num_kv_heads=1"),
@@ -93,6 +96,7 @@ ZERO = {
     "2, large bucket": zero(2, reduce_bucket_size=2_000_000),
     "2, master weights": zero(2, MASTERS),
     "3": zero(3, "memory.policy=vanilla"),
+    "3, sinks": zero(3, SINKS),
     "3, weights come and go": zero(3, "model.num_layers=6", **FAR),
     "3, master weights, sequence": zero(3, MASTERS, ACCUMULATION, TWO),
 }

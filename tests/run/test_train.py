@@ -118,6 +118,7 @@ IN_BACKWARD = {"optimizer.in_backward": True, "optimizer.max_grad_norm": None}
         {"train.accumulation_steps": 2, "optimizer.name": "muon"},
         IN_BACKWARD,
         IN_BACKWARD | {"optimizer.name": "muon"},
+        {"model.attention_sinks": True, "model.output_bias": True},
     ],
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_master"])
