@@ -1,6 +1,7 @@
 """Attention sinks: what every kernel gives with them is the formula with one more column."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from formula import (
     make_inputs,
 )
 
+from mst_train.attention.measure import Problem
 from mst_train.attention.select import (
     CpuKernel,
     KernelAttention,
@@ -172,6 +174,13 @@ def test_sdpa_has_none():
     chosen = select_attention("auto", CUDA, torch.float32, Scores(sinks=True))
     assert isinstance(chosen, KernelAttention)
     assert isinstance(chosen.kernel, TiledKernel)
+
+
+def test_they_choose_no_other_kernel():
+    """What is measured for calls without sinks holds for calls with them, as it is the same."""
+    problem = Problem(CPU, torch.bfloat16, 1, 64, 64, 4, 2, 16, Scores(window=5))
+    with_sinks = replace(problem, scores=Scores(window=5, sinks=True))
+    assert str(with_sinks.kind) == str(problem.kind)
 
 
 def test_documents_as_they_come():
