@@ -53,6 +53,10 @@ EXPERTS = [
         (1, 0, {"in_backward": True}),
     )
 ]
+SINKS = [
+    {"degree": degree, "stage": stage, "exchange": exchange, "sinks": True, **FEWER}
+    for degree, stage, exchange in ((1, 3, "auto"), (2, 3, "heads"), (2, 2, "keys"))
+]
 UNCLIPPED = [{"degree": 1, "stage": stage, "max_grad_norm": None, **FEWER} for stage in (1, 2, 3)]
 IN_BACKWARD = [{"degree": degree, "stage": 0, "in_backward": True, **FEWER} for degree in (1, 2)]
 MUON = [
@@ -70,7 +74,7 @@ def alone():
 @pytest.fixture(scope="module")
 def two_together(tmp_path_factory):
     """What else two processes train, in one start of them."""
-    runs = [*MASTERS, *TIED, *IN_BACKWARD, *MUON, *ON_HOST, *UNCLIPPED, *EXPERTS]
+    runs = [*MASTERS, *TIED, *IN_BACKWARD, *MUON, *ON_HOST, *UNCLIPPED, *EXPERTS, *SINKS]
     return train_all(2, runs, tmp_path_factory.mktemp("two"), timeout=600)
 
 
@@ -221,6 +225,15 @@ def test_mixtures_of_experts(two_together):
         (found,) = those_of(two_together, [settings])
         in_backward = settings.get("in_backward", False)
         check_equal(train_alone(experts=3, in_backward=in_backward, **FEWER), found, 1e-5)
+
+
+@pytest.mark.slow
+def test_attention_sinks(two_together):
+    """Of which each process has part of the gradient: of its heads, or of its queries."""
+    expected = train_alone(sinks=True, **FEWER)
+    for settings in SINKS:
+        (found,) = those_of(two_together, [settings])
+        check_equal(expected, found, 1e-5)
 
 
 @pytest.mark.slow

@@ -82,6 +82,7 @@ def make_config(
     exchange="auto",
     optimizer="adamw",
     experts=None,
+    sinks=False,
 ):
     """Whatever the processes, a step has the same sequences, in two micro-batches.
 
@@ -96,7 +97,9 @@ def make_config(
             micro_batch_size=STEP_SEQUENCES // (accumulation * groups),
             accumulation_steps=accumulation,
         ),
-        model=dataclasses.replace(MODEL, tie_embeddings=tied, num_experts=experts),
+        model=dataclasses.replace(
+            MODEL, tie_embeddings=tied, num_experts=experts, attention_sinks=sinks
+        ),
         data=DataConfig(sequence_length=LENGTH),
         memory=MemoryConfig(
             policy=policy, mlp_chunk_tokens=13, head_chunk_tokens=19, block_chunk_tokens=23
