@@ -47,7 +47,13 @@ FIXED = (
 """What a run's weights, its optimizer's states and its order of data depend on."""
 
 SHAPE = ("precision", "model")
-MAY_GROW = ("model.rope_theta", "model.rope_scaling", "model.max_positions")
+MAY_CHANGE = (
+    "model.rope_theta",
+    "model.rope_scaling",
+    "model.max_positions",
+    "model.balance_loss",
+    "model.router_z_loss",
+)
 """What a new run that starts from another's weights has to have as they had, and what of it not."""
 
 log = logging.getLogger(__name__)
@@ -198,7 +204,7 @@ def check_beginning(before: dict[str, Any], config: Config, origin: Path) -> Non
 
 def _has_other_weights(key: str) -> bool:
     """Whether another value of this setting means other weights."""
-    return _is_among(key, SHAPE) and not _is_among(key, MAY_GROW)
+    return _is_among(key, SHAPE) and not _is_among(key, MAY_CHANGE)
 
 
 def _before(before: dict[str, Any], key: str) -> Any:

@@ -135,6 +135,16 @@ def test_other_data_with_the_same_tokenizer(small_config, grown, change, corpus,
     train(grown(**settings, **{"data.tokenizer": str(tokenizer)}))
 
 
+def test_the_losses_of_routers_may_change(small_config, change, tmp_path):
+    """Where another run begins, that is: one that goes on keeps its loss."""
+    before = change(small_config, **{"model.num_experts": 3, "train.steps": 2})
+    train(before)
+    balanced = change(before, **{"model.balance_loss": 0.1, "model.router_z_loss": 0.01})
+    with pytest.raises(UserError, match=r"balance_loss=0\.1, but .*\(run\.init_from=.* takes its"):
+        train(balanced)
+    train(change(balanced, **{"run.dir": str(tmp_path / "new"), "run.init_from": before.run.dir}))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
