@@ -786,6 +786,13 @@ def test_a_checkpoint_of_other_experts_is_refused_briefly(folders):
     assert last.endswith(f"and {3 * (1 + 3 * 55) - 50} more tensors that are wrong")
 
 
+def test_all_experts_in_one_tensor_are_told(tmp_path):
+    make_theirs("qwen3 moe").save_pretrained(tmp_path, save_original_format=False)
+    (problem,) = refusal(tmp_path)
+    assert "_proj has the weights of all experts" in problem
+    assert "write it with save_original_format=True" in problem
+
+
 def test_experts_in_several_files_are_gathered_once_for_each(folders):
     """As stage 3 has it, where a parameter is whole in a context alone."""
     found = huggingface.find_weights(pretrained_config(folders("mixtral")), folders("mixtral"))

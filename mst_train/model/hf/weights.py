@@ -61,6 +61,9 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TYPES = ("F64", "F32", "F16", "BF16")
 """Of tensors, by safetensors' names; others are quantized."""
 
+STACKED = (".experts.gate_up_proj", ".experts.down_proj")
+"""Tensors of all experts, which transformers makes of those of a checkpoint, and can write."""
+
 MOST_PROBLEMS = 50
 """What is said of a checkpoint that is another model's altogether."""
 
@@ -256,6 +259,13 @@ def _checked(folder: Path, model: Transformer) -> Found:
     model_type = read_model_type(_read_json(config), str(config))
     wanted = {name: place.tensor for name, place in places_by_name(model, model_type)}
     stored, problems = _stored_tensors(folder)
+    stacked = next((name for name in stored if name.endswith(STACKED)), None)
+    if stacked is not None:
+        raise UserError(
+            f"{folder}: {stacked} has the weights of all experts, and a tensor for each of an "
+            f"expert's matrices is read: write it with save_original_format=True, the default of "
+            f"transformers' save_pretrained"
+        )
     for name, tensor in wanted.items():
         if name not in stored:
             problems.append(f"{folder}: {name} is missing")
