@@ -9,13 +9,15 @@ import importlib.util
 import sys
 from typing import Any
 
+from mst_train.config import TASKS
 from mst_train.memory.tracker import KINDS
+from mst_train.tracking.names import SCORES
 
 NAME = "mst_train"
 
 SECTIONS = {
     "Loss": ("train/loss", "val/loss", "train/learning_rate", "train/grad_norm"),
-    "Use of the context": ("passkey/accuracy", "passkey/loss"),
+    "Use of the context": tuple(f"{task}/{score}" for task in TASKS for score in SCORES),
     "Speed": (
         "speed/tokens_per_second",
         "speed/model_flops_utilization",

@@ -28,8 +28,13 @@ _TRUTHS = {"true": True, "yes": True, "on": True, "1": True}
 _TRUTHS |= {"false": False, "no": False, "off": False, "0": False}
 
 
-RENAMED = {"memory.keep_attention": ("memory.keep.attention", {True: ALL, False: 0})}
-"""Settings that have another key now, and what their values mean there."""
+RENAMED: dict[str, tuple[str, dict[Any, Any] | None]] = {
+    "memory.keep_attention": ("memory.keep.attention", {True: ALL, False: 0}),
+    "evaluation.passkey_every": ("evaluation.every", None),
+    "evaluation.passkey_lengths": ("evaluation.lengths", None),
+    "evaluation.passkey_depths": ("evaluation.depths", None),
+}
+"""Settings that have another key now, and what their values mean there; None: the same."""
 
 
 class Settings(Generic[Schema]):
@@ -65,7 +70,7 @@ class Settings(Generic[Schema]):
 
     def is_list(self, key: str) -> bool:
         """Whether the setting is several values."""
-        return get_origin(self._types.get(key)) is list
+        return get_origin(self._types.get(RENAMED.get(key, (key,))[0])) is list
 
     def unknown(self, key: str) -> str:
         """What to say of a key that is no setting."""
@@ -108,10 +113,15 @@ class Settings(Generic[Schema]):
 def _renamed(key: str, value: Any, problems: list[str]) -> tuple[str, Any]:
     """The present key and value of a setting; what is wrong with the value goes to ``problems``."""
     new, meaning = RENAMED[key]
-    was = meaning.get(_fitted(bool, key, value, problems))
+    was = value if meaning is None else meaning.get(_fitted(bool, key, value, problems))
     if not problems:
-        _warn_once(f"{key} is {new} now: taking {new}={was}")
+        _warn_once(f"{key} is {new} now: taking {new}={_typed_value(was)}")
     return new, was
+
+
+def _typed_value(value: Any) -> str:
+    """As it is typed on a command line."""
+    return shown(str(value).replace(" ", "") if isinstance(value, list) else value)
 
 
 @cache

@@ -14,6 +14,7 @@ from mst_train.config.schema import (
     MOST_MINUTES,
     MOST_TOKENS,
     NOT_IN_PROJECTS,
+    TASK_WORDS,
     Config,
     DataConfig,
     MemoryConfig,
@@ -21,6 +22,7 @@ from mst_train.config.schema import (
     ModelConfig,
     OptimizerConfig,
     RopeScalingConfig,
+    RulerConfig,
     ValidationSetConfig,
     WandbConfig,
     leaves,
@@ -392,19 +394,50 @@ def _exchange_problems(config: Config) -> Iterator[str]:
 
 def _evaluation_problems(config: Config) -> Iterator[str]:
     evaluation, longest = config.evaluation, config.data.sequence_length
-    yield from at_least("evaluation.passkey_every", evaluation.passkey_every, 0)
-    for length in evaluation.passkey_lengths:
-        yield from at_least("evaluation.passkey_lengths", length, 2)
-        if length > longest:
+    yield from at_least("evaluation.every", evaluation.every, 0)
+    yield from at_least("evaluation.samples", evaluation.samples, 1)
+    if not evaluation.tasks:
+        yield "evaluation.tasks is empty: name at least one"
+    for task in dict.fromkeys(evaluation.tasks):
+        if evaluation.tasks.count(task) > 1:
+            yield f"evaluation.tasks has {task} twice: leave one out"
+    for length in evaluation.lengths:
+        yield from at_least("evaluation.lengths", length, 2)
+        if evaluation.every and length > longest:
             yield (
-                f"evaluation.passkey_lengths={length} is longer than data.sequence_length="
-                f"{longest}, which is what the run has memory for"
+                f"evaluation.lengths={length} is longer than data.sequence_length={longest}, which "
+                f"is what the run has memory for: leave it to python -m mst_train.evaluate"
             )
-    if not evaluation.passkey_depths:
-        yield "evaluation.passkey_depths is empty: name at least one, from 0 to 1"
-    for depth in evaluation.passkey_depths:
+    if not evaluation.depths:
+        yield "evaluation.depths is empty: name at least one, from 0 to 1"
+    for depth in evaluation.depths:
         if not 0 <= depth <= 1:
-            yield f"evaluation.passkey_depths={depth} must be from 0 (the beginning) to 1 (the end)"
+            yield f"evaluation.depths={depth} must be from 0 (the beginning) to 1 (the end)"
+    yield from _ruler_problems(evaluation.ruler)
+
+
+def _ruler_problems(ruler: RulerConfig) -> Iterator[str]:
+    group = "evaluation.ruler"
+    yield from at_least(f"{group}.digits", ruler.digits, 1, 15)
+    yield from at_least(f"{group}.needles", ruler.needles, 1, TASK_WORDS // 2)
+    yield from at_least(f"{group}.chains", ruler.chains, 1, TASK_WORDS)
+    yield from at_least(f"{group}.hops", ruler.hops, 0, TASK_WORDS)
+    yield from at_least(f"{group}.common_words", ruler.common_words, 1, TASK_WORDS // 5)
+    yield from at_least(f"{group}.frequent_words", ruler.frequent_words, 1, TASK_WORDS // 10)
+    if not 1 <= ruler.alpha <= 4:
+        yield f"{group}.alpha={ruler.alpha} must be from 1 to 4"
+    variables = ruler.chains * (ruler.hops + 1)
+    if variables > TASK_WORDS:
+        yield (
+            f"{group}.chains={ruler.chains} with {group}.hops={ruler.hops} are {variables} "
+            f"variables, and there are {TASK_WORDS} names for them: lower one"
+        )
+    for key, count in (("needles", ruler.needles), ("chains", ruler.chains)):
+        if ruler.digits >= 1 and count > 10**ruler.digits:
+            yield (
+                f"{group}.{key}={count} is more than there are numbers of {group}.digits="
+                f"{ruler.digits} digits: lower it, or raise that"
+            )
 
 
 def _update_problems(config: Config) -> Iterator[str]:

@@ -51,6 +51,12 @@ NOT_IN_PROJECTS = "/\\#?%:"
 LONGEST_PROJECT = 128
 """What W&B refuses in a project's name."""
 
+DEPTH_TASKS = ("passkey", "niah_single", "niah_multikey")
+"""Tasks that hide what they ask for in one place."""
+TASKS = (*DEPTH_TASKS, "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe")
+TASK_WORDS = 100
+"""How many words the tasks have for keys, variables and lists."""
+
 MOST_MINUTES = 525_600
 """A year: the longest wait. Collectives count nanoseconds in 64 bits."""
 
@@ -429,16 +435,43 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class RulerConfig:
+    """What the texts of evaluation.tasks are like."""
+
+    digits: int = 5
+    """Digits in a number."""
+    needles: int = 4
+    """Keys with a number in niah_multikey and niah_multiquery, numbers of the key in
+    niah_multivalue."""
+    chains: int = 1
+    """Values that vt gives to variables; one of them is asked for."""
+    hops: int = 4
+    """How often a value of vt goes on from one variable to the next."""
+    common_words: int = 10
+    """Words that cwe asks for."""
+    frequent_words: int = 3
+    """Words that fwe asks for."""
+    alpha: float = 2.0
+    """In fwe the frequency of a word is its rank to the power of minus this."""
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """What is evaluated besides the validation loss."""
 
-    passkey_every: int = 0
-    """Steps between passkey retrievals: a number hidden in a long text, asked for at its end. 0:
-    never."""
-    passkey_lengths: list[int] = field(default_factory=list)
-    """Tokens in a passkey's text, each tried; empty: data.sequence_length."""
-    passkey_depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
-    """Where the number is hidden, from 0 (the beginning) to 1 (the end), each tried."""
+    every: int = 0
+    """Steps between the tasks below; the last step of a run has them too. 0: never."""
+    tasks: list[str] = field(default_factory=lambda: ["passkey"], metadata={"choices": TASKS})
+    """Long texts whose end asks for what is in them: passkey, a number in filler, and RULER's
+    niah_single, niah_multikey, niah_multivalue, niah_multiquery, vt, cwe and fwe."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens in a task's text, each tried; empty: data.sequence_length."""
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    """Where what is asked for is hidden, from 0 (the beginning) to 1 (the end), each tried; of
+    passkey, niah_single and niah_multikey, as that of others is in several places."""
+    samples: int = 1
+    """Texts of each task, length and depth."""
+    ruler: RulerConfig = field(default_factory=RulerConfig)
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,18 @@ HELP = """\
 python -m mst_train.evaluate run.dir=DIR [key=value ...]
 python -m mst_train.evaluate model.from_pretrained=FOLDER data.source=... [key=value ...]
 
-Computes the validation loss by position in the sequence, and passkey retrieval: of a run's newest
-checkpoint or one that is named (run.dir=DIR/checkpoints/step_NNNNNNNN), or of a checkpoint in
-Hugging Face's format, as a run that starts from it with these settings has them before its first
-step. Of a run it writes DIR/evaluation.json, and settings are the run's own, but for those given:
-  --help                       this page
-  evaluation.passkey_lengths   tokens in a passkey's text, such as [1024,4096]
-  evaluation.passkey_depths    where its number is, such as [0,0.5,1]
-  train.eval_sequences         validation sequences
+Computes the validation loss by position in the sequence, and tasks whose text ends with a question
+about it: of a run's newest checkpoint or one that is named (run.dir=DIR/checkpoints/step_NNNNNNNN),
+or of a checkpoint in Hugging Face's format, as a run that starts from it with these settings has
+them before its first step. Of a run it writes DIR/evaluation.json, and settings are the run's own,
+but for those given:
+  --help                   this page
+  evaluation.tasks         such as [passkey,niah_multikey,vt,cwe]
+  evaluation.lengths       tokens in a task's text, such as [1024,4096], longer than the run's too
+  evaluation.depths        where what is asked for is, such as [0,0.5,1]
+  evaluation.samples       texts of each task, length and depth
+  evaluation.ruler.*       what the texts are like
+  train.eval_sequences     validation sequences
   data.sequence_length, data.source, memory.head_chunk_tokens, kernel.attention, ...
   precision, model.rope_scaling.*, with model.from_pretrained"""
 

@@ -12,7 +12,9 @@ from mst_train.config import Config
 from mst_train.data import Batch, Vocabulary, load_data
 from mst_train.environment import describe
 from mst_train.errors import UserError
-from mst_train.evaluate.passkey import Probe, make_probes, passkey_record
+from mst_train.evaluate.probe import Probe
+from mst_train.evaluate.scores import probe_record
+from mst_train.evaluate.tasks import make_probes
 from mst_train.evaluate.validation import validate, validation_batches
 
 USED = (
@@ -21,13 +23,11 @@ USED = (
 )
 """What is read of the settings, besides what a run's checkpoint decides."""
 
-PASSKEY = ("passkey_accuracy", "passkey_loss", "passkey")
-
 log = logging.getLogger(__name__)
 
 
 def evaluate_trained(arguments: Sequence[str]) -> tuple[dict[str, Any], Path | None]:
-    """The validation loss, by position too, and passkey retrieval.
+    """The validation loss, by position too, and the tasks.
 
     Args:
         arguments: which model (``trained_model``), and settings, of which ``data`` and
@@ -42,7 +42,7 @@ def evaluate_trained(arguments: Sequence[str]) -> tuple[dict[str, Any], Path | N
         UserError: the data or the model cannot be used, or there is none.
     """
     about = describe(best_device(), "mst_train.evaluate")
-    with trained_model(arguments) as trained:
+    with trained_model([*arguments, "evaluation.every=0"]) as trained:  # memory is no run's here
         warn_of_unused(arguments, USED if trained.checkpoint else (*USED, *WEIGHTS))
         return {**_evaluate(trained), "environment": about}, trained.run
 
@@ -63,16 +63,20 @@ def _evaluate(trained: TrainedModel) -> dict[str, Any]:
     record |= losses
     if found is not None:
         record["val_tokens"] = {str(bucket.start): bucket.tokens for bucket in found.buckets}
-    passkeys = dict.fromkeys(PASSKEY)
+    tasks = config.evaluation.tasks
+    parts = ("", "_accuracy", "_exact", "_loss")
+    scores: dict[str, Any] = {f"{task}{part}": None for task in tasks for part in parts}
     if probes:
-        passkeys = passkey_record(model, probes, shown=lambda some: _bar(some, "passkeys"))
+        scores = probe_record(model, probes, shown=lambda some: _bar(some, "tasks"))
     about = {
         "checkpoint": trained.name,
         "step": trained.progress.get("step"),
         "data": [part.source for part in config.data.mixture] or [config.data.source],
         "sequence_length": config.data.sequence_length,
+        "tasks": tasks,
+        "samples": config.evaluation.samples,
     }
-    return {**about, **record, **passkeys}
+    return {**about, **record, **scores}
 
 
 def _work(trained: TrainedModel, batches: Mapping[str, list[Batch]], probes: list[Probe]) -> str:
@@ -84,7 +88,8 @@ def _work(trained: TrainedModel, batches: Mapping[str, list[Batch]], probes: lis
     ]
     if probes:
         tokens = sum(probe.length for probe in probes)
-        parts.append(f"passkeys, {len(probes)} texts of {tokens:,} tokens together")
+        tasks = ", ".join(dict.fromkeys(probe.task for probe in probes))
+        parts.append(f"{tasks}, {len(probes)} texts of {tokens:,} tokens together")
     on = "the GPU" if best_device().type == "cuda" else "the CPU"
     return f"evaluating {trained.name} on {on}: {'; '.join(parts) or 'there is nothing to do'}"
 
@@ -98,7 +103,7 @@ def _probes(config: Config, tokenizer: Vocabulary) -> list[Probe]:
     try:
         return make_probes(config, tokenizer)
     except UserError as error:
-        if config.evaluation.passkey_lengths:
+        if config.evaluation.lengths:
             raise
-        log.warning("no passkey retrieval: %s", error)
+        log.warning("no %s: %s", ", ".join(config.evaluation.tasks), error)
         return []

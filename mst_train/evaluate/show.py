@@ -7,7 +7,7 @@ from rich.table import Table
 
 
 def render(result: dict[str, Any]) -> str:
-    """Text: which checkpoint and data, the losses by position, the passkeys by length and depth."""
+    """Text: which checkpoint and data, the losses by position, the tasks by length and depth."""
     console = Console(width=100, force_terminal=False, color_system=None)
     parts: list[RenderableType] = []
     if result["val_loss"] is not None:
@@ -19,8 +19,9 @@ def render(result: dict[str, Any]) -> str:
     }
     if sets:
         parts += ["", _sets(sets)]
-    if result["passkey"] is not None:
-        parts += ["", _passkeys(result)]
+    for task in result["tasks"]:
+        if result[task] is not None:
+            parts += ["", _task(task, result)]
     with console.capture() as shown:
         console.print(Group(*parts))
     head = result["checkpoint"]
@@ -46,15 +47,24 @@ def _sets(losses: dict[str, float]) -> Table:
     return table
 
 
-def _passkeys(result: dict[str, Any]) -> Table:
-    table = _table("passkey in tokens", "at depth", "digits right", "loss")
-    for probe in result["passkey"]:
-        accuracy = f"{probe['accuracy']:.0%}"
-        table.add_row(
-            f"{probe['length']:,}", f"{probe['depth']:.0%}", accuracy, f"{probe['loss']:.4f}"
-        )
-    table.add_row("all", "", f"{result['passkey_accuracy']:.0%}", f"{result['passkey_loss']:.4f}")
+def _task(task: str, result: dict[str, Any]) -> Table:
+    table = _table(f"{task} in tokens", "at depth", "answers right", "tokens right", "loss")
+
+    def row(name: str, depth: str, found: dict[str, float], prefix: str = "") -> None:
+        exact, accuracy = (f"{found[prefix + key]:.0%}" for key in ("exact", "accuracy"))
+        table.add_row(name, depth, exact, accuracy, f"{found[f'{prefix}loss']:.4f}")
+
+    for place in result[task]:
+        row(f"{place['length']:,}", f"{place['depth']:.0%}" if "depth" in place else "", place)
+    row("all", "", result, f"{task}_")
+    exact, accuracy = (_odds(result[f"{task}_{key}"]) for key in ("exact_chance", "chance"))
+    table.add_row("by chance", "", exact, accuracy, "")
     return table
+
+
+def _odds(share: float) -> str:
+    """In percent, and 0% for nothing alone."""
+    return f"{share:.0%}" if share == 0 or share >= 0.005 else "<1%"
 
 
 def _table(*columns: str) -> Table:

@@ -104,7 +104,7 @@ def page(runs: Sequence[Run], predictions: Sequence[dict[str, Any]]) -> str:
         sections.figures(runs),
         sections.caution(runs),
         sections.charts(runs, predictions),
-        sections.passkeys(first),
+        sections.tasks(first),
         sections.details(runs),
     ]
     return (

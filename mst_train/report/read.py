@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mst_train.config import ALL, KeepConfig
+from mst_train.config import ALL, TASKS, KeepConfig
 from mst_train.errors import UserError
 from mst_train.memory.tracker import KINDS
 
@@ -30,14 +30,14 @@ log = logging.getLogger(__name__)
 class Run:
     """What a run has written; parts that are not there are empty.
 
-    training, validation, passkeys: the records of each kind, by step.
+    training, validation: the records of each kind, by step; tasks: those of each task.
     """
 
     folder: Path
     name: str
     training: list[Record]
     validation: list[Record]
-    passkeys: list[Record]
+    tasks: dict[str, list[Record]]
     settings: dict[str, Any]
     environment: dict[str, Any]
     prediction: dict[str, Any]
@@ -67,7 +67,8 @@ class Run:
     @property
     def passkey_accuracy(self) -> float | None:
         """Of the last retrieval; None where there was none."""
-        return self.passkeys[-1]["passkey_accuracy"] if self.passkeys else None
+        found = self.tasks.get("passkey")
+        return found[-1]["passkey_accuracy"] if found else None
 
 
 def curve(records: list[Record], key: str, scale: float = 1) -> tuple[list[int], list[float]]:
@@ -108,7 +109,7 @@ def read_run(folder: Path) -> Run:
         group(settings, "run").get("name", folder.name),
         training,
         [r for r in records if "val_loss" in r],
-        [r for r in records if "passkey" in r],
+        {task: found for task in TASKS if (found := [r for r in records if task in r])},
         settings,
         _read(folder / "environment.json", json.loads, _check_environment),
         _read(folder / "prediction.json", json.loads, _check_prediction),
@@ -187,10 +188,11 @@ def _check_record(record: Any) -> None:
             _require(isinstance(value, dict), f"{key} is no group of losses")
             places = all(at.isascii() and at.isdigit() and len(at) < 16 for at in value)
             _require(places and all(map(_is_number, value.values())), f"{key} is not by position")
-        elif key == "passkey":
+        elif key in TASKS:
             _require(isinstance(value, list) and bool(value), f"{key} is no list of probes")
             _require(all(map(_is_probe, value)), f"{key} has a probe of another form")
-            _require(_is_share(record.get("passkey_accuracy")), "passkey_accuracy is no share")
+            _require(len({"depth" in probe for probe in value}) == 1, f"{key} lacks a depth")
+            _require(_is_share(record.get(f"{key}_accuracy")), f"{key}_accuracy is no share")
         elif key not in ("skipped", "stopped"):
             unknown = value is None or (isinstance(value, float) and not math.isfinite(value))
             _require(unknown or _is_number(value), f"{key} is no number that can be")
@@ -200,7 +202,7 @@ def _is_probe(probe: Any) -> bool:
     return (
         isinstance(probe, dict)
         and _is_whole(probe.get("length"))
-        and _is_share(probe.get("depth"))
+        and _is_share(probe.get("depth", 0))
         and _is_share(probe.get("accuracy"))
     )
 

@@ -17,7 +17,7 @@ from mst_train.report.charts import (
     line_chart,
     memory_chart,
 )
-from mst_train.report.read import Run, curve, group
+from mst_train.report.read import Record, Run, curve, group
 from mst_train.report.tokenizers import warning
 from mst_train.units import GIB, duration
 
@@ -172,26 +172,34 @@ def memory(runs: Sequence[Run], predictions: Sequence[Report]) -> list[str]:
     return parts
 
 
-def passkeys(run: Run) -> str:
-    """The last passkey retrieval, by length and depth; nothing where there was none."""
-    if not run.passkeys:
-        return ""
-    last = run.passkeys[-1]
-    found = {(probe["length"], probe["depth"]): probe["accuracy"] for probe in last["passkey"]}
-    lengths, depths = (sorted(set(values)) for values in zip(*found, strict=True))
-    head = "".join(f"<th>{depth:.0%}</th>" for depth in depths)
+def tasks(run: Run) -> str:
+    """The last answers to each task, by length and depth; nothing where there were none."""
+    return "\n".join(_task(task, records[-1]) for task, records in run.tasks.items())
+
+
+def _task(task: str, last: Record) -> str:
+    found = {(probe["length"], probe.get("depth")): probe["accuracy"] for probe in last[task]}
+    lengths = sorted({length for length, _ in found})
+    depths = sorted({depth for _, depth in found}, key=lambda depth: depth or 0)
+    head = "".join(f"<th>{'' if depth is None else f'{depth:.0%}'}</th>" for depth in depths)
     rows = "".join(
         f"<tr><th>{length:,} tokens</th>"
         + "".join(_share(found.get((length, depth))) for depth in depths)
         + "</tr>"
         for length in lengths
     )
-    note = (
-        f"After {last['step']:,} steps: how much of a hidden number the model finds, by the text's "
-        f"length and the number's place in it"
-    )
+    note = f"After {last['step']:,} steps: "
+    if task == "passkey":
+        title = "Passkey retrieval"
+        note += "how much of a hidden number the model finds, by the text's length"
+    else:
+        title = task
+        note += "how many of the answers' tokens the model finds, by the text's length"
+    note += "" if depths == [None] else " and the number's place in it"
+    chance = last.get(f"{task}_chance")
+    note += "" if chance is None else f"; {chance:.0%} by chance"
     table = f"<div class=scroll><table><tr><th></th>{head}</tr>{rows}</table></div>"
-    return f"<section>{_figure('Passkey retrieval', note, table)}</section>"
+    return f"<section>{_figure(title, note, table)}</section>"
 
 
 def details(runs: Sequence[Run]) -> str:

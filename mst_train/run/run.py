@@ -34,7 +34,7 @@ from mst_train.distributed import (
 )
 from mst_train.engine.step import BadStep
 from mst_train.errors import DataError, Stopped, TrainingError, UserError, memory_ran_out
-from mst_train.evaluate.passkey import passkey_record
+from mst_train.evaluate.scores import probe_record
 from mst_train.evaluate.validation import validate, validation_batches
 from mst_train.files import write_json
 from mst_train.memory.tracker import process_peak_bytes
@@ -69,7 +69,7 @@ class Run:
         self._tokens: int = start.progress["tokens"]
         self._position: int = start.progress["position"]
         self._saved = self.step
-        self._data, self._passkeys = made.data, made.passkeys
+        self._data, self._probes = made.data, made.probes
         size = config.train.micro_batch_size
         self._sequences = SharedSequences(made.data.training, topology, size, self._position)
         self._loader = Loader(self._sequences, size, seed=config.train.seed)
@@ -190,11 +190,14 @@ class Run:
         self.progress.say(f"step {self.step}: validation loss {', '.join(losses)}")
         self.summary |= record
 
-    def retrieve(self) -> None:
-        """How many hidden passkeys the model finds."""
-        record = passkey_record(self.model, self._passkeys, self.topology)
+    def answer(self) -> None:
+        """What the model finds in the texts of ``evaluation.tasks``."""
+        record = probe_record(self.model, self._probes, self.topology)
         self._record({"step": self.step, **record})
-        self.progress.say(f"step {self.step}: passkeys {record['passkey_accuracy']:.0%} right")
+        shares = (
+            f"{task} {record[f'{task}_accuracy']:.0%}" for task in self.config.evaluation.tasks
+        )
+        self.progress.say(f"step {self.step}: {', '.join(shares)} right")
         self.summary |= record
 
     def save(self) -> None:

@@ -20,7 +20,8 @@ from mst_train.data import Data, load_data, vocabulary_file
 from mst_train.distributed import Topology, check_same, together
 from mst_train.engine import Engine, build_engine, check_engine, partition, whole_parameters
 from mst_train.errors import UserError
-from mst_train.evaluate.passkey import Probe, make_probes
+from mst_train.evaluate.probe import Probe
+from mst_train.evaluate.tasks import make_probes
 from mst_train.model import Policy, Transformer, build_model
 from mst_train.model.hf.weights import copy_weights, find_weights
 from mst_train.model.rope import beyond_positions
@@ -78,7 +79,7 @@ class SetUp:
     prediction: Prediction | None
     largest_parts: str
     data: Data
-    passkeys: list[Probe]
+    probes: list[Probe]
     model: Transformer
     engine: Engine
 
@@ -128,7 +129,7 @@ def set_up(start: Start) -> SetUp:
     data = _load_data(config, patient)
     with together(patient):
         _check_data(start, config, data)
-        passkeys = make_probes(config, data.tokenizer) if config.evaluation.passkey_every else []
+        probes = make_probes(config, data.tokenizer) if config.evaluation.every else []
         choose_algorithms(config)
         keep_to(start.progress.get("attention", {}))
         attention = select_kernels(config.kernel, topology.device, weight_type(config.precision))
@@ -161,7 +162,7 @@ def set_up(start: Start) -> SetUp:
     elif start.origin is not None:
         what = "weights and optimizer states" if config.run.init_optimizer else "weights"
         log.info("starting with the %s of %s", what, start.origin)
-    return SetUp(start, config, prediction, largest, data, passkeys, model, engine)
+    return SetUp(start, config, prediction, largest, data, probes, model, engine)
 
 
 def _predict(config: Config, topology: Topology) -> tuple[Prediction | None, Config, str]:

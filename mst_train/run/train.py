@@ -66,8 +66,8 @@ def _all_steps(run: Run) -> dict[str, Any]:
         run.finish_step(batches, outcome, rate)
         if run.due(config.train.eval_every):
             run.validate()
-        if run.due(config.evaluation.passkey_every):
-            run.retrieve()
+        if run.due(config.evaluation.every):
+            run.answer()
         if run.due(config.checkpoint.every):
             run.save()
     return run.finish()

@@ -3,7 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from mst_train.config import TASKS
 from mst_train.units import GIB
+
+SCORES = ("accuracy", "exact", "loss")
+"""What a task's record has, the means over all its texts, besides what chance would give."""
 
 NAMES = {
     "loss": "train/loss",
@@ -17,10 +21,12 @@ NAMES = {
     "communication_share": "speed/communication_share",
     "peak_memory_bytes": "memory/peak_gib",
     "peak_memory_process": "memory/peak_process",
-    "passkey_accuracy": "passkey/accuracy",
-    "passkey_loss": "passkey/loss",
+    **{f"{task}_{key}": f"{task}/{key}" for task in TASKS for key in SCORES},
 }
 """What a record's numbers are called there; others are "train/" and their own name."""
+
+CONSTANT = {f"{task}_{key}" for task in TASKS for key in ("chance", "exact_chance")}
+"""What is the same in each record of a run, and is not sent."""
 
 
 def grouped(record: Mapping[str, Any]) -> dict[str, float]:
@@ -35,10 +41,12 @@ def grouped(record: Mapping[str, Any]) -> dict[str, float]:
             values |= {f"experts/load_{number:03d}": share for number, share in enumerate(value)}
             values["experts/most_used"] = max(value) * len(value)
             values["experts/least_used"] = min(value) * len(value)
-        elif key == "passkey":
+        elif key in TASKS:
             for probe in value:
-                place = f"{probe['length']}_depth_{100 * probe['depth']:03.0f}"
-                values[f"passkey/accuracy_{place}"] = probe["accuracy"]
+                depth = f"_depth_{100 * probe['depth']:03.0f}" if "depth" in probe else ""
+                values[f"{key}/accuracy_{probe['length']}{depth}"] = probe["accuracy"]
+        elif key in CONSTANT:
+            continue
         elif isinstance(value, int | float) and not isinstance(value, bool) and key != "step":
             scale = GIB if key.endswith("_bytes") else 1
             values[NAMES.get(key, f"train/{key}")] = value / scale if scale != 1 else value

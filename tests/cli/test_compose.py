@@ -435,6 +435,22 @@ def test_a_setting_by_its_old_name(value, count, caplog):
     assert [record.getMessage() for record in caplog.records] == [told]
 
 
+def test_settings_that_moved_as_they_are(caplog):
+    _warn_once.cache_clear()
+    arguments = ["evaluation.passkey_every=5", "evaluation.passkey_lengths=[64,128]"]
+    config = compose([*arguments, "evaluation.passkey_depths=[0.5]"])
+    evaluation = config.evaluation
+    assert (evaluation.every, evaluation.lengths, evaluation.depths) == (5, [64, 128], [0.5])
+    told = "evaluation.passkey_lengths is evaluation.lengths now: taking evaluation.lengths="
+    assert f"{told}[64,128]" in [record.getMessage() for record in caplog.records]
+    with pytest.raises(UserError, match=r"evaluation\.lengths\[0\]=long is not a whole number"):
+        compose(["evaluation.passkey_lengths=[long]"])
+    before = {"evaluation": {"passkey_lengths": [64]}}  # as a checkpoint of then has them
+    assert recompose(before, []).evaluation.lengths == [64]
+    assert recompose(before, ["evaluation.lengths=[32]"]).evaluation.lengths == [32]
+    assert recompose({"evaluation": {"lengths": [64]}}, arguments).evaluation.lengths == [64, 128]
+
+
 def test_what_cannot_be_of_an_old_name():
     with pytest.raises(UserError, match="keep_attention=often is neither true nor false"):
         compose(["memory.keep_attention=often"])

@@ -60,11 +60,20 @@ def test_defaults_are_valid():
         ("kernel.attention", "fast", "kernel.attention=fast is not one of"),
         ("logging.wandb.mode", "on", "logging.wandb.mode=on is not one of"),
         ("logging.wandb.artifacts", "some", "logging.wandb.artifacts=some is not one of none, la"),
-        ("evaluation.passkey_every", -1, "evaluation.passkey_every=-1 must be at least 0"),
-        ("evaluation.passkey_lengths", [0], "evaluation.passkey_lengths=0 must be at least 2"),
-        ("evaluation.passkey_lengths", [1025], "evaluation.passkey_lengths=1025 is longer than da"),
-        ("evaluation.passkey_depths", [], "evaluation.passkey_depths is empty"),
-        ("evaluation.passkey_depths", [1.5], "evaluation.passkey_depths=1.5 must be from 0"),
+        ("evaluation.every", -1, "evaluation.every=-1 must be at least 0"),
+        ("evaluation.samples", 0, "evaluation.samples=0 must be at least 1"),
+        ("evaluation.tasks", [], "evaluation.tasks is empty"),
+        ("evaluation.tasks", ["vt", "vt"], "evaluation.tasks has vt twice: leave one out"),
+        ("evaluation.tasks", ["qa"], "evaluation.tasks=qa is not one of passkey, niah_single"),
+        ("evaluation.lengths", [0], "evaluation.lengths=0 must be at least 2"),
+        ("evaluation.depths", [], "evaluation.depths is empty"),
+        ("evaluation.depths", [1.5], "evaluation.depths=1.5 must be from 0"),
+        ("evaluation.ruler.digits", 16, "evaluation.ruler.digits=16 must be at least 1 and at"),
+        ("evaluation.ruler.needles", 51, "evaluation.ruler.needles=51 must be at least 1 and at"),
+        ("evaluation.ruler.hops", 100, "evaluation.ruler.chains=1 with evaluation.ruler.hops"),
+        ("evaluation.ruler.common_words", 21, "evaluation.ruler.common_words=21 must be at least"),
+        ("evaluation.ruler.frequent_words", 0, "evaluation.ruler.frequent_words=0 must be at"),
+        ("evaluation.ruler.alpha", 0.5, "evaluation.ruler.alpha=0.5 must be from 1 to 4"),
         ("parallel.timeout_minutes", 1e11, "parallel.timeout_minutes=100000000000.0 must be gre"),
         ("logging.wandb.project", "a/b", "logging.wandb.project=a/b cannot be a project of W&B"),
         ("logging.wandb.project", "x" * 129, "logging.wandb.project=xxxx"),
@@ -74,6 +83,16 @@ def test_what_is_refused(change, key, value, message):
     problems = validate(change(Config(), **{key: value}))
     assert len(problems) == 1
     assert problems[0].startswith(message)
+
+
+def test_a_run_has_memory_for_its_own_length(change):
+    config = change(Config(), **{"evaluation.lengths": [1025], "data.sequence_length": 1024})
+    assert validate(config) == []
+    (problem,) = validate(change(config, **{"evaluation.every": 10}))
+    assert problem.startswith("evaluation.lengths=1025 is longer than data.sequence_length=1024")
+    ruler = {"evaluation.ruler.digits": 1, "evaluation.ruler.needles": 11}
+    (problem,) = validate(change(config, **ruler))
+    assert problem.startswith("evaluation.ruler.needles=11 is more than there are numbers of")
 
 
 def test_the_decay_of_wsd(change):

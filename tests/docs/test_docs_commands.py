@@ -14,6 +14,7 @@ import yaml
 from mst_train.cli.compose import COMMANDS as COMMANDS_WITH_SETTINGS
 from mst_train.cli.compose import compose
 from mst_train.cli.sweep import points
+from mst_train.evaluate.write_tasks import KEYS as WRITE_KEYS
 from mst_train.export import KEYS
 from mst_train.generate.__main__ import KEYS as GENERATE_KEYS
 from mst_train.paper.__main__ import _parser
@@ -95,9 +96,13 @@ def check(words):
             _parser().parse_args(given)
         elif words[at] == "mst_train.export":
             assert {word.partition("=")[0] for word in given} <= set(KEYS)
-        elif words[at] in ("mst_train.evaluate", "mst_train.generate"):
+        elif words[at].startswith(("mst_train.evaluate", "mst_train.generate")):
             # Nor the length in the checkpoint's place, which only a stretched one has.
-            others = (*GENERATE_KEYS, "model.rope_scaling.original_length")
+            own = {
+                "mst_train.generate": GENERATE_KEYS,
+                "mst_train.evaluate.write_tasks": WRITE_KEYS,
+            }
+            others = (*own.get(words[at], ()), "model.rope_scaling.original_length")
             read(words[at], tuple(w for w in given if w.partition("=")[0] not in others))
         elif words[at] not in ("mst_train.bench.plot", "mst_train.plan.trial"):  # given a file
             read(words[at], given)

@@ -1,17 +1,24 @@
 """Passkey retrieval: its texts, its scores, and the command that evaluates a checkpoint."""
 
+import hashlib
 import json
+import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from mst_train.config import EvaluationConfig
+from mst_train.cli.compose import compose
+from mst_train.config import EvaluationConfig, ModelConfig
 from mst_train.data import Vocabulary, load_data
 from mst_train.errors import UserError
 from mst_train.evaluate.__main__ import main
-from mst_train.evaluate.passkey import make_probe, make_probes, passkey_record
+from mst_train.evaluate.passkey import passkey
+from mst_train.evaluate.probe import Pieces
+from mst_train.evaluate.scores import probe_record
+from mst_train.evaluate.tasks import make_probes
 from mst_train.model import build_model
 from mst_train.optim import build_optimizer
 from mst_train.run.train import train
@@ -21,13 +28,17 @@ LENGTH = 512
 
 @pytest.fixture
 def config(small_config, change):
-    evaluation = EvaluationConfig(passkey_lengths=[400, LENGTH], passkey_depths=[0, 0.5, 1])
+    evaluation = EvaluationConfig(lengths=[400, LENGTH], depths=[0, 0.5, 1])
     return change(small_config, evaluation=evaluation, **{"data.sequence_length": LENGTH})
 
 
 @pytest.fixture
 def ours(config):
     return load_data(config.data).tokenizer
+
+
+def make_probe(tokenizer, length, depth, seed):
+    return passkey(Pieces(tokenizer), length, depth, 5, random.Random(f"{seed} {length} {depth:g}"))
 
 
 @pytest.mark.parametrize("which", ["ours", "like_llama", "bytes_with_bos"])
@@ -43,7 +54,7 @@ def test_the_number_is_hidden_where_it_should_be(which, request):
         assert len(numbers[0]) == 5
         assert text.startswith("Somewhere in this text")
         assert text.endswith(f"What is the number? The number is {numbers[0]}")
-        answer = tokenizer.decode(probe.tokens[-probe.answer_tokens :])
+        answer = tokenizer.decode([probe.tokens[at] for at in probe.answer])
         assert answer.strip() == numbers[0]
         before = text.index("The number is")
         rest = len(text) - len("What is the number? The number is 12345")
@@ -51,8 +62,9 @@ def test_the_number_is_hidden_where_it_should_be(which, request):
         if depth:
             assert text[before - 1].isspace()
         # The answer's tokens are there, to be copied, as they are to be given.
-        start = " ".join(map(str, probe.tokens[: -probe.answer_tokens]))
-        assert " ".join(map(str, probe.tokens[-probe.answer_tokens :])) in start
+        assert probe.answer == list(range(probe.answer[0], LENGTH))
+        start = " ".join(map(str, probe.tokens[: probe.answer[0]]))
+        assert " ".join(map(str, probe.tokens[probe.answer[0] :])) in start
 
 
 def test_the_same_settings_make_the_same_probes(config, ours, change):
@@ -61,16 +73,47 @@ def test_the_same_settings_make_the_same_probes(config, ours, change):
         (length, depth) for length in (400, LENGTH) for depth in (0, 0.5, 1)
     ]
     assert probes == make_probes(config, ours)
-    assert len({tuple(p.tokens[-p.answer_tokens :]) for p in probes}) == len(probes)
+    assert len({tuple(p.tokens[p.answer[0] :]) for p in probes}) == len(probes)
     assert probes != make_probes(change(config, **{"train.seed": 1}), ours)
-    automatic = make_probes(change(config, **{"evaluation.passkey_lengths": []}), ours)
+    automatic = make_probes(change(config, **{"evaluation.lengths": []}), ours)
     assert {probe.length for probe in automatic} == {LENGTH}
 
 
+class Bytes(Vocabulary):
+    """Each byte of a text is a token."""
+
+    model = b"bytes"
+
+    def encode_arrays(self, texts, continuing=()):
+        yield from (np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts)
+
+    def decode(self, tokens):
+        return bytes(tokens).decode()
+
+
+def test_the_probes_of_old_settings_are_as_they_were(change):
+    """By their old names, with the tokens that they had when there was no other task."""
+    old = compose(["evaluation.passkey_lengths=[400,700]", "train.seed=0"])
+    probes = make_probes(change(old, **{"data.sequence_length": 1024}), Bytes(256, 0))
+    found = repr([(probe.tokens, len(probe.answer), probe.depth) for probe in probes])
+    assert hashlib.sha256(found.encode()).hexdigest() == (
+        "e58c5a2e20557ff72550cbc488cf34df6f5ddb64fbed5c88dfcb15db8f3df701"
+    )
+    sizes = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 24, "num_layers": 1}
+    model = build_model(ModelConfig(**sizes, num_heads=2, num_kv_heads=1), seed=0)
+    record = probe_record(model, probes[:2])
+    assert record["passkey_accuracy"] == 0.0
+    assert record["passkey_loss"] == pytest.approx(5.538584391276042, rel=1e-5)
+    losses = [5.491854349772136, 5.585314432779948]
+    for probe, depth, loss in zip(record["passkey"], (0.0, 0.25), losses, strict=True):
+        assert (probe["length"], probe["depth"], probe["accuracy"]) == (400, depth, 0.0)
+        assert probe["loss"] == pytest.approx(loss, rel=1e-5)
+
+
 def test_what_cannot_be_probed_is_refused(config, ours):
-    with pytest.raises(UserError, match=r"a passkey of 20 tokens has no room .* takes \d+ with"):
+    with pytest.raises(UserError, match=r"passkey: a text of 20 tokens has no room .* \d+ with"):
         make_probe(ours, 20, 0.5, seed=0)
-    with pytest.raises(UserError, match="no tokenizer to write a passkey's text in"):
+    with pytest.raises(UserError, match="no tokenizer to write the texts"):
         make_probes(config, Vocabulary(100, 0))
 
 
@@ -98,7 +141,7 @@ class Copier(torch.nn.Module):
 
 
 def test_who_copies_gets_it_right(config, ours):
-    record = passkey_record(Copier(ours.vocab_size), make_probes(config, ours))
+    record = probe_record(Copier(ours.vocab_size), make_probes(config, ours))
     assert record["passkey_accuracy"] == 1.0
     assert record["passkey_loss"] < 1e-4
     assert [p["accuracy"] for p in record["passkey"]] == [1.0] * 6
@@ -107,7 +150,7 @@ def test_who_copies_gets_it_right(config, ours):
 def test_a_model_before_and_after_it_has_learned_the_number(config, ours):
     probe = make_probe(ours, 256, 0.5, seed=0)
     model = build_model(config.model)
-    before = passkey_record(model, [probe])["passkey"][0]
+    before = probe_record(model, [probe])["passkey"][0]
     assert before["accuracy"] < 0.5
     assert before["loss"] > 4
     optimizer = build_optimizer(model, config.optimizer, master_weights=False)
@@ -117,17 +160,17 @@ def test_a_model_before_and_after_it_has_learned_the_number(config, ours):
         loss_sum, valid = model(tokens[:, :-1], tokens[:, 1:])
         (loss_sum / valid).backward()
         optimizer.step()
-    after = passkey_record(model, [probe])["passkey"][0]
+    after = probe_record(model, [probe])["passkey"][0]
     assert after["accuracy"] == 1.0
     assert after["loss"] < 0.5
-    assert after == passkey_record(model, [probe])["passkey"][0]
+    assert after == probe_record(model, [probe])["passkey"][0]
 
 
 def test_the_run_records_it_and_the_command_says_the_same(config, change, capsys, caplog):
     caplog.set_level("INFO", "mst_train")
     config = change(
         config,
-        **{"train.steps": 4, "train.eval_every": 2, "evaluation.passkey_every": 3},
+        **{"train.steps": 4, "train.eval_every": 2, "evaluation.every": 3},
     )
     summary = train(config)
     folder = Path(config.run.dir)
@@ -145,7 +188,7 @@ def test_the_run_records_it_and_the_command_says_the_same(config, change, capsys
     lengths = [probe["length"] for probe in summary["passkey"]]
     assert said.startswith(f"evaluating {folder}/checkpoints/step_00000004 on the ")
     assert said.endswith(
-        f": validation, 4 sequences of {LENGTH:,} tokens; passkeys, {len(lengths)} texts of "
+        f": validation, 4 sequences of {LENGTH:,} tokens; passkey, {len(lengths)} texts of "
         f"{sum(lengths):,} tokens together"
     )
     result = json.loads((folder / "evaluation.json").read_text())
@@ -155,10 +198,10 @@ def test_the_run_records_it_and_the_command_says_the_same(config, change, capsys
     assert sum(result["val_tokens"].values()) == 4 * LENGTH
     output = capsys.readouterr().out
     assert re.search(r"^ +256 +\d\.\d{4} +1,024$", output, re.MULTILINE)
-    assert re.search(rf"^ +{LENGTH} +50% +\d+% +\d+\.\d{{4}}$", output, re.MULTILINE)
+    assert re.search(rf"^ +{LENGTH} +50% +\d+% +\d+% +\d+\.\d{{4}}$", output, re.MULTILINE)
     assert f"Written: {folder}/evaluation.json" in output
 
-    assert main([*arguments, "evaluation.passkey_lengths=[450]"]) == 0
+    assert main([*arguments, "evaluation.lengths=[450]"]) == 0
     result = json.loads((folder / "evaluation.json").read_text())
     assert {probe["length"] for probe in result["passkey"]} == {450}
 

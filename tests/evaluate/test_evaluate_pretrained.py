@@ -45,7 +45,7 @@ def arguments(small_config, tmp_path, monkeypatch):
         f"data.sequence_length={LENGTH}",
         "data.validation_fraction=0.05",
         "train.eval_sequences=3",
-        "evaluation.passkey_lengths=[400]",
+        "evaluation.lengths=[400]",
     ]
 
 
@@ -54,7 +54,7 @@ def test_the_baseline_is_what_a_run_from_it_sees_first(arguments, tmp_path, caps
     output = capsys.readouterr().out
     assert output.startswith(f"{tmp_path / 'model'}\n")
     assert re.search(rf"^ +all +\d+\.\d{{4}} +{3 * LENGTH:,}$", output, re.MULTILINE)
-    assert re.search(r"^ +400 +50% +\d+% +\d+\.\d{4}$", output, re.MULTILINE)
+    assert re.search(r"^ +400 +50% +\d+% +\d+% +\d+\.\d{4}$", output, re.MULTILINE)
     assert "Written" not in output and not any(Path.cwd().iterdir())
 
     result, run = evaluate_trained(arguments)

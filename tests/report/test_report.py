@@ -477,6 +477,8 @@ PLACES = {
         ["passkey"],
         ["passkey", 0, "length"],
         ["passkey", 0, "depth"],
+        ["vt"],
+        ["vt", 0, "length"],
     ],
     "config.yaml": [["run"], ["run", "name"], ["model"], ["model", "num_layers"], ["data"]],
     "environment.json": [["date"], ["hardware"], ["tokenizer"]],
@@ -510,6 +512,7 @@ def whole_run(folder):
     record = {"step": 3, "passkey_accuracy": 0.5, "passkey_loss": 1.0, "passkey": probes}
     everything = {
         **json.loads((folder / "metrics.jsonl").read_text().splitlines()[0]),
+        **{"vt": [{"length": 64, "accuracy": 0.5}], "vt_accuracy": 0.5},
         **{"val_loss": 2.0, "val_loss_by_position": {"0": 2.5, "256": 2.0}, **record},
     }
     with (folder / "metrics.jsonl").open("a") as file:

@@ -100,6 +100,9 @@ def test_names_are_grouped_and_sizes_in_gib():
         "val_loss_books": 4.0,
         "val_loss_by_position": {"0": 3.0, "256": 2.5, "16384": 2.0},
         "passkey": [{"length": 4096, "depth": 0.5, "accuracy": 0.75, "loss": 1.0}],
+        "vt": [{"length": 4096, "accuracy": 0.5, "exact": 0.25, "loss": 1.0}],
+        "vt_exact": 0.25,
+        "vt_chance": 0.01,
         "expert_load": [0.25, 0.75],
         "skipped": "the loss is nan",
     }
@@ -112,6 +115,8 @@ def test_names_are_grouped_and_sizes_in_gib():
         "val_loss/position_0256": 2.5,
         "val_loss/position_16384": 2.0,
         "passkey/accuracy_4096_depth_050": 0.75,
+        "vt/accuracy_4096": 0.5,
+        "vt/exact": 0.25,
         "experts/load_000": 0.25,
         "experts/load_001": 0.75,
         "experts/most_used": 1.5,
