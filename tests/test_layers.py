@@ -58,6 +58,7 @@ HOMES = {
     "matplotlib": (
         "mst_train.plan.plot",
         "mst_train.data.statistics",
+        "mst_train.evaluate.plot",
         "mst_train.paper.plot",
         "mst_train.report.charts",
     ),

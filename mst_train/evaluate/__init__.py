@@ -10,6 +10,7 @@ vocabulary       the words of all these
 probe            such a text in tokens, as long as asked for, and what chance would answer
 scores           how many of them a model answers
 show             all of it as tables
+plot             the tasks as a picture
 write_tasks      the command that writes such texts to learn from
 word_tokenizer   a tokenizer for them alone
 

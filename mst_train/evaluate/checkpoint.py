@@ -73,10 +73,17 @@ def _evaluate(trained: TrainedModel) -> dict[str, Any]:
         "step": trained.progress.get("step"),
         "data": [part.source for part in config.data.mixture] or [config.data.source],
         "sequence_length": config.data.sequence_length,
+        "trained_sequence_length": _trained_length(trained),
         "tasks": tasks,
         "samples": config.evaluation.samples,
     }
     return {**about, **record, **scores}
+
+
+def _trained_length(trained: TrainedModel) -> int | None:
+    """The length of the sequences of the run that it is of; None where it is no run's."""
+    length: int | None = trained.progress.get("config", {}).get("data", {}).get("sequence_length")
+    return length
 
 
 def _work(trained: TrainedModel, batches: Mapping[str, list[Batch]], probes: list[Probe]) -> str:

@@ -199,7 +199,7 @@ def test_the_run_records_it_and_the_command_says_the_same(config, change, capsys
     output = capsys.readouterr().out
     assert re.search(r"^ +256 +\d\.\d{4} +1,024$", output, re.MULTILINE)
     assert re.search(rf"^ +{LENGTH} +50% +\d+% +\d+% +\d+\.\d{{4}}$", output, re.MULTILINE)
-    assert f"Written: {folder}/evaluation.json" in output
+    assert f"Written: {folder}/evaluation.json, evaluation.png" in output
 
     assert main([*arguments, "evaluation.lengths=[450]"]) == 0
     result = json.loads((folder / "evaluation.json").read_text())

@@ -10,7 +10,7 @@ import torch
 from mst_train.config import DEPTH_TASKS, TASKS, EvaluationConfig, RulerConfig
 from mst_train.data import load_data, load_tokenizer
 from mst_train.errors import UserError
-from mst_train.evaluate import tasks
+from mst_train.evaluate import plot, tasks
 from mst_train.evaluate.__main__ import main
 from mst_train.evaluate.probe import Pieces, chances
 from mst_train.evaluate.scores import probe_record
@@ -303,5 +303,27 @@ def test_a_run_on_such_texts_and_its_evaluation(config, change, tmp_path, capsys
     assert saved["tasks"] == chosen and saved["samples"] == 2 and "passkey" not in saved
     assert [place["length"] for place in saved["vt"]] == [120, 320]
     assert saved["vt"][0] == summary["vt"][0]
+    assert saved["trained_sequence_length"] == 160
+    assert f"{run.run.dir}/evaluation.json, evaluation.png" in shown
+    assert (tmp_path / "run" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     assert main([*given, "evaluation.lengths=[30]"]) == 2
     assert "niah_multikey: a text of 30 tokens has no room" in capsys.readouterr().err
+
+
+def test_the_picture_shows_what_was_found(config, ours):
+    probes = make_probes(config, ours)
+    result = probe_record(Knows(probes, ours.vocab_size), probes)
+    result["niah_single"][1]["accuracy"] = 0.125
+    result["vt"][1]["accuracy"] = 0.25
+    figure = plot.figure({**result, "tasks": list(TASKS), "trained_sequence_length": LENGTHS[0]})
+    panels = dict(zip(TASKS, figure.axes, strict=True))
+    for task, axes in panels.items():
+        chance = "1%" if task in ("vt", "cwe", "fwe") else "10%"
+        assert axes.get_title(loc="left") == f"{task}, {chance} by chance"
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["512", "701"]
+        assert 0.5 in [line.get_xdata()[0] for line in axes.lines]  # between the two lengths
+    shares = panels["niah_single"].images[0].get_array()
+    assert shares.tolist() == [[1.0, 1.0], [0.125, 1.0]]
+    assert list(panels["vt"].lines[0].get_ydata()) == [1.0, 0.25]
+    (level,) = {line.get_ydata()[0] for line in panels["vt"].lines if line.get_linestyle() == "--"}
+    assert level == pytest.approx(0.01)
