@@ -11,7 +11,12 @@ Since (1 + tanh(u)) / 2 = sigmoid(2u), both have the form act(g) = g * sigmoid(w
     dgate = dproduct * up * act'(gate)
     dup   = dproduct * act(gate)
 
-Reference: Shazeer, "GLU Variants Improve Transformer" (2020).
+    clamped_swiglu  act(min(gate, 7)) * (1 + clip(up, -7, 7)),  act(g) = g * sigmoid(1.702 g)
+
+is of the same form with w(g) = 1.702 g, and has no gradient where it clips (gpt-oss).
+
+References: Shazeer, "GLU Variants Improve Transformer" (2020); OpenAI, "gpt-oss-120b & gpt-oss-20b
+Model Card" (2025), section 2.2.
 
 Legend: N tokens, F intermediate size.
 """
@@ -21,7 +26,10 @@ import torch
 from mst_kernels.backend import use_triton
 from mst_kernels.row_blocks import row_blocks
 
-ACTIVATIONS = ("silu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu_tanh", "clamped_swiglu")
+CLAMPED = "clamped_swiglu"
+SLOPE, LIMIT = 1.702, 7.0
+"""Of the clamped one."""
 
 _aten = torch.ops.aten
 
@@ -49,6 +57,8 @@ def glu_forward(
         from mst_kernels.glu_triton import glu_forward_triton
 
         glu_forward_triton(gate, up, activation, out)
+    elif activation == CLAMPED:
+        _clamped_forward_torch(gate, up, out)
     else:
         _activate(gate, activation, out).mul_(up)
     return out
@@ -62,7 +72,7 @@ def glu_backward_(
     On return `gate` holds dgate, `up` holds dup, and `dproduct` holds the recomputed product
     act(gate) * up, which the weight gradient of the down projection needs.
 
-    Memory: none with Triton; two temporaries of one block of rows with torch. Raises ValueError for
+    Memory: none with Triton; temporaries of one block of rows with torch. Raises ValueError for
     an unknown activation or mismatched shapes.
     """
     _check(activation, dproduct, gate, up)
@@ -70,6 +80,8 @@ def glu_backward_(
         from mst_kernels.glu_triton import glu_backward_triton_
 
         glu_backward_triton_(dproduct, gate, up, activation)
+    elif activation == CLAMPED:
+        _clamped_backward_torch(dproduct, gate, up)
     else:
         _glu_backward_torch(dproduct, gate, up, activation)
 
@@ -118,3 +130,28 @@ def _glu_backward_torch(
         torch.mul(activated, up_block, out=dactivated)  # the product, in a buffer that is free now
         torch.mul(dproduct_block, activated, out=up_block)
         dproduct_block.copy_(dactivated)
+
+
+def _clamped(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """sigmoid(w(g)), g * sigmoid(w(g)), and what up becomes."""
+    clipped = gate.clamp(max=LIMIT)
+    sigmoid = torch.sigmoid(SLOPE * clipped)
+    return sigmoid, clipped.mul_(sigmoid), up.clamp(-LIMIT, LIMIT).add_(1)
+
+
+def _clamped_forward_torch(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> None:
+    for rows in row_blocks(gate, *gate.shape):
+        _, activated, factor = _clamped(gate[rows], up[rows])
+        torch.mul(activated, factor, out=out[rows])
+
+
+def _clamped_backward_torch(dproduct: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> None:
+    for rows in row_blocks(gate, *gate.shape):
+        dproduct_block, gate_block, up_block = dproduct[rows], gate[rows], up[rows]
+        sigmoid, activated, factor = _clamped(gate_block, up_block)
+        slope = (1 - sigmoid).mul_(activated).mul_(SLOPE).add_(sigmoid)
+        slope.mul_(factor).mul_(dproduct_block).masked_fill_(gate_block > LIMIT, 0)
+        gate_block.copy_(slope)
+        beyond = up_block.abs() > LIMIT
+        torch.mul(dproduct_block, activated, out=up_block).masked_fill_(beyond, 0)
+        torch.mul(activated, factor, out=dproduct_block)

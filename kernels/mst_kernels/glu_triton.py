@@ -15,12 +15,18 @@ import triton.language as tl
 from mst_kernels.backend import on_device
 
 _BLOCK_F = 1024
+_GELU = tl.constexpr(1)
+_CLAMPED = tl.constexpr(2)
+_KINDS = {"silu": 0, "gelu_tanh": 1, "clamped_swiglu": 2}
 
 
 @triton.jit
-def _gate_sigmoid(g, GELU: tl.constexpr):
+def _gate_sigmoid(g, KIND: tl.constexpr):
     """sigmoid(w(g)) and w'(g), in fp32."""
-    if GELU:
+    if KIND == _CLAMPED:
+        w = 1.702 * g
+        slope = tl.full(g.shape, 1.702, tl.float32)
+    elif KIND == _GELU:
         # 2 sqrt(2/pi) = 1.5957691216
         w = 1.5957691216057308 * g * (1.0 + 0.044715 * g * g)
         slope = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
@@ -39,7 +45,7 @@ def _glu_forward_kernel(
     up_stride,
     out_stride,
     F,
-    GELU: tl.constexpr,
+    KIND: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -47,7 +53,10 @@ def _glu_forward_kernel(
     mask = columns < F
     g = tl.load(gate_ptr + row * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up_ptr + row * up_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    s, _ = _gate_sigmoid(g, GELU)
+    if KIND == _CLAMPED:
+        g = tl.minimum(g, 7.0)
+        u = tl.minimum(tl.maximum(u, -7.0), 7.0) + 1.0
+    s, _ = _gate_sigmoid(g, KIND)
     product = g * s * u
     tl.store(out_ptr + row * out_stride + columns, product.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -61,7 +70,7 @@ def _glu_backward_kernel(
     gate_stride,
     up_stride,
     F,
-    GELU: tl.constexpr,
+    KIND: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -73,12 +82,18 @@ def _glu_backward_kernel(
     d = tl.load(dproduct_ptrs, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up_ptrs, mask=mask, other=0.0).to(tl.float32)
-    s, slope = _gate_sigmoid(g, GELU)
+    kept_gate, kept_up = d, d
+    if KIND == _CLAMPED:  # where it clips there is no gradient
+        kept_gate = tl.where(g > 7.0, 0.0, d)
+        kept_up = tl.where(tl.abs(u) > 7.0, 0.0, d)
+        g = tl.minimum(g, 7.0)
+        u = tl.minimum(tl.maximum(u, -7.0), 7.0) + 1.0
+    s, slope = _gate_sigmoid(g, KIND)
     activated = g * s
-    dgate = d * u * (s + activated * (1.0 - s) * slope)
+    dgate = kept_gate * u * (s + activated * (1.0 - s) * slope)
     dtype = gate_ptr.dtype.element_ty
     tl.store(gate_ptrs, dgate.to(dtype), mask=mask)
-    tl.store(up_ptrs, (d * activated).to(dtype), mask=mask)
+    tl.store(up_ptrs, (kept_up * activated).to(dtype), mask=mask)
     tl.store(dproduct_ptrs, (activated * u).to(dtype), mask=mask)
 
 
@@ -103,7 +118,7 @@ def glu_forward_triton(
             _row_stride(up),
             _row_stride(out),
             F,
-            GELU=activation == "gelu_tanh",
+            KIND=_KINDS[activation],
             BLOCK_F=_BLOCK_F,
             num_warps=4,
         )
@@ -124,7 +139,7 @@ def glu_backward_triton_(
             _row_stride(gate),
             _row_stride(up),
             F,
-            GELU=activation == "gelu_tanh",
+            KIND=_KINDS[activation],
             BLOCK_F=_BLOCK_F,
             num_warps=4,
         )

@@ -203,6 +203,8 @@ def _expert_problems(model: ModelConfig) -> Iterator[str]:
                 f"model.experts_per_token={per_token} is more than model.num_experts={experts}: "
                 f"change one of them"
             )
+    elif model.expert_bias:
+        yield "model.expert_bias=true is of experts, and there are none: set model.num_experts"
     for name in ("balance_loss", "router_z_loss"):
         coefficient = getattr(model, name)
         if not 0 <= coefficient < 1e12:

@@ -23,7 +23,7 @@ ATTENTION_BACKENDS = (
     "sdpa",
     "reference",
 )
-ACTIVATIONS = ("silu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu_tanh", "clamped_swiglu")
 NORM_PLACEMENTS = ("before", "around", "after")
 QK_NORMS = ("none", "head", "projection")
 DECIDED = {
@@ -273,7 +273,7 @@ class ModelConfig:
     logit_softcap: float | None = None
     """Bounds the logits in the same way (Gemma-2)."""
     activation: str = choice("silu", ACTIVATIONS)
-    """The gate's in the MLP: silu, or gelu_tanh (Gemma)."""
+    """The gate's in the MLP: silu, gelu_tanh (Gemma), or clamped_swiglu (gpt-oss)."""
     norm_placement: str = choice("before", NORM_PLACEMENTS)
     """Where attention and MLP have their norms. before: on what they read (Llama). after: on their
     result, before it is added (OLMo-2). around: both (Gemma-2)."""
@@ -286,6 +286,8 @@ class ModelConfig:
     experts_per_token: int = 2
     """With num_experts, how many a token goes through: those that the layer's router gives the
     largest probabilities."""
+    expert_bias: bool = False
+    """Biases in the router and in the experts' projections (gpt-oss)."""
     normalize_experts: bool = True
     """Their weights are their probabilities divided by the sum of these (Mixtral); false: the
     probabilities (OLMoE)."""

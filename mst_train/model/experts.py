@@ -18,7 +18,7 @@ class Experts(nn.Module):
     """Gated MLPs, of which each token goes through those that a router chooses.
 
     Each of the three matrices of all experts is one parameter: gate and up [E, F, D], down
-    [E, D, F].
+    [E, D, F]. So is each of their biases, [E * F] and [E * D], in a row: no matrix, for optimizers.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -28,10 +28,17 @@ class Experts(nn.Module):
         self.normalize = config.normalize_experts
         self.activation = config.activation
         experts, hidden, inside = config.num_experts, config.hidden_size, config.intermediate_size
-        self.router = nn.Linear(hidden, experts, bias=False)
+        self.router = nn.Linear(hidden, experts, bias=config.expert_bias)
         self.gate = nn.Parameter(torch.empty(experts, inside, hidden))
         self.up = nn.Parameter(torch.empty(experts, inside, hidden))
         self.down = nn.Parameter(torch.empty(experts, hidden, inside))
+        self.gate_bias: nn.Parameter | None = None
+        self.up_bias: nn.Parameter | None = None
+        self.down_bias: nn.Parameter | None = None
+        if config.expert_bias:
+            self.gate_bias = nn.Parameter(torch.empty(experts * inside))
+            self.up_bias = nn.Parameter(torch.empty(experts * inside))
+            self.down_bias = nn.Parameter(torch.empty(experts * hidden))
 
     @property
     def product_features(self) -> int:
@@ -51,7 +58,16 @@ class Experts(nn.Module):
             self.gate,
             self.up,
             self.down,
+            biases=self._biases(),
             top_k=self.top_k,
             normalize=self.normalize,
             activation=self.activation,
         )
+
+    def _biases(self) -> list[Tensor] | None:
+        """Of router [E], gate and up [E, F] and down [E, D]."""
+        if self.gate_bias is None or self.up_bias is None or self.down_bias is None:
+            return None
+        experts = self.router.out_features
+        each = (self.gate_bias, self.up_bias, self.down_bias)
+        return [self.router.bias, *(bias.view(experts, -1) for bias in each)]

@@ -34,6 +34,8 @@ def parameter_count(config: ModelConfig) -> int:
         block += hidden
     if config.attention_sinks:
         block += config.num_heads
+    if config.num_experts is not None and config.expert_bias:
+        block += config.num_experts * (1 + 2 * config.intermediate_size + hidden)
     if config.qk_norm == "head":
         block += 2 * config.head_dim
     elif config.qk_norm == "projection":

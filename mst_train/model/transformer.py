@@ -413,7 +413,7 @@ class Transformer(nn.Module):
         """
         std = self.config.initializer_std
         if parameter.ndim == 1 and not name.endswith(".sinks"):
-            is_zero = name.endswith(".bias") or self.config.norm_offset
+            is_zero = name.endswith("bias") or self.config.norm_offset
             parameter.fill_(0.0 if is_zero else 1.0)
             return
         if name.endswith(("attention.output.weight", "mlp.down.weight", "mlp.down")):

@@ -5,11 +5,13 @@
 Legend: N tokens, n tokens of one expert, D hidden, F intermediate, E experts, K experts per token.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mst_train.mst.mlp import gated_mlp
+from mst_train.mst.mlp import gated
 from mst_train.mst.router_losses import router_losses_here
 
 
@@ -41,6 +43,7 @@ def gated_experts(
     up_weight: Tensor,
     down_weight: Tensor,
     *,
+    biases: Sequence[Tensor] | None = None,
     top_k: int,
     normalize: bool = True,
     activation: str = "silu",
@@ -55,14 +58,16 @@ def gated_experts(
         router_weight: [E, D], of x's type, as the others.
         gate_weight, up_weight: [E, F, D], each expert's as in ``nn.Linear``.
         down_weight: [E, D, F].
+        biases: of router [E], gate and up [E, F] and down [E, D]; None: there are none.
         top_k, normalize: as in ``route``.
-        activation: "silu" (SwiGLU) or "gelu_tanh" (GeGLU).
+        activation: as ``gated_mlp`` takes it.
 
     Returns:
         [..., D], of x's type.
     """
     x_ND = x.reshape(-1, x.shape[-1])
-    logits_NE = F.linear(x_ND, router_weight)
+    router_bias, *others = biases or (None,)
+    logits_NE = F.linear(x_ND, router_weight, router_bias)
     losses, first = router_losses_here()
     if losses is not None:
         logits_NE = losses.observed(logits_NE)
@@ -71,10 +76,13 @@ def gated_experts(
         losses.record(logits_NE, indices_NK)
     y_ND = torch.zeros_like(x_ND)
     # Not indexed one by one: each index would cost a gradient of all experts' size.
-    experts = zip(gate_weight.unbind(), up_weight.unbind(), down_weight.unbind(), strict=True)
-    for expert, weights in enumerate(experts):
+    weights = (weight.unbind() for weight in (gate_weight, up_weight, down_weight, *others))
+    for expert, (gate, up, down, *bias) in enumerate(zip(*weights, strict=True)):
         tokens_n, places_n = _tokens_of(expert, indices_NK, len(gate_weight))
-        result_nD = gated_mlp(x_ND[tokens_n], *weights, activation=activation)
+        x_nD = x_ND[tokens_n]
+        gate_bias, up_bias, down_bias = bias or (None,) * 3
+        product_nF = gated(F.linear(x_nD, gate, gate_bias), F.linear(x_nD, up, up_bias), activation)
+        result_nD = F.linear(product_nF, down, down_bias)
         result_nD = result_nD * weights_NK[tokens_n, places_n, None]
         y_ND.index_add_(0, tokens_n, result_nD.to(y_ND.dtype))
     return y_ND.view(x.shape)

@@ -26,13 +26,14 @@ ALIGNMENT = 16
 class Pairs:
     """Tokens and their experts, sorted by expert.
 
-    token_G: each pair's token. place_CK: where a token's pairs are.
+    token_G, expert_G: each pair's. order_G: its place among the pairs of token after token.
+    place_CK: where a token's pairs are.
     """
 
     def __init__(self, indices_CK: Tensor, experts: int) -> None:
         chosen_G = indices_CK.flatten()
         order_G = torch.argsort(chosen_G, stable=True)
-        self.order_G = order_G
+        self.order_G, self.expert_G = order_G, chosen_G[order_G]
         self.token_G = order_G.div(indices_CK.shape[1], rounding_mode="floor")
         self.place_CK = torch.argsort(order_G).view_as(indices_CK)
         self._counts_E = torch.zeros(experts, dtype=torch.int64, device=chosen_G.device)
@@ -40,8 +41,18 @@ class Pairs:
         self._ends_E = self._counts_E.cumsum(0).to(torch.int32)
         self._rows: list[slice] | None = None
 
-    def products(self, x_GI: Tensor, weight_EIO: Tensor, add_to: Tensor | None = None) -> Tensor:
-        """Each row times its expert's matrix, [G, O]; added to ``add_to``, which is it then."""
+    def products(
+        self,
+        x_GI: Tensor,
+        weight_EIO: Tensor,
+        bias_EO: Tensor | None = None,
+        *,
+        add_to: Tensor | None = None,
+    ) -> Tensor:
+        """Each row times its expert's matrix, [G, O], with its bias; added to ``add_to``, which is
+        it then."""
+        if bias_EO is not None:
+            return self.products(x_GI, weight_EIO).add_(bias_EO[self.expert_G])
         if _has_grouped_product(x_GI, weight_EIO):
             y: Tensor = F.grouped_mm(x_GI, weight_EIO, offs=self._ends_E)
             return y if add_to is None else add_to.add_(y)

@@ -29,6 +29,8 @@ from mst_train.mst.grouped import ExpertsGradient, Pairs
 from mst_train.mst.router_losses import router_losses_here
 from mst_train.mst.two_nodes import two_nodes
 
+BIASES = ("router_bias", "gate_bias", "up_bias", "down_bias")
+
 
 def working_features(hidden: int, intermediate: int, top_k: int) -> int:
     """Numbers per token alive at once in the backward: for each of its experts a copy of it and of
@@ -45,6 +47,7 @@ def mini_sequence_experts(
     up_weight: Tensor,
     down_weight: Tensor,
     *,
+    biases: Sequence[Tensor] | None = None,
     top_k: int,
     normalize: bool = True,
     activation: str = "silu",
@@ -61,8 +64,9 @@ def mini_sequence_experts(
         router_weight: [E, D], of x's type, as the others (autocast casts all five).
         gate_weight, up_weight: [E, F, D], each expert's as in ``nn.Linear``.
         down_weight: [E, D, F].
+        biases: of router [E], gate and up [E, F] and down [E, D]; None: there are none.
         top_k: K, experts of a token. normalize: their weights are divided by their sum.
-        activation: "silu" (SwiGLU) or "gelu_tanh" (GeGLU).
+        activation: as ``mini_sequence_mlp`` takes it.
         chunk_tokens: tokens computed at a time; "auto" bounds the intermediates by bytes.
         values: without, the result is there for its graph alone: it is not computed, and whatever
             reads it fails.
@@ -85,6 +89,7 @@ def mini_sequence_experts(
         "gate_weight": gate_weight,
         "up_weight": up_weight,
         "down_weight": down_weight,
+        **dict(zip(BIASES, biases or (), strict=False)),
     }
     check_tensors(**given)
     autocast = Autocast.here(x.device)
@@ -105,7 +110,7 @@ def _check(tensors: dict[str, Tensor], top_k: int, activation: str) -> None:
     if len({tensor.dtype for tensor in tensors.values()}) > 1:
         types = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
         raise ValueError(f"{types}: they must be of one type")
-    x, router, gate, up, down = (tuple(tensor.shape) for tensor in tensors.values())
+    x, router, gate, up, down, *biases = (tuple(tensor.shape) for tensor in tensors.values())
     fit = len(gate) == 3 and x[-1:] == gate[2:] and up == gate
     if not (fit and router == (gate[0], gate[2]) and down == (gate[0], gate[2], gate[1])):
         raise ValueError(
@@ -113,8 +118,16 @@ def _check(tensors: dict[str, Tensor], top_k: int, activation: str) -> None:
             f"{down} do not fit: expected x [..., D], router [E, D], gate and up [E, F, D], down "
             f"[E, D, F]"
         )
+    if biases and biases != [gate[:1], gate[:2], gate[:2], down[:2]]:
+        raise ValueError(
+            f"biases {', '.join(map(str, biases))} do not fit: expected those of router [E], gate "
+            f"and up [E, F] and down [E, D]"
+        )
     if not 1 <= top_k <= gate[0]:
         raise ValueError(f"top_k={top_k} is not from 1 to {gate[0]}, the number of experts")
+
+
+NONE = (None,) * len(BIASES)
 
 
 class _Experts:
@@ -125,21 +138,23 @@ class _Experts:
         self._losses, self._first = router_losses_here()
 
     def forward(self, x_ND: Tensor, weights: Sequence[Tensor], y_ND: Tensor) -> None:
-        router, gate, up, down = weights
+        router, gate, up, down, *biases = weights
+        router_bias, gate_bias, up_bias, down_bias = biases or NONE
         for chunk in chunk_slices(x_ND.shape[0], self._chunk_tokens):
             x_CD = x_ND[chunk]
-            logits_CE = F.linear(x_CD, router)
+            logits_CE = F.linear(x_CD, router, router_bias)
             weights_CK, indices_CK = route(logits_CE, self._top_k, self._normalize)
             if self._losses is not None and self._first:
                 self._losses.record(logits_CE, indices_CK)
             del logits_CE
             pairs = Pairs(indices_CK, gate.shape[0])
             x_GD = x_CD[pairs.token_G]
-            gate_GF, up_GF = (pairs.products(x_GD, weight.mT) for weight in (gate, up))
+            gate_GF = pairs.products(x_GD, gate.mT, gate_bias)
+            up_GF = pairs.products(x_GD, up.mT, up_bias)
             del x_GD
             glu_forward(gate_GF, up_GF, self._activation, out=gate_GF)
             del up_GF
-            result_GD = pairs.products(gate_GF, down.mT)
+            result_GD = pairs.products(gate_GF, down.mT, down_bias)
             del gate_GF
             # A token's results in the order of its experts, whatever that of the products was.
             results_CKD = result_GD[pairs.place_CK]
@@ -149,22 +164,29 @@ class _Experts:
     def backward(
         self, dy_ND: Tensor, x_ND: Tensor, weights: Sequence[Tensor], needed: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        router, gate, up, down = weights
+        router, gate, up, down, *biases = weights
+        router_bias, gate_bias, up_bias, down_bias = biases or NONE
         x_needed, router_needed, *experts_needed = needed
+        biases_needed = experts_needed[3:]
         several = x_ND.shape[0] > self._chunk_tokens
         router_gradient = WeightGradient(router, several=several, needed=router_needed)
         gate_gradient, up_gradient, down_gradient = (
             ExpertsGradient(weight, several=several, needed=weight_needed)
-            for weight, weight_needed in zip((gate, up, down), experts_needed, strict=True)
+            for weight, weight_needed in zip((gate, up, down), experts_needed, strict=False)
         )
+        bias_gradients = [
+            WeightGradient(bias, several=several, needed=bias_needed)
+            for bias, bias_needed in zip(biases, biases_needed, strict=True)
+        ]
         dx_ND = torch.empty_like(x_ND) if x_needed else None
         for chunk in chunk_slices(x_ND.shape[0], self._chunk_tokens):
             x_CD = x_ND[chunk]
-            logits_CE, weights_CK, indices_CK = self._routed(x_CD, router)
+            logits_CE, weights_CK, indices_CK = self._routed(x_CD, router, router_bias)
             pairs = Pairs(indices_CK, gate.shape[0])
             weights_G1 = weights_CK.detach().flatten()[pairs.order_G, None]
             x_GD, dy_GD = x_CD[pairs.token_G], dy_ND[chunk][pairs.token_G]
-            gate_GF, up_GF = (pairs.products(x_GD, weight.mT) for weight in (gate, up))
+            gate_GF = pairs.products(x_GD, gate.mT, gate_bias)
+            up_GF = pairs.products(x_GD, up.mT, up_bias)
             dproduct_GF = pairs.products(dy_GD, down)
             product_GF = glu_forward(gate_GF, up_GF, self._activation)
             dweights_G = torch.bmm(dproduct_GF[:, None], product_GF[..., None]).flatten()
@@ -177,9 +199,21 @@ class _Experts:
             gate_gradient.add_products(dgate_GF, x_GD, pairs)
             up_gradient.add_products(dup_GF, x_GD, pairs)
             del x_GD
-            dlogits_CE = _gradient(weights_CK, logits_CE, dweights_G[pairs.place_CK])
-            del weights_CK, logits_CE
+            dweights_CK = dweights_G[pairs.place_CK]
+            if down_bias is not None:
+                dweights_CK += (dy_ND[chunk] @ down_bias.t()).gather(1, indices_CK)
+            dlogits_CE = _gradient(weights_CK, logits_CE, dweights_CK)
             router_gradient.add_product(dlogits_CE, x_CD)
+            if bias_gradients:
+                of_router, of_gate, of_up, of_down = bias_gradients
+                of_router.add(dlogits_CE.sum(0))
+                each_GE = F.one_hot(pairs.expert_G, gate.shape[0]).to(x_ND)
+                of_gate.add_product(each_GE, dgate_GF)
+                of_up.add_product(each_GE, dup_GF)
+                del each_GE
+                used_CE = torch.zeros_like(logits_CE).scatter_(1, indices_CK, weights_CK.detach())
+                of_down.add_product(used_CE, dy_ND[chunk])
+            del weights_CK, logits_CE
             if dx_ND is not None:
                 dx_GD = pairs.products(dgate_GF, gate)
                 del dgate_GF
@@ -194,12 +228,15 @@ class _Experts:
             gate_gradient.result(),
             up_gradient.result(),
             down_gradient.result(),
+            *(gradient.result() for gradient in bias_gradients),
         )
 
-    def _routed(self, x_CD: Tensor, router_ED: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _routed(
+        self, x_CD: Tensor, router_ED: Tensor, bias_E: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The router's logits [C, E]; each token's weights, with their graph from the logits on,
         and its experts, [C, K] each."""
-        logits_CE = F.linear(x_CD, router_ED).requires_grad_()
+        logits_CE = F.linear(x_CD, router_ED, bias_E).requires_grad_()
         with torch.enable_grad():
             observed_CE = logits_CE if self._losses is None else self._losses.observed(logits_CE)
             return logits_CE, *route(observed_CE, self._top_k, self._normalize)

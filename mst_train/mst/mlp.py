@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mst_kernels import glu_backward_, glu_forward
-from mst_kernels.glu import ACTIVATIONS
+from mst_kernels.glu import ACTIVATIONS, CLAMPED, LIMIT, SLOPE
 from mst_train.mst.accumulate import WeightGradient
 from mst_train.mst.autocast import Autocast, check_tensors
 from mst_train.mst.chunking import chunk_slices, resolve_chunk_tokens
@@ -42,14 +42,20 @@ def gated_mlp(
 
     Shapes and types as in ``mini_sequence_mlp``.
     """
-    gate = F.linear(x, gate_weight)
+    gate, up = F.linear(x, gate_weight), F.linear(x, up_weight)
+    return F.linear(gated(gate, up, activation), down_weight)
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """What the down projection reads, by torch's own operations (mst_kernels/glu.py)."""
     if activation == "silu":
-        gate = F.silu(gate)
-    elif activation == "gelu_tanh":
-        gate = F.gelu(gate, approximate="tanh")
-    else:
-        raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    return F.linear(gate * F.linear(x, up_weight), down_weight)
+        return F.silu(gate) * up
+    if activation == "gelu_tanh":
+        return F.gelu(gate, approximate="tanh") * up
+    if activation == CLAMPED:
+        gate = gate.clamp(max=LIMIT)
+        return gate * torch.sigmoid(SLOPE * gate) * (up.clamp(-LIMIT, LIMIT) + 1)
+    raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
 
 
 # A compiled graph would lose the first of the two nodes, and all gradients with it.
@@ -74,7 +80,7 @@ def mini_sequence_mlp(
         gate_weight, up_weight: [F, D] as in ``nn.Linear``, of x's type (autocast casts all four).
         down_weight: [D, F], of x's type.
         chunk_tokens: tokens computed at a time; "auto" bounds the intermediates by bytes.
-        activation: "silu" (SwiGLU) or "gelu_tanh" (GeGLU).
+        activation: "silu" (SwiGLU), "gelu_tanh" (GeGLU) or "clamped_swiglu" (gpt-oss).
         values: without, the result is there for its graph alone: it is not computed, and whatever
             reads it fails.
 

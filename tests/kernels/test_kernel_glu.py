@@ -20,14 +20,17 @@ def plain(
 ) -> tuple[torch.Tensor, ...]:
     """(dgate, dup, product) from torch's own operations, in the tensors' dtype."""
     gate, up = (t.detach().clone().requires_grad_() for t in (gate, up))
-    activated = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-    product = activated * up
+    if activation == "clamped_swiglu":
+        product = gate.clamp(max=7) * (1.702 * gate.clamp(max=7)).sigmoid() * (up.clamp(-7, 7) + 1)
+    else:
+        activated = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+        product = activated * up
     return *torch.autograd.grad(product, (gate, up), dproduct), product.detach()
 
 
 def make(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    """dproduct, gate and up, reaching far into the activation's two tails."""
-    return [scale * torch.randn(shape, dtype=dtype, device=device) for scale in (1, 4, 1)]
+    """dproduct, gate and up, reaching far into the activation's two tails, and where it clips."""
+    return [scale * torch.randn(shape, dtype=dtype, device=device) for scale in (1, 4, 4)]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -110,6 +110,7 @@ def with_experts(seed, step):
         num_experts=experts,
         experts_per_token=draw.randint(1, min(experts, 3)),
         normalize_experts=draw.random() < 0.5,
+        expert_bias=draw.random() < 0.4,
         balance_loss=draw.choice([0.0, 0.1]),
         router_z_loss=draw.choice([0.0, 0.1]),
     )

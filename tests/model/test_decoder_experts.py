@@ -25,6 +25,16 @@ MOE = ModelConfig(
 )
 BALANCED = replace(MOE, balance_loss=0.3, router_z_loss=0.2)
 AROUND = replace(BALANCED, norm_placement="around", normalize_experts=False)
+GPT_OSS = replace(
+    BALANCED,
+    expert_bias=True,
+    activation="clamped_swiglu",
+    attention_sinks=True,
+    qkv_bias=True,
+    output_bias=True,
+    sliding_window=9,
+    sliding_window_pattern=["sliding", "full"],
+)
 SEQUENCE, OFFSETS = 29, [0, 7, 8, 21, 29, 58]
 
 
@@ -38,6 +48,9 @@ def make(config, policy=None, *, attention="auto", offload=False):
     )
     for block in model.blocks:  # as they start, routers hardly prefer an expert
         torch.nn.init.normal_(block.mlp.router.weight, 0, 0.4)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, 0, 0.3)
     model.offload = Offload(CPU) if offload else None
     return model
 
@@ -66,7 +79,7 @@ def by_formula(config, scale=1.0):
     for block in model.blocks:
         block.mlp.register_forward_pre_hook(lambda mlp, args: inputs.append((mlp, args[0])))
     loss_sum, valid_tokens = model(*batch(config))
-    logits = torch.cat([F.linear(x, mlp.router.weight).flatten(0, 1) for mlp, x in inputs])
+    logits = torch.cat([mlp.router(x).flatten(0, 1) for mlp, x in inputs])
     probabilities = logits.softmax(-1)
     chosen = probabilities.topk(config.experts_per_token).indices
     times = F.one_hot(chosen, config.num_experts).sum(1).double().mean(0)
@@ -90,7 +103,7 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("config", [BALANCED, AROUND], ids=["before", "around"])
+@pytest.mark.parametrize("config", [BALANCED, AROUND, GPT_OSS], ids=["before", "around", "gpt-oss"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_gives_the_losses_and_gradients_of_the_formula(policy, config):
     assert_close(step(config, POLICIES[policy], scale=0.7), by_formula(config, scale=0.7))
@@ -108,10 +121,10 @@ def test_the_losses_are_beside_the_mean_loss():
     assert with_losses - without > 0.3 * 53 * 0.9
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(12))
 def test_mixes(seed):
     draw = random.Random(seed)
-    config = draw.choice([MOE, BALANCED, AROUND, replace(BALANCED, experts_per_token=1)])
+    config = draw.choice([MOE, BALANCED, AROUND, replace(BALANCED, experts_per_token=1), GPT_OSS])
     policy = Policy(
         *(True, True, draw.choice([3, 58]), 11),
         keep={piece: draw.choice([0, 1, 2, "all"]) for piece in (KEYS, QUERIES, OUTPUT)},

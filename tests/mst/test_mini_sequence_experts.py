@@ -20,8 +20,17 @@ def make_inputs(shape, dtype=torch.float64, hidden=HIDDEN, intermediate=INTERMED
     return [t.clone().requires_grad_() for t in (x, router, gate, up, down)]
 
 
+def with_biases(inputs):
+    """Those of router, gate, up and down."""
+    experts, intermediate, hidden = inputs[2].shape
+    shapes = (experts,), (experts, intermediate), (experts, intermediate), (experts, hidden)
+    biases = (torch.randn(shape, dtype=inputs[0].dtype) for shape in shapes)
+    return [*inputs, *(bias.requires_grad_() for bias in biases)]
+
+
 def gradients(function, inputs, dy, **options):
-    y = function(*inputs, **{"top_k": 2} | options)
+    tensors, biases = inputs[:5], inputs[5:] or None
+    y = function(*tensors, biases=biases, **{"top_k": 2} | options)
     return y, torch.autograd.grad(y, [i for i in inputs if i.requires_grad], dy)
 
 
@@ -47,6 +56,17 @@ def test_equals_the_plain_experts(shape, chunk_tokens, top_k, normalize, activat
     assert_equal(inputs, dy, chunk_tokens, **options)
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+@pytest.mark.parametrize("chunk_tokens", [4, 100])
+@pytest.mark.parametrize("frozen", [(), (0,), (5,), (6, 8), (0, 1, 2, 3, 4)])
+def test_with_biases(frozen, chunk_tokens, top_k):
+    inputs = with_biases(make_inputs((3, 7)))
+    for i in frozen:
+        inputs[i].requires_grad_(False)
+    dy = torch.randn_like(inputs[0])
+    assert_equal(inputs, dy, chunk_tokens, top_k=top_k, activation="clamped_swiglu")
+
+
 def test_an_expert_that_nobody_chooses():
     inputs = make_inputs((20,))
     with torch.no_grad():
@@ -65,6 +85,12 @@ def test_gradcheck_against_finite_differences():
     inputs = make_inputs((5,), hidden=4, intermediate=3)
     assert torch.autograd.gradcheck(
         lambda *i: mini_sequence_experts(*i, top_k=2, chunk_tokens=2), inputs, eps=1e-7
+    )
+    inputs = with_biases(inputs)
+    assert torch.autograd.gradcheck(
+        lambda *i: mini_sequence_experts(*i[:5], biases=i[5:], top_k=2, chunk_tokens=2),
+        inputs,
+        eps=1e-7,
     )
 
 
@@ -193,5 +219,8 @@ def test_bad_tensors():
         mini_sequence_experts(x, router, gate, up, down.mT, top_k=2)
     with pytest.raises(ValueError, match="of one type"):
         mini_sequence_experts(x, router, gate, up.float(), down, top_k=2)
+    with pytest.raises(ValueError, match=r"biases \(5,\).* do not fit"):
+        biases = [torch.zeros(5, dtype=torch.float64)] * 4
+        mini_sequence_experts(x, router, gate, up, down, biases=biases, top_k=2)
     with pytest.raises(TypeError, match="give its weight"):
         mini_sequence_experts(x, torch.nn.Linear(2, 2), gate, up, down, top_k=2)
