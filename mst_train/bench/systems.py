@@ -19,7 +19,7 @@ from mst_train.bench.step import measure_steps, policy_of
 from mst_train.bench.workload import Batch, build, chosen, lengths, missing
 from mst_train.model import Transformer
 from mst_train.model.hf.config import write_config
-from mst_train.model.hf.names import places_by_name
+from mst_train.model.hf.names import Part, places_by_name
 from mst_train.plan.baseline import enable_checkpointing
 from mst_train.precision import weight_type
 
@@ -235,7 +235,7 @@ def _transformers_model(config: BenchConfig, ours: Transformer, device: torch.de
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(settings, dtype=weight_type(config.precision))
     for name, place in places_by_name(ours, family):
-        if place.expert is None:
+        if isinstance(place, Part) and place.expert is None:
             module, _, kind = name.replace("block_sparse_moe", "mlp").rpartition(".")
             setattr(model.get_submodule(module), kind, place.parameter)
     if family == "mixtral":

@@ -248,6 +248,8 @@ def _rope_scaling_problems(scaling: RopeScalingConfig) -> Iterator[str]:
         yield from _positive(f"{key}.{low}", slow)
         if not slow < fast < 1e12:
             yield f"{key}.{high}={fast} must be greater than {key}.{low}={slow}"
+    if not scaling.truncate and scaling.type != "yarn":
+        yield f"{key}.truncate=false is not used with {key}.type={scaling.type}: set it to true"
     if scaling.attention_factor is not None:
         yield from _positive(f"{key}.attention_factor", scaling.attention_factor)
         if scaling.type != "yarn":

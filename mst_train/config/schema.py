@@ -218,6 +218,8 @@ class RopeScalingConfig:
     """yarn: frequencies with fewer turns than this in original_length are divided by factor."""
     attention_factor: float | None = None
     """yarn: multiplies cosines and sines; null: 0.1 ln(factor) + 1."""
+    truncate: bool = True
+    """yarn: the ramp begins and ends at whole features; false: where the betas say (gpt-oss)."""
 
 
 @dataclass(frozen=True)

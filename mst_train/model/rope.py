@@ -73,8 +73,10 @@ def _yarn(periods: Tensor, scaling: RopeScalingConfig, theta: float) -> tuple[Te
         """The feature (a real number) that makes this many turns in the original length."""
         return size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    first = max(math.floor(feature(scaling.beta_fast)), 0)
-    last = min(math.ceil(feature(scaling.beta_slow)), size - 1)
+    begin, end = feature(scaling.beta_fast), feature(scaling.beta_slow)
+    if scaling.truncate:
+        begin, end = math.floor(begin), math.ceil(end)
+    first, last = max(begin, 0), min(end, size - 1)
     width = last - first if last != first else 0.001
     features = torch.arange(size // 2, dtype=torch.float32, device=periods.device)
     kept = 1 - ((features - first) / width).clamp(0, 1)

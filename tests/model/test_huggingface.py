@@ -137,6 +137,27 @@ MODELS = {
     ),
     "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 4, "intermediate_size": 11}),
     "olmoe, one expert each": ("Olmoe", {"num_experts": 3, "num_experts_per_tok": 1}),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 14,
+            "head_dim": 10,
+            "sliding_window": 5,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
+    "gpt-oss, not stretched": (
+        "GptOss",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 6,
+            "layer_types": ["full_attention"] * 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    ),
 }
 POWERS_OF_TWO = {"num_hidden_layers": 4, "num_experts": 8}
 POLICIES = {
@@ -162,8 +183,12 @@ def make_theirs(name, dtype=torch.float64, seed=0, **others):
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("mlp.gate.weight"):  # far from even, so that some experts are rare
+            if name.endswith(
+                ("mlp.gate.weight", "mlp.router.weight")
+            ):  # far from even, so that some experts are rare
                 parameter.mul_(3)
+            if "mlp.experts" in name and parameter.ndim == 3 and family == "GptOss":
+                parameter.mul_(20)  # until it clips
             if parameter.ndim == 1:  # norms and biases, which start at one number
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.to(dtype)
@@ -213,6 +238,8 @@ def their_step(model, tokens, labels):
 def as_stored(name, tensor, model_type):
     """What transformers has of all experts in one tensor, as its checkpoints have it."""
     prefix, experts, kind = name.rpartition(".experts.")
+    if model_type == "gpt_oss":
+        return {name: tensor}
     if not experts:
         gate = model_type == "mixtral" and name.endswith(".mlp.gate.weight")
         return {name.replace(".mlp.", ".block_sparse_moe.") if gate else name: tensor}
@@ -234,8 +261,7 @@ def our_step(model, tokens, labels, name):
     (loss_sum / valid).backward()
     gradients = {}
     for key, place in places_by_name(model, model_type_of(name)):
-        gradient = place.parameter.grad
-        gradients[key] = gradient if place.expert is None else gradient[place.expert]
+        gradients[key] = place.stored(lambda parameter: parameter.grad)
     return (loss_sum / valid).detach(), model.logits(tokens).detach(), gradients
 
 
@@ -296,6 +322,7 @@ def test_every_setting_makes_a_difference(name, folders):
         "scale_embeddings",
         "norm_offset",
         "normalize_experts",
+        "activation",
     )
     with torch.no_grad():
         logits = load_pretrained(folders(name), dtype=torch.float64, device=CPU).logits(tokens)
@@ -557,6 +584,14 @@ def test_a_tied_head_must_be_the_embedding(broken, folders, tmp_path):
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 is not supported: it must be null or left out"),
         ("olmoe", {"attention_bias": True}, "attention_bias=True is not supported"),
         ("olmoe", {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} is not"),
+        (
+            "gpt-oss",
+            {"quantization_config": {"quant_method": "mxfp4"}},
+            "it must be null or left out: write the weights in bf16 by transformers first (of "
+            "mxfp4: quantization_config=Mxfp4Config(dequantize=True))",
+        ),
+        ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit=5.0 is not supported"),
+        ("gpt-oss", {"attention_bias": False}, "attention_bias=False is not supported"),
         ("llama", {"model_type": "qwen2_moe"}, "model_type=qwen2_moe is not supported"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported"),
         ("llama", {"hidden_act": "relu"}, "hidden_act=relu is not supported: it must be one of"),
@@ -578,7 +613,7 @@ def test_a_tied_head_must_be_the_embedding(broken, folders, tmp_path):
         ("llama", {"rope_scaling": {"type": "longrope"}}, "rope_scaling: rope_type=longrope"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling: factor=None is not"),
         ("llama", {"rope_scaling": YARN | {"mscale": 1.0}}, "rope_scaling: mscale=1.0"),
-        ("llama", {"rope_scaling": YARN | {"truncate": False}}, "rope_scaling: truncate=False"),
+        ("llama", {"rope_scaling": YARN | {"truncate": "no"}}, "rope_scaling: truncate=no"),
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
          "rope_parameters that differ between layers"),
     ],
@@ -829,6 +864,7 @@ def test_experts_in_several_files_are_gathered_once_for_each(folders):
         RopeScalingConfig("yarn", 4.0, 512),
         RopeScalingConfig("yarn", 1.0, 512),
         RopeScalingConfig("yarn", 16.0, 64, beta_fast=5.0, beta_slow=0.5, attention_factor=1.3),
+        RopeScalingConfig("yarn", 32.0, 4096, truncate=False),
         RopeScalingConfig("yarn", 4.0, 4),  # no feature turns often enough to be kept
     ],
     ids=str,

@@ -114,10 +114,15 @@ class Family:
 
 
 FAMILIES = (
-    *(Family.of(name, decoder) for name, decoder in DECODERS.items()),
+    *(
+        Family.of(name, decoder)
+        for name, decoder in DECODERS.items()
+        if not decoder.fixed["attention_sinks"]
+    ),
     Family("phi3", "Phi3", windows="all", fused=True),
 )
-"""Those of our own decoder, and others whose checkpoints it does not read."""
+"""Those of our own decoder, but for attention sinks, and others whose checkpoints it does not read.
+"""
 
 NORMS = {
     "before": ("input_layernorm", None, "post_attention_layernorm", None),

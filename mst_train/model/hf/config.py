@@ -38,6 +38,11 @@ SCALINGS = {
 """What config.json states of each kind of scaled rotary embeddings, and the settings' names of it.
 yarn's own may be null."""
 
+QUANTIZED = (
+    ": write the weights in bf16 by transformers first (of mxfp4: "
+    "quantization_config=Mxfp4Config(dequantize=True))"
+)
+
 # --- from config.json ----------------------------------------------------------------------------
 
 
@@ -71,7 +76,7 @@ def read_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     settings["tie_embeddings"] = bool(reader.values["tie_word_embeddings"])
     settings["max_positions"] = reader.whole("max_position_embeddings")
     activation = str(reader.values[family.activation_key])
-    settings["activation"] = ACTIVATIONS.get(activation, activation)
+    settings.setdefault("activation", ACTIVATIONS.get(activation, activation))
     if activation not in ACTIVATIONS:
         reader.refuse(family.activation_key, f"it must be one of {', '.join(ACTIVATIONS)}")
     if family.capped:
@@ -128,7 +133,8 @@ def _refuse_unsupported(family: Family, reader: _Reader) -> None:
     for key, only in (NEVER | dict(family.never)).items():
         value = reader.values.get(key)
         if key not in family.ignored and value is not None and value != only:
-            reader.refuse(key, f"it must be {json.dumps(only)} or left out")
+            advice = QUANTIZED if key == "quantization_config" else ""
+            reader.refuse(key, f"it must be {json.dumps(only)} or left out{advice}")
     architectures = reader.values.get("architectures")
     if architectures is not None and family.architecture not in _listed(architectures):
         reader.refuse("architectures", f"it must name {family.architecture}")
@@ -230,8 +236,9 @@ def _read_rope(reader: _Reader) -> dict[str, Any]:
         for key in ("mscale", "mscale_all_dim"):
             if rope.values.get(key) is not None:
                 rope.refuse(key, "it must be left out")
-        if rope.values.get("truncate") not in (None, True):
-            rope.refuse("truncate", "it must be true or left out")
+        if rope.values.get("truncate") not in (None, True, False):
+            rope.refuse("truncate", "it must be true, false or left out")
+        scaling["truncate"] = rope.values.get("truncate") is not False
     elif kind not in ("default", *SCALINGS):
         rope.problems.append(
             f"rope_type={kind} is not supported: it must be one of default, {', '.join(SCALINGS)}"
@@ -276,7 +283,8 @@ def write_config(
             "config.json states the longest sequence that a model is for: set model.max_positions"
         )
     family = FAMILIES[chosen]
-    activation = next(name for name, ours in ACTIVATIONS.items() if ours == config.activation)
+    names = (name for name, ours in ACTIVATIONS.items() if ours == config.activation)
+    activation = next(names, family.defaults.get(family.activation_key))
     values: dict[str, Any] = {"architectures": [family.architecture], "model_type": chosen}
     values |= {key: getattr(config, setting) for key, setting in SIZES.items()}
     values |= {
@@ -295,11 +303,13 @@ def write_config(
             "final_logit_softcapping": config.logit_softcap,
         }
     values |= _write_experts(family, config)
-    return values | _write_windows(family, config) | _write_rope(config)
+    return values | _write_windows(family, config) | _write_rope(family, config)
 
 
 def _foreign(family: Family, config: ModelConfig) -> Iterator[str]:
     """Settings that no model of a family has."""
+    if "activation" not in family.fixed and config.activation not in ACTIVATIONS.values():
+        yield f"model.activation={config.activation}"
     if (family.experts is None) != (config.num_experts is None):
         yield f"model.num_experts={'null' if config.num_experts is None else config.num_experts}"
     for setting, value in family.fixed.items():
@@ -370,6 +380,8 @@ def _write_windows(family: Family, config: ModelConfig) -> dict[str, Any]:
         return {}
     values: dict[str, Any] = {"sliding_window": window}
     if family.windows == "layers":
+        if window is None and "use_sliding_window" not in family.defaults:
+            values["sliding_window"] = family.defaults["sliding_window"]  # of no layer
         values["layer_types"] = [
             "sliding_attention" if window else "full_attention" for window in windows
         ]
@@ -380,14 +392,18 @@ def _write_windows(family: Family, config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def _write_rope(config: ModelConfig) -> dict[str, Any]:
+def _write_rope(family: Family, config: ModelConfig) -> dict[str, Any]:
     """As transformers 4 has it, which 5 and others read too."""
-    scaling = config.rope_scaling
-    if scaling.type == "none":
-        return {"rope_theta": config.rope_theta, "rope_scaling": None}
-    if scaling.type == "ntk":
-        return {"rope_theta": ntk_theta(config), "rope_scaling": None}
+    scaling, theta = config.rope_scaling, config.rope_theta
+    if scaling.type in ("none", "ntk"):
+        theta = ntk_theta(config) if scaling.type == "ntk" else theta
+        plain = None
+        if "rope_parameters" in family.defaults:  # and null means these
+            plain = {"rope_type": "default", "rope_theta": theta}
+        return {"rope_theta": theta, "rope_scaling": plain}
     values = {key: getattr(scaling, setting) for key, setting in SCALINGS[scaling.type].items()}
     stated = {key: value for key, value in values.items() if value is not None}
     rope = {"rope_type": scaling.type, **stated}
-    return {"rope_theta": config.rope_theta, "rope_scaling": rope}
+    if not scaling.truncate:
+        rope["truncate"] = False
+    return {"rope_theta": theta, "rope_scaling": rope}

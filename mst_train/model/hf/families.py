@@ -32,11 +32,11 @@ NEVER = {
 }
 """Keys that only these values (or null) are supported of."""
 
-ATTENTION = {"output_bias": False, "attention_sinks": False}
-"""What no family has."""
+PLAIN = {"output_bias": False, "attention_sinks": False, "expert_bias": False}
+"""What gpt-oss alone has."""
 
 LLAMA = {
-    **ATTENTION,
+    **PLAIN,
     "qkv_bias": False,
     "qk_norm": "none",
     "attention_softcap": None,
@@ -51,7 +51,8 @@ LLAMA = {
 class ExpertNames:
     """What a family's checkpoints call mixtures of experts.
 
-    module: a layer's mixture. matrices: each expert's, by this project's names.
+    module: a layer's mixture. router: in it. matrices: each expert's, by this project's names.
+    together: those of all experts are one tensor, and gate and up are one.
     count, size, normalized: config.json's keys of how many there are, of the features in each, and
         of whether the chosen ones' weights are divided by their sum; None: they always are.
     """
@@ -61,6 +62,8 @@ class ExpertNames:
     count: str = "num_experts"
     size: str = "intermediate_size"
     normalized: str | None = "norm_topk_prob"
+    router: str = "gate"
+    together: bool = False
 
 
 _PROJECTIONS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -116,6 +119,14 @@ def _routers(coefficient: float) -> dict[str, Any]:
     return {"output_router_logits": False, "router_aux_loss_coef": coefficient}
 
 
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 _QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 
 FAMILIES = {
@@ -144,7 +155,7 @@ FAMILIES = {
     "gemma2": Family(
         "Gemma2ForCausalLM",
         {
-            **ATTENTION,
+            **PLAIN,
             "qkv_bias": False,
             "qk_norm": "none",
             "norm_placement": "around",
@@ -230,6 +241,41 @@ FAMILIES = {
         whole_heads=True,
         experts=PER_EXPERT,
         never={"clip_qkv": None},
+        ignored=("mlp_bias",),
+    ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        {
+            **LLAMA,
+            "qkv_bias": True,
+            "output_bias": True,
+            "attention_sinks": True,
+            "expert_bias": True,
+            "normalize_experts": True,
+            "activation": "clamped_swiglu",
+        },
+        _defaults(
+            131072,
+            num_key_value_heads=8,
+            head_dim=64,
+            rms_norm_eps=1e-5,
+            rope_theta=150000.0,
+            rope_parameters=_GPT_OSS_ROPE,
+            sliding_window=128,
+            num_experts=128,
+            num_experts_per_tok=4,
+            **_routers(0.001),
+        ),
+        windows="layers",
+        experts=ExpertNames(
+            "mlp",
+            {"gate": "gate_up_proj", "down": "down_proj"},
+            count="num_local_experts",
+            normalized=None,
+            router="router",
+            together=True,
+        ),
+        never={"attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
         ignored=("mlp_bias",),
     ),
 }

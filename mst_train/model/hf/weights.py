@@ -17,7 +17,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -149,11 +149,13 @@ def copy_weights(
     places = dict(places_by_name(model, found.model_type))
     for path, names in found.files.items():
         with safe_open(path, framework="pt") as file:
-            for _, group in groupby(names, lambda name: id(places[name].parameter)):
+            for _, group in groupby(names, lambda name: [*map(id, places[name].parameters)]):
                 parts = [*group]
-                with whole(places[parts[0]].parameter):
+                with ExitStack() as gathered:
+                    for parameter in places[parts[0]].parameters:
+                        gathered.enter_context(whole(parameter))
                     for name in parts:
-                        places[name].tensor.copy_(file.get_tensor(name))
+                        places[name].read(file.get_tensor(name))
 
 
 def pretrained_config(name: str | Path) -> ModelConfig:
@@ -198,12 +200,12 @@ def save_pretrained(
     places = dict(places_by_name(model, values["model_type"]))
     with _written_whole(folder) as temporary:
         shards = list(_shards(places, shard_bytes))
-        total = sum(place.tensor.nbytes for place in places.values())
+        total = sum(_size(place) for place in places.values())
         files: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
             part = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             file = SINGLE if len(shards) == 1 else part
-            tensors = {name: places[name].tensor.cpu().contiguous() for name in shard}
+            tensors = {name: places[name].stored().cpu().contiguous() for name in shard}
             save_file(tensors, temporary / file, metadata={"format": "pt"})
             files |= dict.fromkeys(shard, file)
         if len(shards) > 1:
@@ -257,9 +259,9 @@ def _checked(folder: Path, model: Transformer) -> Found:
     """The tensors to take from each file; everything about them is as the model wants it."""
     config = folder / "config.json"
     model_type = read_model_type(_read_json(config), str(config))
-    wanted = {name: place.tensor for name, place in places_by_name(model, model_type)}
+    wanted = {name: place.stored() for name, place in places_by_name(model, model_type)}
     stored, problems = _stored_tensors(folder)
-    stacked = next((name for name in stored if name.endswith(STACKED)), None)
+    stacked = next((n for n in stored if n.endswith(STACKED) and n not in wanted), None)
     if stacked is not None:
         raise UserError(
             f"{folder}: {stacked} has the weights of all experts, and a tensor for each of an "
@@ -358,13 +360,18 @@ def _shards(places: Mapping[str, Place], shard_bytes: int) -> Iterator[list[str]
     shard: list[str] = []
     filled = 0
     for name, place in places.items():
-        size = place.tensor.nbytes
+        size = _size(place)
         if shard and filled + size > shard_bytes:
             yield shard
             shard, filled = [], 0
         shard.append(name)
         filled += size
     yield shard
+
+
+def _size(place: Place) -> int:
+    """Bytes of a tensor."""
+    return place.stored(lambda parameter: parameter.detach().to("meta")).nbytes
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
