@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mst_train.bench.report import Row, compared, duration, label, relative, size, subject
+from mst_train.bench.report import Row, compared, duration, experts, label, relative, size, subject
 from mst_train.plan.plot import INK, new_figure
 from mst_train.plan.show import short_length
 
@@ -172,7 +172,7 @@ def _caption(report: dict[str, Any]) -> str:
     model = report["settings"]["model"]
     text = (
         f"{subject(report)}hidden {model['hidden_size']}, intermediate "
-        f"{model['intermediate_size']}, vocabulary {model['vocab_size']}; torch "
+        f"{model['intermediate_size']}{experts(report)}, vocabulary {model['vocab_size']}; torch "
         f"{report['versions']['torch']}"
     )
     if report["bench"] != "max_sequence":

@@ -135,6 +135,17 @@ def subject(report: dict[str, Any]) -> str:
     return f"{machine}; {settings['precision']}; {layers}"
 
 
+def experts(report: dict[str, Any]) -> str:
+    """How many experts there are and a token has, where it has."""
+    model = report["settings"]["model"]
+    count = model.get("num_experts")
+    return (
+        ""
+        if count is None
+        else f" in each of {count} experts, {model['experts_per_token']} a token"
+    )
+
+
 def _digits(number: float) -> str:
     if number >= 100:
         return f"{number:,.0f}"
@@ -153,7 +164,7 @@ def _about(report: dict[str, Any]) -> list[str]:
     hardware, versions, model = report["hardware"], report["versions"], report["settings"]["model"]
     return [
         f"{subject(report)}hidden {model['hidden_size']:,}, intermediate "
-        f"{model['intermediate_size']:,}, vocabulary {model['vocab_size']:,}.",
+        f"{model['intermediate_size']:,}{experts(report)}, vocabulary {model['vocab_size']:,}.",
         "",
         f"`{report['command']}`, {report['date']}, commit {report['git_commit'] or 'unknown'}, "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
