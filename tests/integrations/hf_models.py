@@ -58,6 +58,16 @@ MODELS = {
         "Olmoe",
         {"num_experts": 5, "num_experts_per_tok": 2, "hidden_act": "relu"},
     ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "head_dim": 10,
+            "sliding_window": 5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    ),
 }
 CHUNKS = {"mlp_chunk_tokens": 7, "head_chunk_tokens": 11, "block_chunk_tokens": 12}
 SCHEMES = {

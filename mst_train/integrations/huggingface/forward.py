@@ -254,6 +254,7 @@ def layer_forward(base: Any) -> Any:
             raise RuntimeError(f"{call.running}: {problem}")
         block = RowwiseLayer(self, family, settings.mlp_chunk_tokens, rerun=rerun)
         kernel = settings.kernel(x_BSD, family.scores(self, call.index))
+        sinks = self.self_attn.sinks if family.sinks else None
         if settings.recompute:
             return mini_sequence_block(
                 block,
@@ -263,10 +264,12 @@ def layer_forward(base: Any) -> Any:
                 documents=call.documents,
                 chunk_tokens=block.chunk_tokens(settings.block_chunk_tokens, x_BSD),
                 keep=(ATTENTION,) if settings.keep_attention else (),
+                sinks=sinks,
             )
         q, k, v = block.before_attention(x_BSD, *rotary)
         assert q is not None
-        residual, branch = block.after_attention(x_BSD, attend(kernel, q, k, v, call.documents))
+        out = attend(kernel, q, k, v, call.documents, sinks)
+        residual, branch = block.after_attention(x_BSD, out)
         return residual + branch
 
     return forward

@@ -39,6 +39,8 @@ class Family:
     head_norms: queries and keys are normed. none, head (each head), projection (all together).
     fused: one projection for queries, keys and values.
     experts: a mixture of experts is in the MLP's place.
+    sinks: attention has sinks, and the MLP is a mixture of experts under its name (gpt-oss), which
+        goes through the block's chunks as it is.
     """
 
     module: str
@@ -48,6 +50,7 @@ class Family:
     head_norms: str = "none"
     fused: bool = False
     experts: bool = False
+    sinks: bool = False
 
     @classmethod
     def of(cls, model_type: str, decoder: DecoderFamily) -> "Family":
@@ -58,7 +61,8 @@ class Family:
             norms=decoder.fixed["norm_placement"],
             windows=decoder.windows,
             head_norms=decoder.fixed["qk_norm"],
-            experts=decoder.experts is not None,
+            experts=decoder.experts is not None and not decoder.experts.together,
+            sinks=decoder.fixed["attention_sinks"],
         )
 
     @property
@@ -83,7 +87,7 @@ class Family:
             sliding = config.layer_types[index] == "sliding_attention"
             window = config.sliding_window if sliding else None
         softcap = getattr(attention, "attn_logit_softcapping", None)
-        return Scores(window, softcap, attention.scaling)
+        return Scores(window, softcap, attention.scaling, self.sinks)
 
     def problem(self, layer: Any) -> str | None:
         """Why a layer's attention and MLP cannot be computed in their place, if they cannot."""
@@ -114,15 +118,10 @@ class Family:
 
 
 FAMILIES = (
-    *(
-        Family.of(name, decoder)
-        for name, decoder in DECODERS.items()
-        if not decoder.fixed["attention_sinks"]
-    ),
+    *(Family.of(name, decoder) for name, decoder in DECODERS.items()),
     Family("phi3", "Phi3", windows="all", fused=True),
 )
-"""Those of our own decoder, but for attention sinks, and others whose checkpoints it does not read.
-"""
+"""Those of our own decoder, and others whose checkpoints it does not read."""
 
 NORMS = {
     "before": ("input_layernorm", None, "post_attention_layernorm", None),
@@ -226,12 +225,12 @@ class RowwiseLayer:
 
     def _mlp_features(self) -> int:
         """Features of the results of the MLP's products, per token."""
-        mlp = self._layer.mlp
-        if not self._family.experts:
-            return int(mlp.config.hidden_size + 2 * mlp.config.intermediate_size)
-        experts = mlp.experts
-        each = experts.hidden_dim + 2 * experts.intermediate_dim
-        return int(experts.num_experts + mlp.gate.top_k * each)
+        config = self._layer.self_attn.config
+        if not self._family.experts and not self._family.sinks:
+            return int(config.hidden_size + 2 * config.intermediate_size)
+        inside = getattr(config, "moe_intermediate_size", config.intermediate_size)
+        each = config.hidden_size + 2 * inside
+        return int(config.num_local_experts + config.num_experts_per_tok * each)
 
     def _mlp(self, x_BTD: Tensor, values: bool = True) -> Tensor:
         mlp = self._layer.mlp
@@ -254,7 +253,7 @@ class RowwiseLayer:
                 **options,
             )
         if self._rerun or not torch.is_grad_enabled():
-            return mlp(x_BTD)
+            return self._as_it_is(x_BTD)
         # What its products give, each with its gradient.
         bytes_per_token = 2 * self._mlp_features() * x_BTD.element_size()
         tokens = resolve_chunk_tokens(
@@ -262,17 +261,22 @@ class RowwiseLayer:
         )
         length = -(-tokens // x_BTD.shape[0])
         parts = [
-            checkpoint(mlp, x_BTD[:, chunk].contiguous(), use_reentrant=False)
+            checkpoint(self._as_it_is, x_BTD[:, chunk].contiguous(), use_reentrant=False)
             for chunk in chunk_slices(x_BTD.shape[1], length)
         ]
         return torch.cat(parts, dim=1)
+
+    def _as_it_is(self, x_BTD: Tensor) -> Tensor:
+        y = self._layer.mlp(x_BTD)
+        result: Tensor = y[0] if self._family.sinks else y  # and the routers' weights
+        return result
 
 
 def plain_activation(layer: Any, family: Family) -> str | None:
     """The activation of a layer's MLP that the method can compute in its place; None where it is
     more than linear layers, or experts, and an activation that is known."""
     mlp = layer.mlp
-    if family.fused or altered(mlp) is not None:
+    if family.fused or family.sinks or altered(mlp) is not None:
         return None
     if family.experts:
         router, experts = mlp.gate, mlp.experts
