@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 # Tests wait as often as they compute: for processes, files and signals.
-JOBS ?= $(shell expr `nproc` + `nproc` / 2)
+JOBS ?= $(shell expr `nproc` \* 2)
 # Images for GPUs lag behind; Triton 3.6, which this torch needs, cannot interpret with NumPy 2.4.
 OLDEST ?= 'torch==2.11.*' 'numpy<2.4'
 
