@@ -77,6 +77,14 @@ def curve(records: list[Record], key: str, scale: float = 1) -> tuple[list[int],
     return [step for step, _ in known], [value for _, value in known]
 
 
+def expert_use(records: list[Record]) -> tuple[list[int], list[float], list[float]]:
+    """The steps that say how much experts were used, and of each the most and the least used
+    one's share; 1 is an even one."""
+    known = [(r["step"], r["expert_load"]) for r in records if "expert_load" in r]
+    most, least = ([len(load) * pick(load) for _, load in known] for pick in (max, min))
+    return [step for step, _ in known], most, least
+
+
 def group(settings: dict[str, Any], name: str) -> dict[str, Any]:
     """A group of settings; an empty one where there is none. ValueError for a single value."""
     found = settings.get(name)
@@ -193,6 +201,9 @@ def _check_record(record: Any) -> None:
             _require(all(map(_is_probe, value)), f"{key} has a probe of another form")
             _require(len({"depth" in probe for probe in value}) == 1, f"{key} lacks a depth")
             _require(_is_share(record.get(f"{key}_accuracy")), f"{key}_accuracy is no share")
+        elif key == "expert_load":
+            shares = isinstance(value, list) and bool(value) and all(map(_is_share, value))
+            _require(shares, f"{key} is no list of shares")
         elif key not in ("skipped", "stopped"):
             unknown = value is None or (isinstance(value, float) and not math.isfinite(value))
             _require(unknown or _is_number(value), f"{key} is no number that can be")

@@ -17,7 +17,7 @@ from mst_train.report.charts import (
     line_chart,
     memory_chart,
 )
-from mst_train.report.read import Record, Run, curve, group
+from mst_train.report.read import Record, Run, curve, expert_use, group
 from mst_train.report.tokenizers import warning
 from mst_train.units import GIB, duration
 
@@ -36,7 +36,7 @@ FIGURES: tuple[tuple[str, Callable[[Run], str | None]], ...] = (
 )
 MFU = "model_flops_utilization"
 
-FROM_ZERO = ("Tokens per second", "Peak memory")
+FROM_ZERO = ("Tokens per second", "Peak memory", "Use of experts")
 
 OF_OTHER_COMMANDS = ("run", "plan", "bench", "prepare", "report")
 """Groups of settings that are no part of a training run, and its name."""
@@ -113,6 +113,7 @@ def charts(runs: Sequence[Run], predictions: Sequence[Report]) -> str:
         ("Gradient norm", f"before clipping; {around}", drawn("grad_norm", style="medians")),
         ("Tokens per second", around, drawn("tokens_per_second", style="medians")),
         ("Peak memory", "GiB, the highest so far", drawn("peak_memory_bytes", GIB)),
+        ("Use of experts", *_use_of_experts(runs)),
     ]
     parts = [
         _figure(title, note, line_chart(title, curves, x_label, from_zero=title in FROM_ZERO), runs)
@@ -142,6 +143,21 @@ def positions(runs: Sequence[Run]) -> list[str]:
     chart = line_chart(title, curves, "tokens before, from", ticks=ticks)
     note = "the last validation; lower on the right: the context is used"
     return [_figure(title, _of_losses(note, runs), chart, runs)]
+
+
+def _use_of_experts(runs: Sequence[Run]) -> tuple[str, list[Curve]]:
+    """A note, and curves of the most used expert; with one run also of the least used one."""
+    curves, several = [], len(runs) > 1
+    for number, run in enumerate(runs):
+        steps, most, least = expert_use(run.training)
+        x = _tokens_at(run, steps) if several else steps
+        if steps:
+            name = run.name if several else "most used"
+            curves.append(Curve(x, most, color(number), name=name))
+        if steps and not several:
+            curves.append(Curve(x, least, INK, name="least used"))
+    which = "the most used one's share" if several else "the most and the least used one's share"
+    return f"{which}; 1: all are used alike", curves
 
 
 def _of_losses(note: str, runs: Sequence[Run]) -> str:

@@ -203,6 +203,23 @@ def test_compared_runs_are_held_over_tokens_with_their_names(tmp_path):
     assert [curve["x"][-1] for curve in loss["curves"]] == [30_000, 20_000]
 
 
+def test_the_use_of_experts_is_drawn(tmp_path):
+    """As a run with experts records it; runs without any stand beside it."""
+    first, second = make_run(tmp_path / "a", 2), make_run(tmp_path / "b", 2)
+    lines = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
+    lines[0]["expert_load"], lines[1]["expert_load"] = [0.25, 0.5, 0.25, 0.0], [0.25] * 4
+    (first / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main([f"run.dir={first}"]) == 0
+    most, least = held(written(first))["Use of experts"]["curves"]
+    assert (most["name"], most["x"], most["y"]) == ("most used", [1, 2], [2, 1])
+    assert (least["name"], least["x"], least["y"]) == ("least used", [1, 2], [0, 1])
+    assert main([f"run.dir={first}", f"report.compare=[{second}]"]) == 0
+    (curve,) = held(written(first))["Use of experts"]["curves"]
+    assert (curve["name"], curve["x"], curve["y"]) == ("a", [1000, 2000], [2, 1])
+    assert main([f"run.dir={second}"]) == 0
+    assert "Use of experts" not in held(written(second))
+
+
 def test_the_script_finds_points_where_they_are_drawn():
     x, y = [1, 2, 4], [3.0, 9.0, 5.0]
     svg = charts.line_chart("x", [charts.Curve(x, y, charts.LINES[0])], "step")
@@ -479,6 +496,8 @@ PLACES = {
         ["passkey", 0, "depth"],
         ["vt"],
         ["vt", 0, "length"],
+        ["expert_load"],
+        ["expert_load", 0],
     ],
     "config.yaml": [["run"], ["run", "name"], ["model"], ["model", "num_layers"], ["data"]],
     "environment.json": [["date"], ["hardware"], ["tokenizer"]],
@@ -512,7 +531,7 @@ def whole_run(folder):
     record = {"step": 3, "passkey_accuracy": 0.5, "passkey_loss": 1.0, "passkey": probes}
     everything = {
         **json.loads((folder / "metrics.jsonl").read_text().splitlines()[0]),
-        **{"vt": [{"length": 64, "accuracy": 0.5}], "vt_accuracy": 0.5},
+        **{"vt": [{"length": 64, "accuracy": 0.5}], "vt_accuracy": 0.5, "expert_load": [0.5, 0.5]},
         **{"val_loss": 2.0, "val_loss_by_position": {"0": 2.5, "256": 2.0}, **record},
     }
     with (folder / "metrics.jsonl").open("a") as file:
