@@ -71,3 +71,16 @@ class Experts(nn.Module):
         experts = self.router.out_features
         each = (self.gate_bias, self.up_bias, self.down_bias)
         return [self.router.bias, *(bias.view(experts, -1) for bias in each)]
+
+
+def untaught_routers(config: ModelConfig) -> str | None:
+    """What to say of routers that the model's loss teaches nothing; None where it does."""
+    if config.num_experts in (None, 1) or config.experts_per_token > 1:
+        return None
+    if not config.normalize_experts:
+        return None
+    return (
+        "model.experts_per_token=1 with model.normalize_experts=true multiplies the one expert's "
+        "result by 1, whatever its probability, so that the loss does not teach the routers which "
+        "to choose: model.normalize_experts=false multiplies it by the probability"
+    )

@@ -14,9 +14,9 @@ logits' where they are rebuilt: it needs f and the logits alone, and by then f i
 Legend: N tokens, E experts, K experts of a token.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
@@ -102,24 +102,28 @@ _Here = tuple[RouterLosses | None, bool]
 _here: ContextVar[_Here] = ContextVar("router_losses", default=(None, False))
 
 
-@contextmanager
-def first(losses: RouterLosses | None) -> Iterator[None]:
+class _In:
+    """A context that may be entered again once it was left: a graph may have several backwards."""
+
+    def __init__(self, here: _Here) -> None:
+        self._value = here
+        self._tokens: list[Token[_Here]] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(_here.set(self._value))
+
+    def __exit__(self, *_: object) -> None:
+        _here.reset(self._tokens.pop())
+
+
+def first(losses: RouterLosses | None) -> AbstractContextManager[None]:
     """The context in which blocks run for the first time."""
-    token = _here.set((losses, True))
-    try:
-        yield
-    finally:
-        _here.reset(token)
+    return _In((losses, True))
 
 
-@contextmanager
-def again(losses: RouterLosses | None) -> Iterator[None]:
+def again(losses: RouterLosses | None) -> AbstractContextManager[None]:
     """The context in which they run again, in the backward."""
-    token = _here.set((losses, False))
-    try:
-        yield
-    finally:
-        _here.reset(token)
+    return _In((losses, False))
 
 
 def router_losses_here() -> _Here:

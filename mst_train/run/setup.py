@@ -23,6 +23,7 @@ from mst_train.errors import UserError
 from mst_train.evaluate.probe import Probe
 from mst_train.evaluate.tasks import make_probes
 from mst_train.model import Policy, Transformer, build_model
+from mst_train.model.experts import untaught_routers
 from mst_train.model.hf.weights import copy_weights, find_weights
 from mst_train.model.rope import beyond_positions
 from mst_train.mst import Offload
@@ -112,6 +113,7 @@ def find_start(config: Config, topology: Topology) -> Start:
         for problem in (
             too_short(config.train.steps, config.optimizer),
             beyond_positions(config.model, config.data.sequence_length),
+            untaught_routers(config.model),
         ):
             if problem is not None:
                 log.warning("%s", problem)

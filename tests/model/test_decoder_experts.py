@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from mst_train.attention import select_attention
 from mst_train.config import ModelConfig
 from mst_train.model import Policy, build_model
+from mst_train.model.experts import untaught_routers
 from mst_train.mst import KEYS, OUTPUT, QUERIES, Documents, Offload
 
 CPU = torch.device("cpu")
@@ -171,3 +172,38 @@ def test_hidden_states_have_no_losses():
     hidden = model.hidden(batch(BALANCED)[0])
     hidden.sum().backward()
     assert model.blocks[0].mlp.router.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "taught"),
+    [
+        ({"experts_per_token": 1}, False),
+        ({"experts_per_token": 1, "normalize_experts": False}, True),
+        ({}, True),
+    ],
+)
+def test_routers_that_the_loss_does_not_teach_are_told(changes, taught):
+    config = replace(MOE, **changes)
+    model = make(config, Policy(recompute=True, mini_sequence=True))
+    loss_sum, _ = model(*batch(config))
+    loss_sum.backward()
+    largest = max(block.mlp.router.weight.grad.abs().max() for block in model.blocks)
+    assert (largest > 1e-6) == taught
+    assert (untaught_routers(config) is None) == taught
+    assert untaught_routers(replace(config, num_experts=None)) is None
+
+
+@pytest.mark.parametrize("config", [BALANCED, replace(MOE, num_experts=None)])
+def test_a_recomputed_step_has_several_backwards(config):
+    model = build_model(
+        config,
+        policy=Policy(recompute=True),
+        attention=select_attention("auto", CPU, torch.float64),
+        dtype=torch.float64,
+        seed=3,
+    )
+    loss_sum, _ = model(*batch(config))
+    parameters = list(model.parameters())
+    once = torch.autograd.grad(loss_sum, parameters, retain_graph=True)
+    for gradient, again in zip(once, torch.autograd.grad(loss_sum, parameters), strict=True):
+        assert torch.equal(gradient, again)
