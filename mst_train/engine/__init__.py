@@ -23,7 +23,13 @@ step        one optimizer step; the loss without one
 positions   the validation loss by position in the sequence
 """
 
-from mst_train.engine.build import build_engine, check_engine, partition, whole_parameters
+from mst_train.engine.build import (
+    build_engine,
+    check_engine,
+    engine_problems,
+    partition,
+    whole_parameters,
+)
 from mst_train.engine.native import NativeEngine
 from mst_train.engine.protocol import Engine
 
@@ -32,6 +38,7 @@ __all__ = [
     "NativeEngine",
     "build_engine",
     "check_engine",
+    "engine_problems",
     "partition",
     "whole_parameters",
 ]

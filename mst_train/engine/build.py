@@ -1,7 +1,7 @@
 """The engine that a configuration asks for, and what it cannot have."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
@@ -55,28 +55,36 @@ def whole_parameters(
     return whole_parameter
 
 
-def check_engine(config: Config, world: int) -> None:
-    """Whether ``world`` processes can update weights as configured; UserError where not."""
+def engine_problems(config: Config, world: int) -> Iterator[str]:
+    """Why ``world`` processes cannot update weights as configured, whatever is installed."""
     if world == 1:
         return
-    problems = []
-    if config.optimizer.in_backward and config.parallel.zero_stage > 0:
-        problems.append(
+    stage = config.parallel.zero_stage
+    if config.optimizer.in_backward and stage > 0:
+        yield (
             f"optimizer.in_backward=true updates whole weights, and parallel.zero_stage="
-            f"{config.parallel.zero_stage} has parts of them: set one of them to false or 0"
+            f"{stage} has parts of them: set one of them to false or 0"
         )
-    if config.optimizer.offload != "none" and config.parallel.zero_stage == 0:
-        problems.append(
+    if config.optimizer.offload != "none" and stage == 0:
+        yield (
             f"optimizer.offload={config.optimizer.offload} in several processes needs their parts "
             f"of the states: set parallel.zero_stage=1, 2 or 3, or optimizer.offload=none"
         )
-    if config.parallel.zero_stage > 0 and config.precision == "bf16":
-        problems.append(
+    if stage > 0 and config.precision == "bf16":
+        yield (
             f"precision=bf16 keeps weights and states in bf16 alone, and parallel.zero_stage="
-            f"{config.parallel.zero_stage} keeps fp32 ones: set precision=bf16_master, or "
-            f"parallel.zero_stage=0"
+            f"{stage} keeps fp32 ones: set precision=bf16_master, or parallel.zero_stage=0"
         )
-    if config.parallel.zero_stage > 0 and importlib.util.find_spec("deepspeed") is None:
+
+
+def check_engine(config: Config, world: int) -> None:
+    """Whether ``world`` processes can update weights as configured, here; UserError where not."""
+    problems = [*engine_problems(config, world)]
+    if (
+        world > 1
+        and config.parallel.zero_stage > 0
+        and importlib.util.find_spec("deepspeed") is None
+    ):
         problems.append(
             f"parallel.zero_stage={config.parallel.zero_stage} needs the package deepspeed, which "
             f"is not installed: pip install 'mst-train[distributed]', or set parallel.zero_stage=0"

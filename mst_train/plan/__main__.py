@@ -56,7 +56,7 @@ def _plan(config: "PlanConfig") -> tuple[dict[str, Any], str]:
     from mst_train.bar import bar as new_bar
     from mst_train.memory.extrapolate import with_length
     from mst_train.plan import buckets
-    from mst_train.plan.before import announce
+    from mst_train.plan.before import advice, announce
     from mst_train.plan.choose import choose, described, longest, over_lengths
     from mst_train.plan.config import configured_target
     from mst_train.plan.predict import predict, with_reserved
@@ -82,8 +82,8 @@ def _plan(config: "PlanConfig") -> tuple[dict[str, Any], str]:
             predictions = [predict(config, target)]
             if not predictions[0].fits:
                 enough = buckets.that_fits(config, target, predictions[0].shortage_bytes)
-                ways = "memory.policy=auto (or precision=bf16, optimizer=in_backward) may fit"
-                notes += ["", ways if enough is None else f"It fits with {enough[0]}"]
+                fits = None if enough is None else f"It fits with {enough[0]}"
+                notes += ["", fits or advice(predictions[0])]
         if not config.plan.sweep:
             advance("the allocator")
             predictions = [with_reserved(predictions[0], expandable=has_expandable_segments())]

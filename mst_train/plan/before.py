@@ -11,6 +11,7 @@ from mst_train.errors import UserError
 from mst_train.memory.devices import device_bytes, this_device
 from mst_train.model.flops import parameter_count
 from mst_train.plan import buckets
+from mst_train.plan.candidates import host_works
 from mst_train.plan.choose import choose, describe
 from mst_train.plan.predict import LABELS, Prediction, Target, make_target, predict
 from mst_train.rendezvous.dist_env import local_world_size
@@ -141,7 +142,7 @@ def _device_problems(prediction: Prediction) -> Iterator[str]:
     name = prediction.config.run.name
     yield (
         f"{name} does not fit: its step needs {needed / GIB:.2f} GiB ({what}) "
-        f"and {_whose(target)} {target.budget_bytes / GIB:.2f} GiB. {_advice(prediction)}"
+        f"and {_whose(target)} {target.budget_bytes / GIB:.2f} GiB. {advice(prediction)}"
     )
 
 
@@ -174,7 +175,8 @@ def _smaller_buckets(prediction: Prediction) -> str:
     return "" if found is None else f". It also fits with {found[0]}"
 
 
-def _advice(prediction: Prediction) -> str:
+def advice(prediction: Prediction) -> str:
+    """What to do about a step that the device's memory does not hold."""
     config, breakdown = prediction.config, prediction.simulation.breakdown
     states = sum(breakdown.get(kind, 0) for kind in STATES)
     if states <= prediction.target.budget_bytes:
@@ -182,14 +184,23 @@ def _advice(prediction: Prediction) -> str:
             "Set memory.policy=auto or a smaller data.sequence_length: python -m mst_train.plan "
             f"with plan.search=true finds the longest{_smaller_buckets(prediction)}."
         )
+    optimizer, gpus = config.optimizer, prediction.target.gpus
+    here, zero = optimizer.offload == "none", config.parallel.zero_stage
+    shared = gpus > 1 and zero > 0
+    master = " with precision=bf16_master" if config.precision == "bf16" else ""
     ways = ["a larger device", "a smaller model"]
-    if config.precision != "bf16" and config.optimizer.offload == "none":
+    if optimizer.name == "adamw" and not optimizer.in_backward:
+        if shared:
+            ways.append("more devices")
+        if not (shared and zero == 3):
+            several = "" if gpus > 1 else "several devices and "
+            ways.append(f"{several}parallel.zero_stage=3{master}")
+    if config.precision != "bf16" and here and not shared:
         ways.append("precision=bf16")
-    if not config.optimizer.in_backward and config.train.accumulation_steps == 1:
+    if not optimizer.in_backward and config.train.accumulation_steps == 1 and here and not shared:
         ways.append("optimizer.in_backward=true with optimizer.max_grad_norm=null")
-    if config.optimizer.offload == "none" and config.optimizer.name == "adamw":
-        bf16 = " with precision=bf16_master" if config.precision == "bf16" else ""
-        ways.append(f"optimizer.offload=host{bf16}")
+    if here and host_works(config, gpus):
+        ways.append(f"optimizer.offload=host{master}")
     return (
         f"The weights and their states alone are too large: take {', '.join(ways[:-1])} or "
         f"{ways[-1]}."

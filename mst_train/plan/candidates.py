@@ -34,7 +34,7 @@ def settings(config: Config, gpus: int = 1) -> Iterator[list[Config]]:
     ):
         in_backward = replace(config, optimizer=replace(optimizer, in_backward=True))
         yield _policies(in_backward)
-    if optimizer.offload == "none" and config.precision != "bf16" and _host_works(config, gpus):
+    if optimizer.offload == "none" and config.precision != "bf16" and host_works(config, gpus):
         on_host = replace(config, optimizer=replace(optimizer, in_backward=False, offload="host"))
         yield _policies(on_host)
     if config.memory.block_chunk_tokens == AUTO:
@@ -55,7 +55,7 @@ def keeps_attention(config: Config) -> bool:
     return config.memory.keep.attention != 0
 
 
-def _host_works(config: Config, gpus: int) -> bool:
+def host_works(config: Config, gpus: int) -> bool:
     """Whether the optimizer can be on the host: AdamW, and that of several processes with ZeRO."""
     return config.optimizer.name == "adamw" and (gpus == 1 or config.parallel.zero_stage > 0)
 
@@ -77,7 +77,7 @@ def levers(config: Config, gpus: int = 1) -> Iterator[tuple[str, Config]]:
         yield "precision=bf16_master", replace(config, precision="bf16_master")
     if config.precision != "bf16" and plain:
         yield "precision=bf16", replace(config, precision="bf16")
-    if config.precision == "bf16" and optimizer.offload == "none" and _host_works(config, gpus):
+    if config.precision == "bf16" and optimizer.offload == "none" and host_works(config, gpus):
         host = replace(optimizer, in_backward=False, offload="host")
         master = replace(config, precision="bf16_master", optimizer=host)
         yield f"precision=bf16_master optimizer.offload=host{without}", master

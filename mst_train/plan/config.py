@@ -7,6 +7,8 @@ from mst_train.cli.compose import compose_as
 from mst_train.config import AUTO, Config
 from mst_train.config.rules import at_least
 from mst_train.config.schema import MOST_TOKENS, choice
+from mst_train.engine import engine_problems
+from mst_train.errors import UserError
 from mst_train.memory.devices import find_device
 from mst_train.plan.predict import Target, make_target
 
@@ -45,8 +47,12 @@ def read(arguments: Sequence[str]) -> PlanConfig:
 def configured_target(config: PlanConfig) -> Target:
     """The device and the number of them that ``plan`` names.
 
-    Raises UserError for an unknown device, or one that cannot hold the weights at all.
+    Raises UserError for an unknown device, or one that cannot hold the weights at all, and where
+    so many could not train as configured.
     """
+    problems = [*engine_problems(config, config.plan.gpus or config.parallel.sequence_parallel)]
+    if problems:
+        raise UserError(problems)
     device = find_device(config.plan.device)
     here = config.plan.device in (AUTO, "cpu")
     plan = config.plan

@@ -7,6 +7,7 @@ import mst_train.plan.before as before
 from mst_train.cli.compose import compose
 from mst_train.errors import UserError
 from mst_train.memory.devices import Device, device_bytes
+from mst_train.plan.__main__ import main as plan
 from mst_train.plan.before import before_training
 from mst_train.units import GIB
 
@@ -50,6 +51,38 @@ def test_advice_for_states():
     muon = refusal(*paper, "optimizer.name=muon", "memory.device_budget_gib=20")
     assert "weights and their states alone are too large" in muon
     assert "offload" not in muon
+
+
+@pytest.mark.parametrize(
+    ("settings", "named", "left_out"),
+    [
+        ("", "several devices and parallel.zero_stage=3, precision=bf16, ", "more devices"),
+        ("plan.gpus=2", "a smaller model, parallel.zero_stage=3, precision=bf16", "offload"),
+        ("plan.gpus=2 parallel.zero_stage=3", "more devices or optimizer.offload=host", "bf16"),
+        ("plan.gpus=2 parallel.zero_stage=2", "more devices, parallel.zero_stage=3 or", "backward"),
+    ],
+)
+def test_the_planner_advises_what_can_be_set(settings, named, left_out, capsys):
+    words = ("plan.device=cpu", "memory.device_budget_gib=0.03", "precision=fp32")
+    assert plan([*SMALL, *words, *settings.split()]) == 0
+    advice = capsys.readouterr().out.partition("The weights and their states")[2].replace("\n", " ")
+    assert named in advice
+    assert left_out not in advice
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ("parallel.zero_stage=2 precision=bf16", "set precision=bf16_master, or parallel.zero"),
+        ("parallel.zero_stage=1 optimizer=in_backward", "set one of them to false or 0"),
+        ("optimizer.offload=host", "set parallel.zero_stage=1, 2 or 3, or optimizer.offload"),
+    ],
+)
+def test_the_planner_refuses_what_several_processes_cannot_train(wrong, named, capsys):
+    settings = (*SMALL, "plan.device=cpu", *wrong.split())
+    assert plan([*settings, "plan.gpus=2"]) == 2
+    assert named in capsys.readouterr().err
+    assert plan([*settings, "plan.gpus=1"]) == 0
 
 
 def test_what_the_host_cannot_hold():

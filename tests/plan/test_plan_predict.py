@@ -217,7 +217,12 @@ def test_sequence_parallel_scales():
 def test_zero_shares_states_out():
     def breakdown(stage):
         arguments = [*LLAMA3, "optimizer.in_backward=false", "memory.policy=mst"]
-        arguments += [f"parallel.zero_stage={stage}", "plan.gpus=8", "data.sequence_length=8192"]
+        arguments += [
+            "precision=bf16_master",
+            f"parallel.zero_stage={stage}",
+            "plan.gpus=8",
+            "data.sequence_length=8192",
+        ]
         return predicted(*arguments).simulation.breakdown
 
     whole = breakdown(0)
