@@ -83,13 +83,16 @@ def mini_sequence_experts(
     holds the weights' gradients, in fp32 while they are summed. None of it depends on how many
     tokens go to which expert. Recomputation: the router's, gate and up products.
     """
+    biases = tuple(biases or ())
+    if len(biases) not in (0, len(BIASES)):
+        raise ValueError(f"{len(biases)} biases: give all of {', '.join(BIASES)}, or none")
     given = {
         "x": x,
         "router_weight": router_weight,
         "gate_weight": gate_weight,
         "up_weight": up_weight,
         "down_weight": down_weight,
-        **dict(zip(BIASES, biases or (), strict=False)),
+        **dict(zip(BIASES, biases, strict=False)),
     }
     check_tensors(**given)
     autocast = Autocast.here(x.device)

@@ -222,5 +222,8 @@ def test_bad_tensors():
     with pytest.raises(ValueError, match=r"biases \(5,\).* do not fit"):
         biases = [torch.zeros(5, dtype=torch.float64)] * 4
         mini_sequence_experts(x, router, gate, up, down, biases=biases, top_k=2)
+    for count in (3, 5):
+        with pytest.raises(ValueError, match=f"{count} biases: give all of router_bias, gate_bias"):
+            mini_sequence_experts(x, router, gate, up, down, biases=[x] * count, top_k=2)
     with pytest.raises(TypeError, match="give its weight"):
         mini_sequence_experts(x, torch.nn.Linear(2, 2), gate, up, down, top_k=2)
