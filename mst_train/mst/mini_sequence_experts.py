@@ -210,7 +210,8 @@ class _Experts:
             if bias_gradients:
                 of_router, of_gate, of_up, of_down = bias_gradients
                 of_router.add(dlogits_CE.sum(0))
-                each_GE = F.one_hot(pairs.expert_G, gate.shape[0]).to(x_ND)
+                each_GE = x_ND.new_zeros(len(pairs.expert_G), gate.shape[0])
+                each_GE.scatter_(1, pairs.expert_G[:, None], 1)  # one_hot's would be int64
                 of_gate.add_product(each_GE, dgate_GF)
                 of_up.add_product(each_GE, dup_GF)
                 del each_GE

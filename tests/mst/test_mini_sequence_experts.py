@@ -199,6 +199,16 @@ def test_peak_memory_holds_one_chunk_of_intermediates():
     assert extra_bytes(2048, 512) > 1.9 * extra_bytes(2048, 256)
 
 
+def test_biases_of_many_experts_take_no_integers_of_their_number():
+    tokens, experts, top_k = 256, 64, 4
+    shapes = [(tokens, 2), (experts, 2), *3 * [(experts, 2, 2)], (experts,), *3 * [(experts, 2)]]
+    tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    with MemoryTracker() as tracker:
+        y = mini_sequence_experts(*tensors[:5], biases=tensors[5:], top_k=top_k)
+        torch.autograd.grad(y.sum(), tensors)
+    assert tracker.peak_bytes < 8 * tokens * top_k * experts
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
