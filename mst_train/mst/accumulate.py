@@ -63,8 +63,8 @@ class WeightGradient:
     """The gradient of one weight, summed over the chunks of a mini-sequence loop.
 
     The sum is kept in fp32 for bf16 and fp16 weights (in their own type for fp32 and fp64): in
-    bf16, every chunk added would round away up to 2^-9 of all that is there already. On CUDA the
-    products are never in bf16 or fp16 at all, nor beside the sum.
+    bf16, every chunk added would round away up to 2^-9 of all that is there already. On CUDA
+    ``add_product``'s products are never in bf16 or fp16 at all, nor beside the sum.
 
     Holds one array of the weight's shape, or nothing where the gradient is not ``needed``.
 

@@ -80,7 +80,8 @@ def mini_sequence_experts(
         TypeError: a module in the place of its weight.
 
     Memory: input and output, and what ``working_features`` counts for one chunk; the backward also
-    holds the weights' gradients, in fp32 while they are summed. None of it depends on how many
+    holds the weights' gradients, in fp32 while they are summed, and where torch has grouped
+    products a chunk's for one of the weights, in its type. None of it depends on how many
     tokens go to which expert. Recomputation: the router's, gate and up products.
     """
     biases = tuple(biases or ())

@@ -241,6 +241,8 @@ def unsupported():
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
     shared = transformers.Qwen2MoeConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
     yield transformers.Qwen2MoeForCausalLM(shared), "Qwen2MoeForCausalLM is not supported"
+    yield make_model("qwen3_moe", mlp_only_layers=[0]), r"config.mlp_only_layers=\[0\] is not"
+    yield make_model("olmoe", clip_qkv=3.0), "config.clip_qkv=3.0 is not supported"
     yield make_model().model, "LlamaModel is not supported"
     yield make_model(attention_dropout=0.1), "attention_dropout=0.1"
     yield make_model("phi3", resid_pdrop=0.1), "resid_pdrop=0.1"
@@ -252,7 +254,7 @@ def unsupported():
     yield subclass, "LlamaForCausalLM is not supported"
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(10))
 def test_unsupported_models_stay_as_they_are(number):
     model, message = list(unsupported())[number]
     kinds = [type(module) for module in model.modules()]

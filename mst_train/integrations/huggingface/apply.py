@@ -49,6 +49,9 @@ FORWARDS = {
 }
 """Of the modules that get other classes, what makes their forwards."""
 
+UNIFORM: dict[str, Any] = {"clip_qkv": None, "decoder_sparse_step": 1, "mlp_only_layers": []}
+"""Of mixtures of experts: queries, keys and values as they are, and experts in every layer."""
+
 LEAF = "_z3_leaf"
 """DeepSpeed's mark of a module whose parameters ZeRO-3 gathers together, for all of its call."""
 
@@ -178,6 +181,12 @@ def _checked_family(causal_lm: Any) -> Family:
             f"{origin(causal_lm)} is not supported: apply_mini_sequence takes "
             f"{', '.join(by_class)}, as transformers makes them, and before whatever wraps them"
         )
+    config = causal_lm.config
+    for key, only in UNIFORM.items():
+        if getattr(config, key, None) not in (None, only):
+            raise UserError(
+                f"config.{key}={getattr(config, key)} is not supported: it must be {only}"
+            )
     found: dict[str, list[int]] = {}
     for index, layer in enumerate(causal_lm.model.layers):
         own = f"{family.prefix}DecoderLayer"
@@ -196,7 +205,6 @@ def _checked_family(causal_lm: Any) -> Family:
         problems.append(
             f"{', '.join(names)} {reason}: apply_mini_sequence comes before what wraps a forward"
         )
-    config = causal_lm.config
     if getattr(config, "resid_pdrop", 0.0):
         problems.append(f"config.resid_pdrop={config.resid_pdrop} is not supported: it must be 0")
     for key, causal in (("use_bidirectional_attention", False), ("is_causal", True)):
