@@ -99,8 +99,18 @@ def test_two_processes_train_the_tokens_that_one_has_left(place, tmp_path):
     assert "  steps: 6\n" in (two / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("experts", [None, 3])
-def test_shared_weights_are_those_of_a_checkpoint(experts, place, tmp_path):
+GPT_OSS = {
+    "num_experts": 3,
+    "expert_bias": True,
+    "activation": "clamped_swiglu",
+    "attention_sinks": True,
+    "qkv_bias": True,
+    "output_bias": True,
+}
+
+
+@pytest.mark.parametrize("form", [{}, {"num_experts": 3}, GPT_OSS], ids=["", "3", "gpt-oss"])
+def test_shared_weights_are_those_of_a_checkpoint(form, place, tmp_path):
     settings = ModelConfig(
         vocab_size=512,
         hidden_size=32,
@@ -109,7 +119,7 @@ def test_shared_weights_are_those_of_a_checkpoint(experts, place, tmp_path):
         num_heads=4,
         num_kv_heads=2,
         max_positions=64,
-        num_experts=experts,
+        **form,
     )
     save_pretrained(build_model(settings, seed=5), tmp_path / "weights")
     start = [f"model.from_pretrained={tmp_path / 'weights'}", "data.tokenizer=null"]

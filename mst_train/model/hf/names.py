@@ -124,18 +124,18 @@ def places_by_name(model: Transformer, model_type: str) -> Iterator[tuple[str, P
             yield f"{inside}.{names.module}.{names.router}.{kind}", Part(parameter)
         elif rest == "mlp":
             mixture = model.get_submodule(module)
-            for own, place in _of_experts(mixture, kind, parameter, names):
+            experts = model.config.num_experts or 0  # a parameter's shape may be elsewhere
+            for own, place in _of_experts(mixture, kind, parameter, experts, names):
                 yield f"{inside}.{names.module}.experts.{own}", place
         else:
             yield f"{inside}.{in_block[rest]}.{kind}", Part(parameter)
 
 
 def _of_experts(
-    mixture: nn.Module, kind: str, parameter: nn.Parameter, names: ExpertNames
+    mixture: nn.Module, kind: str, parameter: nn.Parameter, experts: int, names: ExpertNames
 ) -> Iterator[tuple[str, Place]]:
     """The tensors that one of a mixture's parameters is in, if not in that of one before it."""
     matrix, _, bias = kind.partition("_")
-    experts = mixture.get_parameter("gate").shape[0]
     if not names.together:
         for expert in range(experts):
             yield f"{expert}.{names.matrices[matrix]}.weight", Part(parameter, expert)
