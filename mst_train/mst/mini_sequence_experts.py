@@ -30,6 +30,7 @@ from mst_train.mst.router_losses import router_losses_here
 from mst_train.mst.two_nodes import two_nodes
 
 BIASES = ("router_bias", "gate_bias", "up_bias", "down_bias")
+NONE = (None,) * len(BIASES)
 
 
 def working_features(hidden: int, intermediate: int, top_k: int) -> int:
@@ -131,10 +132,9 @@ def _check(tensors: dict[str, Tensor], top_k: int, activation: str) -> None:
         raise ValueError(f"top_k={top_k} is not from 1 to {gate[0]}, the number of experts")
 
 
-NONE = (None,) * len(BIASES)
-
-
 class _Experts:
+    """The mixture as ``two_nodes`` takes it: router, gate, up, down, and their biases if any."""
+
     def __init__(self, chunk_tokens: int, top_k: int, normalize: bool, activation: str) -> None:
         self._chunk_tokens = chunk_tokens
         self._top_k, self._normalize = top_k, normalize
