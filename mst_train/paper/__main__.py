@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mst_train.cli.command import run_command
 
-NAMES = ("longest", "several", "lengths", "ablations", "convergence")
+NAMES = ("longest", "several", "lengths", "ablations", "reach", "convergence")
 OUTPUT = Path("docs", "paper")
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mst_train.paper import sections
+from mst_train.paper import sections, sections_measured
 from mst_train.paper.sections import prose
 from mst_train.units import duration
 
@@ -15,7 +15,8 @@ SECTIONS = {
     "several": ("Several GPUs", sections.several),
     "lengths": ("What fills the memory, over the length", sections.lengths),
     "ablations": ("The number of chunks", sections.ablations),
-    "convergence": ("Training", sections.convergence),
+    "reach": ("How far back a text has what tells its next token", sections_measured.reach),
+    "convergence": ("Training on long sequences", sections_measured.convergence),
 }
 
 INTRODUCTION = """

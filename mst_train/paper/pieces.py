@@ -11,9 +11,10 @@ from mst_train.environment import describe
 from mst_train.files import write_json
 from mst_train.memory import simulate
 from mst_train.memory.devices import DEVICES
-from mst_train.paper import plot, predicted
+from mst_train.paper import plot, plot_measured, predicted
 from mst_train.paper.convergence import converge
 from mst_train.paper.predicted import Advance
+from mst_train.paper.reach import how_far_back
 from mst_train.plan.rates import rates
 
 Report = dict[str, Any]
@@ -35,7 +36,8 @@ PIECES = {
     "several": Piece(predicted.several_gpus, None),
     "lengths": Piece(predicted.over_all_lengths, plot.draw_lengths),
     "ablations": Piece(predicted.number_of_chunks, plot.draw_ablations),
-    "convergence": Piece(converge, plot.draw_convergence, predicted=False),
+    "reach": Piece(how_far_back, plot_measured.draw_reach, predicted=False),
+    "convergence": Piece(converge, plot_measured.draw_convergence, predicted=False),
 }
 
 

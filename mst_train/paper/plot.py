@@ -1,6 +1,5 @@
-"""The page's pictures, each drawn from its piece's report."""
+"""The pictures of what is predicted, each drawn from its piece's report."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ KINDS = {
     "mlp": ("MLP, blocks in one piece", "#d97706", "s"),
     "block": ("whole block", "#1f6fb2", "^"),
 }
-LONG, SHORT = COLORS["mst"], COLORS["recompute"]
 
 
 def draw_longest(report: Report, path: Path) -> None:
@@ -52,10 +50,10 @@ def draw_longest(report: Report, path: Path) -> None:
     axes.set_xticks(ticks, [short_number(tick) for tick in ticks])
     axes.set_xlim(K, 2**10.6 * K)
     axes.minorticks_off()
-    _plain(axes, grid="x")
+    plain(axes, grid="x")
     axes.set_xlabel("tokens in a sequence, on one 80 GB GPU", color=INK)
     _legend_of_marks(figure)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _mark(axes: Any, tokens: float, height: float, color: str, *, full: bool) -> None:
@@ -97,7 +95,7 @@ def draw_lengths(report: Report, path: Path) -> None:
     panels = figure.subplots(1, len(ways), sharey=True, squeeze=False)[0]
     for axes, (name, rows) in zip(panels, ways.items(), strict=True):
         stack(axes, rows)
-        _title(axes, name)
+        title(axes, name)
         axes.xaxis.label.set_fontsize(9)
         axes.set_ylim(0, 2 * rows[0]["budget_bytes"] / GIB)
     panels[0].set_ylabel("GiB at the peak, predicted", color=INK)
@@ -107,7 +105,7 @@ def draw_lengths(report: Report, path: Path) -> None:
     figure.legend(
         handles.values(), handles, loc="outside lower left", ncols=8, frameon=False, fontsize=9
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_ablations(report: Report, path: Path) -> None:
@@ -126,8 +124,8 @@ def draw_ablations(report: Report, path: Path) -> None:
             ):
                 chunks = [row["chunks"] for row in rows]
                 axes.plot(chunks, values, marker=marker, markersize=5, color=color, label=name)
-        _title(left, f"{short_number(length)} tokens: GiB at the peak")
-        _title(right, f"{short_number(length)} tokens: time of a step, beyond one chunk's")
+        title(left, f"{short_number(length)} tokens: GiB at the peak")
+        title(right, f"{short_number(length)} tokens: time of a step, beyond one chunk's")
         right.yaxis.set_major_formatter(lambda value, _: f"{value:+.0f}%" if value else "0%")
         right.set_ylim(-1, 13)
         left.margins(y=0.12)
@@ -135,96 +133,26 @@ def draw_ablations(report: Report, path: Path) -> None:
             axes.set_xscale("log", base=2)
             axes.set_xticks(counts, [str(count) for count in counts])
             axes.minorticks_off()
-            _plain(axes)
+            plain(axes)
     for axes in panels[-1]:
         axes.set_xlabel("chunks", color=INK)
     handles = panels[0][0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper left", ncols=3, frameon=False, fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
-def draw_convergence(report: Report, path: Path) -> None:
-    """Four panels: the method against vanilla, and long sequences against short ones."""
-    figure = new_figure(10, 7)
-    (same, trained), (by_tokens, by_time) = figure.subplots(2, 2)
-    _draw_same(same, report)
-    _draw_training(trained, report)
-    _draw_validation(by_tokens, report, time=False)
-    _draw_validation(by_time, report, time=True)
-    _save(figure, path)
-
-
-def _draw_same(axes: Any, report: Report) -> None:
-    runs = report["runs"]
-    for name, width, color in (("vanilla", 4.5, "#c3cad2"), ("mst", 1.3, LONG)):
-        losses = runs[name]["losses"]
-        x = _millions(range(1, len(losses) + 1), report)
-        axes.plot(x, losses, linewidth=width, color=color, label=NAMES[name])
-    _describe(axes, "training loss: the method and vanilla")
-    difference = report["largest_relative_difference"]
-    axes.annotate(
-        f"largest difference: {difference:.1e} of the loss",
-        (0.98, 0.62),
-        xycoords="axes fraction",
-        ha="right",
-        fontsize=9,
-        color=FAINT,
-    )
-
-
-def _draw_training(axes: Any, report: Report) -> None:
-    for name, color in (("mst", LONG), ("short", SHORT)):
-        run = report["runs"][name]
-        x = _millions(range(1, len(run["losses"]) + 1), report)
-        axes.plot(x, run["losses"], color=color, linewidth=0.7, alpha=0.3)
-        axes.plot(x, _smooth(run["losses"]), color=color, label=_trained_on(run))
-    _describe(axes, "training loss, each at its own length")
-
-
-def _draw_validation(axes: Any, report: Report, *, time: bool) -> None:
-    for name, color in (("mst", LONG), ("short", SHORT)):
-        run = report["runs"][name]
-        steps = [point["step"] for point in run["validation"]]
-        seconds = [step * run["median_step_seconds"] for step in steps]
-        x = seconds if time else _millions(steps, report)
-        losses = [point["loss"] for point in run["validation"]]
-        axes.plot(x, losses, marker="o", markersize=4, color=color, label=_trained_on(run))
-    title = f"validation loss at {report['long']:,} tokens, over {'time' if time else 'tokens'}"
-    _describe(axes, title, "seconds of training" if time else "million tokens")
-    axes.set_xlim(left=0)
-
-
-def _describe(axes: Any, title: str, x_label: str = "million tokens") -> None:
-    _title(axes, title)
-    axes.set_xlabel(x_label, color=INK)
-    axes.legend(frameon=False, fontsize=9)
-    _plain(axes)
-
-
-def _trained_on(run: Report) -> str:
-    return f"trained on {run['sequence_length']:,} tokens"
-
-
-def _millions(steps: Sequence[int], report: Report) -> list[float]:
-    return [step * report["tokens_per_step"] / 1e6 for step in steps]
-
-
-def _smooth(losses: Sequence[float], window: int = 15) -> list[float]:
-    """The mean of up to ``window`` losses around each."""
-    half = window // 2
-    near = [losses[max(i - half, 0) : i + half + 1] for i in range(len(losses))]
-    return [sum(part) / len(part) for part in near]
-
-
-def _title(axes: Any, text: str) -> None:
+def title(axes: Any, text: str) -> None:
+    """On the left, above."""
     axes.set_title(text, loc="left", fontsize=10, color=INK)
 
 
-def _plain(axes: Any, grid: str = "y") -> None:
+def plain(axes: Any, grid: str = "y") -> None:
+    """Two axes and a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """As PNG, for screens with many dots."""
     figure.savefig(path, dpi=150, facecolor="white")

@@ -1,4 +1,4 @@
-"""The page's sections: each a piece's report as a table, a picture and what to know of them."""
+"""What is predicted, in sections: a table, a picture and what to know of them."""
 
 import textwrap
 from typing import Any
@@ -35,28 +35,6 @@ ABLATIONS = """
     step sets the peak. The time counts the bytes that each chunk moves, but not that small matrix
     products run slower than large ones.
 """
-TRAINING = """
-    Measured in fp32 on {cpu}, {threads} threads: a Llama of {parameters:,} parameters on Python's
-    standard library, {steps} steps of {tokens_per_step:,} tokens, {millions:.2f} million in all.
-    At each step all runs see the same tokens. Losses are in nats per token; the table's are over
-    {sequences} held-out sequences, its times are medians.
-"""
-SAME = """
-    **The method against vanilla.** From the same weights on the same sequences, the losses differ
-    by at most {difference:.1e} of the loss in {steps} steps: fp32 rounding, which training
-    amplifies.
-"""
-LONG_AND_SHORT = """
-    **Long against short.** The run on {short:,} tokens has the same text, cut into pieces. After
-    the same number of tokens, the model that was trained on {long:,} has a {at_long} loss at that
-    length, and a {at_short} one on held-out text cut into pieces of {short:,}. Its steps take
-    {slower:.1f} times as long: in a model this narrow, most of a long step is attention. Its loss
-    is {first:.2f} at the first {short:,} positions and {last:.2f} at the last: a model this
-    small, this early, gets little from text far back, which is what long sequences are for. So
-    this neither reproduces nor contradicts the paper's comparison, where Llama3-8B on longer
-    sequences reaches a lower loss in the same time: not yet measured.
-"""
-
 
 WIDTH = 110
 """Of the page's lines."""
@@ -157,62 +135,6 @@ def ablations(report: Report) -> list[str]:
     header = ("tokens", "chunks", *names.values())
     about = prose(ABLATIONS, device=_device(report))
     return ["![The number of chunks](ablations.png)", markdown(header, lines), about]
-
-
-def convergence(report: Report) -> list[str]:
-    runs, final = report["runs"], report["final"]
-    long, short = report["long"], report["short"]
-    header = (
-        "trained on",
-        "policy",
-        "time of a step",
-        f"loss at {long:,}",
-        f"first {short:,} of these",
-        f"last {short:,}",
-        f"loss on pieces of {short:,}",
-    )
-    lines = []
-    for name, run in runs.items():
-        losses = final[name]
-        columns = [losses["long"], losses["by_position"][0], losses["by_position"][-1]]
-        lines.append(
-            (
-                f"{run['sequence_length']:,} tokens",
-                "vanilla" if name == "vanilla" else "mst",
-                duration(run["median_step_seconds"]),
-                *(f"{loss:.3f}" for loss in [*columns, losses["short"]]),
-            )
-        )
-    steps = len(runs["mst"]["losses"])
-    about = prose(
-        TRAINING,
-        **report["hardware"],
-        parameters=report["parameters"],
-        steps=steps,
-        tokens_per_step=report["tokens_per_step"],
-        millions=steps * report["tokens_per_step"] / 1e6,
-        sequences=report["final_sequences"],
-    )
-    same = prose(SAME, difference=report["largest_relative_difference"], steps=steps)
-    long_and_short = prose(
-        LONG_AND_SHORT,
-        long=long,
-        short=short,
-        at_long=_compared(final["mst"]["long"], final["short"]["long"]),
-        at_short=_compared(final["mst"]["short"], final["short"]["short"]),
-        slower=runs["mst"]["median_step_seconds"] / runs["short"]["median_step_seconds"],
-        first=final["mst"]["by_position"][0],
-        last=final["mst"]["by_position"][-1],
-    )
-    picture = "![Training](convergence.png)"
-    return [picture, markdown(header, lines), about, same, long_and_short]
-
-
-def _compared(loss: float, other: float) -> str:
-    """In words, with the numbers: lower, higher or equal."""
-    if f"{loss:.2f}" == f"{other:.2f}":
-        return f"similar ({loss:.2f})"
-    return f"{'lower' if loss < other else 'higher'} ({loss:.2f} against {other:.2f})"
 
 
 def _reported(reported: Report, way: str) -> str:

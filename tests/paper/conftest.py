@@ -59,7 +59,10 @@ def reports(at):
         "validation": [{"step": 2, "loss": 5.1}, {"step": 4, "loss": 4.4}],
         "sequence_length": 64,
     }
-    final = {"long": 4.4, "short": 4.6, "by_position": [4.5, 4.4, 4.35, 4.35]}
+    final = {
+        "mean": {"long": 4.4, "short": 4.6},
+        "by_position": {"long": [4.5, 4.4, 4.35, 4.2], "short": [4.5, 4.6, 4.6, 4.7]},
+    }
     predicted = {
         "longest": {
             "rows": [
@@ -103,16 +106,39 @@ def reports(at):
             ]
         },
     }
-    convergence = {
-        "tokens_per_step": 128,
-        "long": 64,
-        "short": 16,
-        "parameters": 12345,
+    seed = {
         "largest_relative_difference": 2.5e-6,
         "validation_sequences": 4,
         "final_sequences": 8,
         "runs": {"mst": run, "vanilla": run, "short": run | {"sequence_length": 16}},
-        "final": {"mst": final, "vanilla": final, "short": final | {"long": 4.9, "short": 4.2}},
+        "final": {"mst": final, "short": final | {"mean": {"long": 4.9, "short": 4.7}}},
+    }
+    lower = {"values": [-0.3, -0.2], "mean": -0.25, "deviation": 0.0707, "half_interval": 0.635}
+    measured = {
+        "reach": {
+            "text": "a text",
+            "training_tokens": 4096,
+            "scored_tokens": 1024,
+            "losses": [
+                {"window": 0, "loss": 2.0},
+                {"window": 512, "loss": 1.6},
+                {"window": 2048, "loss": 1.3},
+                {"window": 8192, "loss": 1.1},
+            ],
+        },
+        "convergence": {
+            "text": "a text",
+            "tokens_per_step": 128,
+            "long": 64,
+            "short": 16,
+            "parameters": 12345,
+            "largest_relative_difference": 2.5e-6,
+            "seeds": [seed | {"seed": 0}, seed | {"seed": 1}],
+            "long_minus_short": {
+                "each with its own context": lower,
+                "first positions": lower | {"values": [0.1, -0.1]},
+            },
+        },
     }
     found = {name: ORIGIN | {"assumed": ASSUMED} | report for name, report in predicted.items()}
-    return found | {"convergence": ORIGIN | convergence}
+    return found | {name: ORIGIN | report for name, report in measured.items()}

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from mst_train.data import Batch
+from mst_train.data import Batch, Loader, load_data
 from mst_train.engine.step import evaluate
 from mst_train.errors import TrainingError
 from mst_train.paper import convergence
-from mst_train.paper.convergence import Run, compare, cut, mean_loss, token_losses
+from mst_train.paper.convergence import Run, Start, begin, compare, cut, mean_loss, token_losses
 
 QUIET = lambda _: None  # noqa: E731
 
@@ -49,26 +49,60 @@ def test_losses_are_the_models_own(config, batch):
     assert (whole[:, 8:] - pieces[:, 8:]).abs().max() > 1e-4
 
 
+START = Start(batches=2, sequences=2, warmup_steps=1)
+
+
 @pytest.mark.slow
 def test_the_runs_are_compared_on_the_same_tokens(config):
-    report = compare(config, 24, QUIET)
-    mst, vanilla, short = (report["runs"][name] for name in ("mst", "vanilla", "short"))
-    assert mst["losses"] == pytest.approx(vanilla["losses"], rel=1e-5)
-    assert mst["losses"] != vanilla["losses"]  # computed in another way
-    assert report["largest_relative_difference"] < 1e-5
-    assert mst["losses"][-1] < mst["losses"][0]
-    # The same tokens in pieces: close at the first weights, and not the same.
-    assert short["losses"][0] == pytest.approx(mst["losses"][0], rel=0.02)
-    assert short["losses"][0] != pytest.approx(mst["losses"][0], rel=1e-6)
-    assert [point["step"] for point in mst["validation"]] == [2, 4, 5]
+    report = compare(config, 24, START, (0, 1), QUIET)
     assert report["tokens_per_step"] == 96
-    final = report["final"]["mst"]
-    assert len(final["by_position"]) == 4
-    assert sum(final["by_position"]) / 4 == pytest.approx(final["long"])
-    assert len(mst["step_seconds"]) == 5 and mst["median_step_seconds"] > 0
+    assert report["largest_relative_difference"] < 1e-5
+    first, second = report["seeds"]
+    assert first["runs"]["mst"]["losses"] != pytest.approx(second["runs"]["mst"]["losses"])
+    for one in report["seeds"]:
+        mst, vanilla, short = (one["runs"][name] for name in ("mst", "vanilla", "short"))
+        assert len(one["start"]["losses"]) == 4  # two batches of 4 sequences, 2 in a step
+        assert mst["losses"] == pytest.approx(vanilla["losses"], rel=1e-5)
+        assert mst["losses"] != vanilla["losses"]  # computed in another way
+        # All go on from the start's weights; the same tokens in pieces are close, not the same.
+        assert short["losses"][0] == pytest.approx(mst["losses"][0], rel=0.02)
+        assert short["losses"][0] != pytest.approx(mst["losses"][0], rel=1e-6)
+        assert mst["losses"][0] < one["start"]["losses"][0]
+        assert [point["step"] for point in mst["validation"]] == [0, 2, 4, 5]
+        final = one["final"]["mst"]
+        for context in ("long", "short"):
+            places = final["by_position"][context]
+            assert len(places) == 4
+            assert sum(places) / 4 == pytest.approx(final["mean"][context])
+        assert len(mst["step_seconds"]) == 5 and mst["median_step_seconds"] > 0
+    own = report["long_minus_short"]["each with its own context"]
+    assert own["values"] == [
+        one["final"]["mst"]["mean"]["long"] - one["final"]["short"]["mean"]["short"]
+        for one in report["seeds"]
+    ]
+
+
+def test_the_start_reads_each_sequence_once_and_leaves_the_rest(config):
+    data = load_data(config.data)
+    loader, again = (Loader(data.training, 1, seed=0) for _ in range(2))
+    seen = []
+
+    class Recorded(Run):
+        def step(self, batch, rate):
+            seen.append((batch, rate))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convergence, "Run", Recorded)
+        begin(config, loader, 24, START)
+    batches = [next(again) for _ in range(3)]
+    tokens = torch.cat([batch.tokens for batch, _ in seen])
+    assert torch.equal(tokens.reshape(2, 96), torch.cat([b.tokens for b in batches[:2]]))
+    assert all(torch.equal(b.positions, torch.arange(24).expand(2, 24)) for b, _ in seen)
+    assert len({rate for _, rate in seen}) == 1  # the warm-up is over after the first
+    assert torch.equal(next(loader).tokens, batches[2].tokens)
 
 
 def test_a_method_with_other_losses_is_an_error(config, monkeypatch):
     monkeypatch.setattr(convergence, "TOLERANCE", 0.0)
     with pytest.raises(TrainingError, match="differ from those of vanilla"):
-        compare(config, 24, QUIET)
+        compare(config, 24, START, (0,), QUIET)

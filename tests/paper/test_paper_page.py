@@ -54,18 +54,41 @@ def test_every_section_names_its_origin(written, reports):
     text = " ".join(written(*reports).split())
     for name in reports:
         assert f"[{name}.json]({name}.json): `python -m mst_train.paper`, 2026-01-02" in text
-    assert text.count("commit 0123456789ab, python 3.11, torch 2.13, transformers 5.0;") == 5
+    assert text.count("commit 0123456789ab, python 3.11, torch 2.13, transformers 5.0;") == len(
+        reports
+    )
     assert "not yet measured" in text
     assert "{" not in text
 
 
-def test_losses_are_compared_as_they_are(written):
-    text = " ".join(written("convergence").split())
-    assert "a lower (4.40 against 4.90) loss" in text
-    assert "a higher (4.60 against 4.20) one" in text
-    assert "at most 2.5e-06 of the loss in 4 steps" in text
-    row = cells(written("convergence"), "16 tokens")
-    assert row == ["16 tokens", "mst", "500 ms", "4.900", "4.500", "4.350", "4.200"]
+def test_losses_are_compared_as_they_are(written, reports):
+    text = written("convergence")
+    said = " ".join(text.split())
+    assert "the long one's loss is lower in all seeds" in said
+    assert "goes from 4.500 to 4.200; with 16 tokens of context instead of 64" in said
+    assert "the last cost them 4.700" in said
+    assert "at most 2.5e-06 of the loss in 4 steps" in said
+    assert cells(text, "16 tokens") == ["16 tokens", "500 ms", "4.900", "4.500", "4.200", "4.700"]
+    name = "each with its own context"
+    assert cells(text, name) == [name, "-0.2500 ± 0.6350", "-0.3000, -0.2000"]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [([0.1, 0.2], "higher in all seeds"), ([-0.1, 0.2], "lower in 1 of 2 seeds")],
+)
+def test_a_loss_that_is_not_lower_is_not_called_so(written, reports, values, said):
+    differences = reports["convergence"]["long_minus_short"]
+    differences["each with its own context"]["values"] = values
+    assert said in " ".join(written("convergence").split())
+
+
+def test_what_lies_far_back_is_told_in_shares(written):
+    text = written("reach")
+    assert cells(text, "2,048") == ["2,048", "1.300", "0.300"]
+    said = " ".join(text.split())
+    assert "Beyond the last 512 tokens lie 56% of what" in said
+    assert "and 31% of the loss; beyond 2,048, 22%" in said
 
 
 def test_a_piece_that_was_not_made_is_named(written):
