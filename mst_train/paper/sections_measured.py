@@ -26,9 +26,10 @@ TRAINING = """
     {sequences} held-out sequences, means of {seeds} seeds; times are medians.
 """
 SAME = """
-    **The method against vanilla.** From the same weights on the same sequences, the losses differ
-    by at most {difference:.1e} of the loss in {steps} steps, of each seed: fp32 rounding, which
-    training amplifies.
+    **The method against vanilla.** From the same weights on the same sequences, the losses of all
+    seeds differ by at most {fp32:.1e} of the loss in {steps} steps: fp32's rounding, which
+    training amplifies, and Muon most, whose updates are rounded to bf16. In float64 by AdamW they
+    differ by at most {float64:.1e} in {exact_steps} steps.
 """
 LONG_AND_SHORT = """
     **Long against short**, after the same tokens, in nats: what the models lose that were trained
@@ -122,7 +123,12 @@ def convergence(report: Report) -> list[str]:
         "![Training](convergence.png)",
         markdown(header, lines),
         about,
-        prose(SAME, difference=report["largest_relative_difference"], steps=steps),
+        prose(
+            SAME,
+            **report["relative_difference"],
+            steps=steps,
+            exact_steps=report["exact_steps"],
+        ),
         prose(LONG_AND_SHORT, long=long, short=short, seeds=len(seeds)),
         markdown(("", "mean, 95% interval", "each seed"), compared),
         verdict,

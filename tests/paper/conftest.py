@@ -107,7 +107,7 @@ def reports(at):
         },
     }
     seed = {
-        "largest_relative_difference": 2.5e-6,
+        "relative_difference": {"float64": 1.5e-13, "fp32": 2.5e-6},
         "validation_sequences": 4,
         "final_sequences": 8,
         "runs": {"mst": run, "vanilla": run, "short": run | {"sequence_length": 16}},
@@ -132,7 +132,8 @@ def reports(at):
             "long": 64,
             "short": 16,
             "parameters": 12345,
-            "largest_relative_difference": 2.5e-6,
+            "exact_steps": 3,
+            "relative_difference": {"float64": 1.5e-13, "fp32": 2.5e-6},
             "seeds": [seed | {"seed": 0}, seed | {"seed": 1}],
             "long_minus_short": {
                 "each with its own context": lower,

@@ -56,7 +56,9 @@ START = Start(batches=2, sequences=2, warmup_steps=1)
 def test_the_runs_are_compared_on_the_same_tokens(config):
     report = compare(config, 24, START, (0, 1), QUIET)
     assert report["tokens_per_step"] == 96
-    assert report["largest_relative_difference"] < 1e-5
+    assert report["relative_difference"]["fp32"] < 1e-5
+    assert 0 < report["relative_difference"]["float64"] < 1e-13
+    assert report["exact_steps"] == 5
     first, second = report["seeds"]
     assert first["runs"]["mst"]["losses"] != pytest.approx(second["runs"]["mst"]["losses"])
     for one in report["seeds"]:
