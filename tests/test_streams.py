@@ -51,28 +51,35 @@ def assert_found(test, *strategies):
 def offloaded_steps(put, offload, given_up):
     """Gradients of some steps: whole numbers, in which no order of operations shows.
 
+    What goes from block to block waits on the host too: it is put there, and a block in the forward
+    keeps the place of it.
+
     put: a tensor onto the device. given_up: for each step the block at which its backward ends, as
     by an error; None: it ends as it should.
     """
     weights = [put(torch.full((w,), w % 5 + 2.0, dtype=torch.float64)) for w in WIDTHS]
     gradients = []
     for step, last in enumerate(given_up):
-        x = put(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64) + step)
+        x, place = put(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64) + step), None
         waiting = []
         for weight in weights:
             inner = x[:, None] * weight
-            waiting.append(offload.store([x, inner]))
-            x = (inner.sum(1) + x) % 257
-            del inner
-        gradient = x + 1
+            waiting.append(offload.store([place or x, inner]))
+            place = offload.put((inner.sum(1) + x) % 257)
+            del x, inner
+            [x] = offload.back([place]).ready()
+        place = offload.put(x + 1)
+        del x
         for block in reversed(range(len(weights))):
-            stored = waiting.pop()
+            stored, returning = waiting.pop(), offload.back([place])
             x, inner = stored.load()
-            gradient = (gradient * x + inner.sum(1)) % 257
-            del x, inner, stored
             if block == last:
+                gradients.append(x)
                 break
-        gradients.append(gradient)
+            [gradient] = returning.ready()
+            gradients.append((gradient * x + inner.sum(1)) % 257)
+            place = offload.put(gradients[-1])
+            del x, inner, stored, returning, gradient
     return [gradient.cpu() for gradient in gradients]
 
 
@@ -121,13 +128,13 @@ def test_offloading(examples):
             id="leaving tensors are forgotten without waiting",
         ),
         pytest.param(
-            "self._leaving.append((tensors,",
+            "self._leaving.append((leaving,",
             "self._leaving.append(((),",
             id="leaving tensors are not held",
         ),
         pytest.param(
-            "self.places.append(buffers.take(tensor))",
-            "self.places.append(buffers.take(tensor)); buffers.give_back(self.places[-1:])",
+            "self.left: Any = None",
+            "self.left = buffers.give_back(self.buffer)",
             id="buffers are given back too soon",
         ),
         pytest.param(
@@ -146,7 +153,7 @@ def test_offloading(examples):
             id="tensors come back into memory in use",
         ),
         pytest.param(
-            "self._forget_leaving(0)",
+            "self._back.wait_event(place.left)",
             "pass",
             id="tensors set out before they have arrived on the host",
         ),

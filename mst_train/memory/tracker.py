@@ -32,6 +32,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mst_train.memory.meta import tensors
+from mst_train.mst.on_host import OnHost
 from mst_train.ranges import BLOCK_RANGE, HEAD_RANGE, HOST_RANGE, OPTIMIZER_RANGE
 
 KINDS = (
@@ -157,6 +158,8 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if OnHost in types:  # what it does is seen: it asks for the same of its values
+            return NotImplemented
         return self.operation(function, args, kwargs or {})
 
     def operation(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -30,6 +30,7 @@ from mst_train.mst import (
     QUERIES,
     Documents,
     Offload,
+    OnHost,
     Scores,
     cross_entropy,
     gated_mlp,
@@ -40,6 +41,7 @@ from mst_train.mst import (
     mini_sequence_mlp,
     recompute_block,
     router_losses,
+    rowwise,
 )
 from mst_train.mst.router_losses import RouterLosses, router_losses_here
 from mst_train.ranges import BLOCK_RANGE, HEAD_RANGE
@@ -58,6 +60,8 @@ class RMSNorm(nn.Module):
         self.offset = config.norm_offset
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, OnHost):
+            return rowwise(self, x)
         return rms_norm(x, self.weight, self.epsilon, offset=self.offset)
 
     def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,6 +215,7 @@ class Block(nn.Module):
             chunk_tokens=policy.block_chunk_tokens,
             keep=self.keep,
             offload=offload,
+            stream=True,
             sharing=attention.sharing,
             sinks=self.attention.sinks,
         )

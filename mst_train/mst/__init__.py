@@ -18,6 +18,7 @@ kept                      what a block keeps beside its input
 recompute, rerun          a block in one piece, run again; what makes the second run like the first
 attention, sinks          what an attention kernel is; a logit beside the keys' scores
 offload, host_memory      kept tensors in host memory; page-locked tensors
+on_host, rowwise          hidden states and gradients there, between blocks; read by a norm
 chunking, accumulate      sizes of chunks; weights' gradients, summed over them
 autograd, autocast        what the autograd functions share
 """
@@ -35,7 +36,9 @@ from mst_train.mst.kept import ATTENTION, KEYS, MLP, OUTPUT, PIECES, QUERIES, li
 from mst_train.mst.mini_sequence_experts import mini_sequence_experts
 from mst_train.mst.mlp import gated_mlp, mini_sequence_mlp
 from mst_train.mst.offload import HostBudgetError, Offload
+from mst_train.mst.on_host import OnHost
 from mst_train.mst.recompute import recompute_block
+from mst_train.mst.rowwise import rowwise
 
 __all__ = [
     "ATTENTION",
@@ -48,6 +51,7 @@ __all__ = [
     "Documents",
     "HostBudgetError",
     "Offload",
+    "OnHost",
     "RowwiseBlock",
     "Scores",
     "attend",
@@ -62,4 +66,5 @@ __all__ = [
     "mini_sequence_mlp",
     "recompute_block",
     "route",
+    "rowwise",
 ]

@@ -50,6 +50,7 @@ def mini_sequence_block(
     chunk_tokens: int | str = "auto",
     keep: Collection[str] = (ATTENTION,),
     offload: Offload | None = None,
+    stream: bool = False,
     sharing: SharedSequence | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
@@ -74,6 +75,9 @@ def mini_sequence_block(
             results where the block computes them by this package's ``linear`` and
             ``mini_sequence_mlp``.
         offload: where what is kept waits; None: on its device.
+        stream: with ``offload`` and several chunks, the result and x's gradient wait there too, for
+            the next block and the one before to read chunk by chunk (mst/on_host.py). Whoever reads
+            them in another way gets all of them on the device.
         sharing: the processes that share the sequence, of which x and the row arguments are this
             one's positions, and ``documents`` those of whole sequences. All of them call this, and
             run its backward, together.
@@ -119,7 +123,12 @@ def mini_sequence_block(
         parameters,
         rerun,
     )
-    schedule = FusedSchedule(call) if sharing is None else SharedSchedule(call, sharing)
+    schedule: FusedSchedule | SharedSchedule
+    if sharing is None:
+        streams = stream and needs_backward and offload is not None and len(call.chunks) > 1
+        schedule = FusedSchedule(call, streams=streams)
+    else:
+        schedule = SharedSchedule(call, sharing)
     with rerun.autocast.restored(), uncached_parametrizations():
         y: Tensor = _MiniSequenceBlock.apply(  # type: ignore[no-untyped-call]
             call, schedule, len(row_arguments), x, sinks, *row_arguments, *parameters.tensors

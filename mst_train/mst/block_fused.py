@@ -17,6 +17,7 @@ from torch import Tensor
 from mst_train.mst.accumulate import wide_zeros
 from mst_train.mst.attention_chunk import attend_chunk, attend_chunk_backward
 from mst_train.mst.block_parts import Call, WeightGradients, gradients_of, refuse_others, sum_of
+from mst_train.mst.on_host import new_rows, rows_of
 from mst_train.mst.sinks import sinks_gradient
 
 KEYS_VALUES = "keys and values"
@@ -25,18 +26,22 @@ log-sum-exp are kept under its first position."""
 
 
 class FusedSchedule:
-    """The forward and the backward of one call."""
+    """The forward and the backward of one call.
 
-    def __init__(self, call: Call) -> None:
+    streams: whether the result, and x's gradient, wait on the host (mst/on_host.py).
+    """
+
+    def __init__(self, call: Call, *, streams: bool) -> None:
         self._call = call
+        self._results_wait = call.kept.offload if streams else None
 
     def forward(self, x_BSD: Tensor, arguments: Sequence[Tensor], sinks: Tensor | None) -> Tensor:
         """The block's result, [B, S, D]."""
         call, kept = self._call, self._call.kept
-        y_BSD = torch.empty_like(x_BSD, memory_format=torch.contiguous_format)
+        x, y = rows_of(x_BSD, call.chunks), new_rows(x_BSD, call.chunks, self._results_wait)
         keys_values = _KeysValues(x_BSD.shape[1])
-        for chunk in call.chunks:
-            x_BTD = x_BSD[:, chunk]
+        for index, chunk in enumerate(call.chunks):
+            x_BTD = x.read(index, index + 1)
             results = call.results(chunk.start)
             with results.first():
                 q_BTHE, *new = call.before_attention(x_BTD, arguments, chunk)
@@ -45,14 +50,15 @@ class FusedSchedule:
             out, lse = attend_chunk(call.kernel, *qkv, chunk, call.documents, sinks)
             del qkv, q_BTHE, new
             if call.needs_backward:
-                kept.save(chunk.start, x_BTD, *((out, lse) if call.keep_attention else ()))
+                kept_x = x_BTD if kept.offload is None else x.kept(index)
+                kept.save(chunk.start, kept_x, *((out, lse) if call.keep_attention else ()))
             with results.first():
-                torch.add(*call.block.after_attention(x_BTD, out), out=y_BSD[:, chunk])
+                y.write(index, *call.block.after_attention(x_BTD, out))
             if call.needs_backward:
                 call.save_results(chunk.start)
         if call.needs_backward and kept.offload is not None and len(call.chunks) > 1:
             kept.save(KEYS_VALUES, *keys_values.tensors)
-        return y_BSD
+        return y.tensor
 
     def backward(
         self,
@@ -63,7 +69,7 @@ class FusedSchedule:
     ) -> list[Tensor | None]:
         """The gradients of x, of the sinks and of the parameters."""
         call, several = self._call, len(self._call.chunks) > 1
-        dx_BSD = torch.empty_like(dy_BSD, memory_format=torch.contiguous_format)
+        dy, dx = rows_of(dy_BSD, call.chunks), new_rows(dy_BSD, call.chunks, self._results_wait)
         dk_BSKE = dv_BSKE = None
         dsinks: Tensor | None = None
         with call.parameters.aliases() as parameters:
@@ -71,7 +77,7 @@ class FusedSchedule:
             if several:
                 k_BSKE, v_BSKE = self._keys_values_again(arguments, saved)
                 dk_BSKE, dv_BSKE = map(wide_zeros, (k_BSKE, v_BSKE))
-            for chunk in reversed(call.chunks):
+            for index, chunk in reversed([*enumerate(call.chunks)]):
                 # The last ones saved come back from the host the soonest.
                 products = call.load_results(chunk.start, saved)
                 x_BTD, *attention = call.kept.load(chunk.start, saved)
@@ -92,9 +98,11 @@ class FusedSchedule:
                 if chunk is call.chunks[-1]:
                     known = (x_BTD, out, *parameters)
                     refuse_others((q_BTHE, k_BTKE, v_BTKE, *results), known)
+                dy_BTD = dy.read(index, index - 1)
                 dx_BTD, dout, *gradients = gradients_of(
-                    results, (x_BTD, out, *parameters), (dy_BSD[:, chunk],) * 2
+                    results, (x_BTD, out, *parameters), (dy_BTD,) * 2
                 )
+                del dy_BTD
                 sums.add(gradients)
                 del gradients
                 dout = sum_of(out, dout)
@@ -117,10 +125,10 @@ class FusedSchedule:
                 )
                 del q_BTHE, k_BTKE, v_BTKE, dq, dk, dv
                 sums.add(gradients)
-                dx_BSD[:, chunk] = sum_of(x_BTD, dx_BTD, more_dx_BTD)
+                dx.write(index, sum_of(x_BTD, dx_BTD, more_dx_BTD))
                 # What the next chunk does not need would be there at its peak.
                 del x_BTD, dx_BTD, more_dx_BTD, gradients
-            return [dx_BSD, dsinks, *sums.totals()]
+            return [dx.tensor, dsinks, *sums.totals()]
 
     def _keys_values_again(
         self, arguments: Sequence[Tensor], saved: Sequence[Tensor]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mst_train.mst.accumulate import WeightGradient
 from mst_train.mst.attention import AttentionKernel, Documents
 from mst_train.mst.kept import ATTENTION, KeptResults
-from mst_train.mst.offload import Offload, Stored
+from mst_train.mst.offload import Offload, Place, Stored
 from mst_train.mst.parameters import Parameters
 from mst_train.mst.rerun import Rerun, leaves
 
@@ -113,13 +113,13 @@ class Kept:
         self._on_device: dict[Any, slice] = {}
         self._to_save: list[Tensor] = []
 
-    def save(self, name: Any, *tensors: Tensor) -> None:
-        """Send these to where they wait."""
+    def save(self, name: Any, *tensors: Tensor | Place) -> None:
+        """Send these to where they wait, unless, with offload, they are there already."""
         if self.offload is not None:
             self._on_host[name] = self.offload.store(tensors)
             return
         begin = len(self._to_save)
-        self._to_save += tensors
+        self._to_save += [tensor for tensor in tensors if isinstance(tensor, Tensor)]
         self._on_device[name] = slice(begin, len(self._to_save))
 
     def hand_over(self) -> list[Tensor]:

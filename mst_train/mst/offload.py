@@ -3,7 +3,8 @@
 ``store`` sends what a block keeps to the host and ``load`` brings it back, beside the computation.
 On CUDA, copies run on streams of their own, out of and into pinned buffers. Blocks give up their
 tensors in the order of the forward and want them back in the opposite order, so each ``load`` also
-starts to bring back what the blocks before it will want.
+starts to bring back what the blocks before it will want. What is wanted more than once, or in
+another order, is ``put`` and brought ``back`` by itself (mst/on_host.py).
 
 Buffers are made the first time a size is seen and used again from then on: a step takes what the
 step before gave back. Together they never pass the budget.
@@ -45,25 +46,48 @@ class Offload:
         self._buffers = HostBuffers(pinned=cuda, budget_bytes=budget_bytes)
         self._copies = _OverlappedCopies(device) if cuda else _ImmediateCopies(device)
         self._order: list[weakref.ref[Stored]] = []
+        self._storing = False
 
     @property
     def host_bytes(self) -> int:
         """Host memory taken so far."""
         return self._buffers.allocated_bytes
 
-    def store(self, tensors: Sequence[Tensor]) -> "Stored":
+    def store(self, tensors: "Sequence[Tensor | Place]") -> "Stored":
         """Start to copy ``tensors`` to the host; the caller may forget them.
+
+        A place among them is one where a tensor waits already.
 
         Raises HostBudgetError where the budget is too small for all that is stored at once.
         """
-        stored = Stored(self, self._buffers, tensors)
-        self._copies.out(stored.places, tensors)
+        leaving = [(Place(self._buffers, t), t) for t in tensors if isinstance(t, Tensor)]
+        self._copies.out(leaving)
+        new = (place for place, _ in leaving)
+        places = [t if isinstance(t, Place) else next(new) for t in tensors]
+        stored = Stored(self, places)
         self._order = [reference for reference in self._order if reference() is not None]
         self._order.append(weakref.ref(stored))
+        self._storing = True
         return stored
+
+    def put(self, tensor: Tensor) -> "Place":
+        """Start to copy one tensor to the host; the caller may forget it, and not change it.
+
+        Raises HostBudgetError as ``store`` does.
+        """
+        place = Place(self._buffers, tensor)
+        self._copies.out([(place, tensor)])
+        return place
+
+    def back(self, places: "Sequence[Place]") -> "Returning":
+        """Start to copy what waits in these places to the device. It goes on waiting there."""
+        return self._copies.back(places)
 
     def prefetch(self, stored: "Stored") -> None:
         """Start the copies of ``stored`` and of the ``AHEAD`` blocks stored before it."""
+        if self._storing:  # the forward is over: nothing is left to overlap with
+            self._copies.forget_leaving(0)
+            self._storing = False
         index = next(i for i, reference in enumerate(self._order) if reference() is stored)
         for reference in reversed(self._order[max(index - AHEAD, 0) : index + 1]):
             block = reference()
@@ -72,16 +96,25 @@ class Offload:
         del self._order[index]
 
 
-class Stored:
-    """Tensors that wait on the host; their buffers go back when this object goes."""
+class Place:
+    """Where a tensor waits on the host; the buffer goes back when this object goes.
 
-    def __init__(self, offload: Offload, buffers: "HostBuffers", tensors: Sequence[Tensor]) -> None:
-        self.places: list[Tensor] = []
-        self.returning: _Returning | None = None
+    left: the event of its copy, on CUDA.
+    """
+
+    def __init__(self, buffers: "HostBuffers", tensor: Tensor) -> None:
+        self.buffer = buffers.take(tensor)
+        self.left: Any = None
+        weakref.finalize(self, buffers.give_back, self.buffer)
+
+
+class Stored:
+    """Tensors that wait on the host for their one ``load``."""
+
+    def __init__(self, offload: Offload, places: list[Place]) -> None:
+        self.places = places
+        self.returning: Returning | None = None
         self._offload = offload
-        weakref.finalize(self, buffers.give_back, self.places)
-        for tensor in tensors:  # those taken go back too where the budget is too small for the next
-            self.places.append(buffers.take(tensor))
 
     def load(self) -> list[Tensor]:
         """The tensors on their device, ready for the current stream."""
@@ -104,10 +137,9 @@ class HostBuffers:
         free = self._free[self._key(like)]
         return free.pop() if free else self._allocate(like)
 
-    def give_back(self, buffers: list[Tensor]) -> None:
-        """These are free again."""
-        for buffer in buffers:
-            self._free[self._key(buffer)].append(buffer)
+    def give_back(self, buffer: Tensor) -> None:
+        """It is free again."""
+        self._free[self._key(buffer)].append(buffer)
 
     def _allocate(self, like: Tensor) -> Tensor:
         size = self._memory.bytes_for(like.shape, like.dtype)
@@ -135,7 +167,7 @@ class HostBuffers:
         return tuple(tensor.shape), tensor.dtype
 
 
-class _Returning:
+class Returning:
     """Tensors on their way back to the device.
 
     Args:
@@ -166,12 +198,16 @@ class _ImmediateCopies:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def out(self, places: list[Tensor], tensors: Sequence[Tensor]) -> None:
-        for place, tensor in zip(places, tensors, strict=True):
-            place.copy_(tensor)
+    def out(self, leaving: Sequence[tuple[Place, Tensor]]) -> None:
+        for place, tensor in leaving:
+            place.buffer.copy_(tensor)
 
-    def back(self, places: list[Tensor]) -> _Returning:
-        return _Returning([place.to(self._device, copy=True) for place in places])
+    def back(self, places: Sequence[Place]) -> Returning:
+        new = (torch.empty_like(place.buffer, device=self._device) for place in places)
+        return Returning([t.copy_(place.buffer) for t, place in zip(new, places, strict=True)])
+
+    def forget_leaving(self, but: int) -> None:
+        pass
 
 
 class _OverlappedCopies:
@@ -186,28 +222,33 @@ class _OverlappedCopies:
         self._device = device
         self._out = torch.cuda.Stream(device)
         self._back = torch.cuda.Stream(device)
-        self._leaving: list[tuple[Sequence[Tensor], Any]] = []
+        self._leaving: list[tuple[Sequence[tuple[Place, Tensor]], Any]] = []
 
-    def out(self, places: list[Tensor], tensors: Sequence[Tensor]) -> None:
+    def out(self, leaving: Sequence[tuple[Place, Tensor]]) -> None:
         self._out.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._out):
-            for place, tensor in zip(places, tensors, strict=True):
-                place.copy_(tensor, non_blocking=True)
-            self._leaving.append((tensors, self._out.record_event()))
-        self._forget_leaving(AHEAD)
+            for place, tensor in leaving:
+                place.buffer.copy_(tensor, non_blocking=True)
+            done = self._out.record_event()
+        for place, _ in leaving:
+            place.left = done
+        self._leaving.append((leaving, done))
+        self.forget_leaving(AHEAD)
 
-    def back(self, places: list[Tensor]) -> _Returning:
-        self._forget_leaving(0)  # the forward is over: nothing is left to overlap with
+    def back(self, places: Sequence[Place]) -> Returning:
         # Memory of the current stream: the copies may begin when what it held before is done.
-        tensors = [torch.empty_like(place, device=self._device) for place in places]
+        tensors = [torch.empty_like(place.buffer, device=self._device) for place in places]
         self._back.wait_stream(torch.cuda.current_stream())
+        for place in places:
+            self._back.wait_event(place.left)
         with torch.cuda.stream(self._back):
             for place, tensor in zip(places, tensors, strict=True):
-                tensor.copy_(place, non_blocking=True)
+                tensor.copy_(place.buffer, non_blocking=True)
             arrived = self._back.record_event()
-        return _Returning(tensors, arrived)
+        return Returning(tensors, arrived)
 
-    def _forget_leaving(self, but: int) -> None:
+    def forget_leaving(self, but: int) -> None:
+        """Wait for what leaves, but for so many of the last, and hold it no longer."""
         while len(self._leaving) > but:
             _, done = self._leaving.pop(0)
             torch.cuda.current_stream().wait_event(done)

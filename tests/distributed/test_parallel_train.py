@@ -83,6 +83,13 @@ def test_runs_go_on_with_other_processes(alone, place, tmp_path):
     assert {"model.pt", "model-0001.pt", "optimizer-0001.pt"} < files
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_hidden_states_wait_on_the_host_under_zero(stage, alone, place, tmp_path):
+    chunks = ["memory.policy=mst", "memory.offload=host", "memory.block_chunk_tokens=32"]
+    train_in(2, 2, place, tmp_path / "two", f"parallel.zero_stage={stage}", *chunks)
+    assert losses(tmp_path / "two") == pytest.approx(alone, rel=1e-5)
+
+
 def test_two_processes_train_the_tokens_that_one_has_left(place, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     batch = ["train.micro_batch_size=2", "train.accumulation_steps=2"]  # of 64 tokens

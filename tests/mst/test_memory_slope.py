@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mst_train.attention import select_attention
+from mst_train.attention.select import CpuKernel
 from mst_train.config import ModelConfig
 from mst_train.memory.tracker import MemoryTracker
 from mst_train.model import Policy, build_model
@@ -79,23 +80,27 @@ def test_slope_on_the_device(keep, lengths):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [2, 3])
-def test_slope_with_offload_does_not_depend_on_depth(layers):
-    """Of what was kept, a chunk or two are there at a time; but when a block comes to its first
-    chunk, all keys and values of the block before are on their way back."""
-    [slope] = slopes(POLICY, (1, 2), layers, offload=True)
-    assert slope == pytest.approx(BACKWARD + KEYS_VALUES, rel=0.01)
+@pytest.mark.parametrize(("keep", "layers"), [(True, 2), (True, 3), (False, 2)])
+def test_slope_with_offload_does_not_depend_on_depth(monkeypatch, keep, layers):
+    """Of what was kept, and of the gradients between blocks, a chunk or two are there at a time;
+    but when a block comes to its first chunk, all keys and values of the block before are on their
+    way back. As much is there in the head: its input, and the gradient of that."""
+    monkeypatch.setattr(CpuKernel, "keys_at_once", 4096)
+    policy = dataclasses.replace(POLICY, keep=kept(keep))
+    [slope] = slopes(policy, (4, 6), layers, offload=True)
+    assert slope == pytest.approx(BACKWARD - 2 * HIDDEN + KEYS_VALUES, rel=0.01)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", [True, False])
 def test_host_memory_is_what_the_blocks_keep_with_keys_and_values(keep):
-    """Keys and values wait there too, rather than being computed a third time."""
+    """Keys and values wait there too, rather than being computed a third time; and with several
+    chunks the last block's result, and its gradient."""
     policy = dataclasses.replace(POLICY, keep=kept(keep))
     with FakeTensorMode():
         _, several = peak(LLAMA3, policy, 8192, offload=True)
         _, one_chunk = peak(LLAMA3, policy, 4096, offload=True)
-    assert several == 8192 * LAYERS * (KEPT[keep] + KEYS_VALUES)
+    assert several == 8192 * (LAYERS * (KEPT[keep] + KEYS_VALUES) + 2 * HIDDEN)
     assert one_chunk == 4096 * LAYERS * KEPT[keep]
 
 

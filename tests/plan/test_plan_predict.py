@@ -236,8 +236,11 @@ def test_offload_moves_bytes_to_the_host():
     found = predict(config, configured_target(config)).simulation
     tokens, layers = config.data.sequence_length, config.model.num_layers
     kept = 2 * 8192 + 32 * 4 + 2 * 2048  # block's input, attention's result, lse, keys and values
-    assert found.host_bytes == pytest.approx(tokens * layers * kept, rel=0.01)
-    assert found.work.link_bytes == pytest.approx(2 * found.host_bytes, rel=0.01)
+    # The last block's result, which leaves and comes back twice, and gradients, which there are of
+    # one more than blocks. Blocks read their inputs in the forward as well.
+    assert found.host_bytes == pytest.approx(tokens * (layers * kept + 2 * 8192), rel=0.001)
+    travelled = 2 * layers * kept + 8192 * (3 + 2 * (layers + 1) + layers - 1)
+    assert found.work.link_bytes == pytest.approx(tokens * travelled, rel=0.001)
 
 
 def test_time_is_work_over_rates():
