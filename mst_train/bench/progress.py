@@ -11,7 +11,9 @@ from mst_train.bar import bar as new_bar
 def progress(runs: int) -> Iterator[Callable[[str], None]]:
     """Counts the runs of a bench; what is given hears of each, by its name, as it begins."""
     begun = 0
-    with new_bar(total=runs, unit="run", disable=None, dynamic_ncols=True) as bar:
+    with new_bar(
+        total=runs, unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True
+    ) as bar:
 
         def advance(name: str) -> None:
             nonlocal begun

@@ -8,6 +8,7 @@ buckets    whether smaller buckets of ZeRO's are enough
 keep       what blocks keep where memory is left
 choose     the fastest of these that fit, at a length or at the longest
 search     the longest sequence that fits
+progress   how many predictions have been made, while one waits
 before     what the training command asks of it before it starts
 baseline   the same for transformers' own models
 show       predictions for people; plot draws them

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from mst_train.cli.command import has_expandable_segments, run_command, show_help
@@ -25,6 +26,10 @@ auto (this machine's), cpu, or a size in GiB such as 80.
 Settings; those of training (python -m mst_train --help) hold too:
 
 {settings}"""
+
+
+WIDTH = 100
+"""Of what is printed, in characters."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,25 +58,20 @@ def _run(arguments: list[str]) -> int:
 
 def _plan(config: "PlanConfig") -> tuple[dict[str, Any], str]:
     """The report and what to show of it."""
-    from mst_train.bar import bar as new_bar
     from mst_train.memory.extrapolate import with_length
     from mst_train.plan import buckets
     from mst_train.plan.before import advice, announce
     from mst_train.plan.choose import choose, described, longest, over_lengths
     from mst_train.plan.config import configured_target
     from mst_train.plan.predict import predict, with_reserved
+    from mst_train.plan.progress import predicting
 
     target = configured_target(config)
     if config.plan.sweep:
         make_folder(expanded(config.plan.dir), "plan.dir")
     announce(with_length(config, max(config.plan.sweep, default=config.data.sequence_length)))
     notes: list[str] = []
-    with new_bar(desc="predicting", unit=" step", leave=False, disable=None) as bar:
-
-        def advance(what: str) -> None:
-            bar.set_postfix_str(what)
-            bar.update()
-
+    with predicting() as advance:
         if config.plan.sweep:
             predictions = over_lengths(config, config.plan.sweep, target, advance)
         elif config.memory.policy == AUTO:
@@ -83,7 +83,7 @@ def _plan(config: "PlanConfig") -> tuple[dict[str, Any], str]:
             if not predictions[0].fits:
                 enough = buckets.that_fits(config, target, predictions[0].shortage_bytes)
                 fits = None if enough is None else f"It fits with {enough[0]}"
-                notes += ["", fits or advice(predictions[0])]
+                notes += ["", *_lines(fits or advice(predictions[0]))]
         if not config.plan.sweep:
             advance("the allocator")
             predictions = [with_reserved(predictions[0], expandable=has_expandable_segments())]
@@ -98,12 +98,17 @@ def _plan(config: "PlanConfig") -> tuple[dict[str, Any], str]:
         if best:
             length = report["max_sequence_length"]
             note = f"The longest sequence that fits: {length:,} tokens ({described(best)})"
-        notes += ["", note]
+        notes += ["", *_lines(note)]
     if config.plan.output == "json":
         return report, ""
     from mst_train.plan.show import render
 
-    return report, render(predictions, notes)
+    return report, render(predictions, notes, WIDTH)
+
+
+def _lines(text: str) -> list[str]:
+    """As wide as the table, and settings whole."""
+    return textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _write_sweep(config: "PlanConfig", predictions: list[Any]) -> list[str]:

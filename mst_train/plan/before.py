@@ -14,6 +14,7 @@ from mst_train.plan import buckets
 from mst_train.plan.candidates import host_works
 from mst_train.plan.choose import choose, describe
 from mst_train.plan.predict import LABELS, Prediction, Target, make_target, predict
+from mst_train.plan.progress import predicting
 from mst_train.rendezvous.dist_env import local_world_size
 from mst_train.units import GIB
 
@@ -45,7 +46,8 @@ def before_training(config: Config, device: torch.device, processes: int = 1) ->
     _require_hidden_states(config, target)
     announce(config)
     if config.memory.policy == AUTO:
-        choice = choose(config, target)
+        with predicting() as advance:
+            choice = choose(config, target, advance)
         log.info(choice.reason)
         return choice.chosen
     prediction = predict(config, target)
@@ -200,7 +202,10 @@ def advice(prediction: Prediction) -> str:
     if not optimizer.in_backward and config.train.accumulation_steps == 1 and here and not shared:
         ways.append("optimizer.in_backward=true with optimizer.max_grad_norm=null")
     if here and host_works(config, gpus):
-        ways.append(f"optimizer.offload=host{master}")
+        needed = ["precision=bf16_master"] if config.precision == "bf16" else []
+        needed += ["optimizer.in_backward=false"] if optimizer.in_backward else []
+        others = f" with {' and '.join(needed)}" if needed else ""
+        ways.append(f"optimizer.offload=host{others}")
     return (
         f"The weights and their states alone are too large: take {', '.join(ways[:-1])} or "
         f"{ways[-1]}."

@@ -18,7 +18,7 @@ COLUMNS = ("tokens", "peak", "", "host", "step", "tokens/s", "settings")
 _BAR = 28
 
 
-def render(predictions: Sequence[Prediction], notes: Sequence[str], width: int = 100) -> str:
+def render(predictions: Sequence[Prediction], notes: Sequence[str], width: int) -> str:
     """Text for a terminal: one prediction in full, or a table of several."""
     text = io.StringIO()
     console = Console(file=text, width=width, force_terminal=False, color_system=None)

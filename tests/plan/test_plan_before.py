@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mst_train.plan.before as before
+from mst_train import bar
 from mst_train.cli.compose import compose
 from mst_train.errors import UserError
 from mst_train.memory.devices import Device, device_bytes
@@ -42,8 +43,10 @@ def test_advice_for_states():
     paper = ("+experiment=llama3_8b_seq60k", "data.sequence_length=1024")
     message = refusal(*paper, "memory.device_budget_gib=20")
     assert "weights and their states alone are too large" in message
-    assert "optimizer.offload=host with precision=bf16_master" in message
-    assert "in_backward" not in message
+    needed = "precision=bf16_master and optimizer.in_backward=false"
+    assert f"optimizer.offload=host with {needed}" in message
+    assert "in_backward=true" not in message
+    compose([*paper, "optimizer.offload=host", *needed.split(" and ")])
     ordinary = refusal(*paper, "optimizer.in_backward=false", "memory.device_budget_gib=20")
     assert "optimizer.in_backward=true with optimizer.max_grad_norm=null" in ordinary
     full = refusal(*paper, "precision=fp32", "memory.device_budget_gib=23")
@@ -65,7 +68,9 @@ def test_advice_for_states():
 def test_the_planner_advises_what_can_be_set(settings, named, left_out, capsys):
     words = ("plan.device=cpu", "memory.device_budget_gib=0.03", "precision=fp32")
     assert plan([*SMALL, *words, *settings.split()]) == 0
-    advice = capsys.readouterr().out.partition("The weights and their states")[2].replace("\n", " ")
+    printed = capsys.readouterr().out
+    assert all(len(line) <= 100 for line in printed.splitlines())
+    advice = printed.partition("The weights and their states")[2].replace("\n", " ")
     assert named in advice
     assert left_out not in advice
 
@@ -160,6 +165,13 @@ def test_what_no_policy_can_hold_is_refused_before_it_is_predicted(arguments, mo
     message = refusal("memory.device_budget_gib=4", *arguments)
     assert "tokens alone take" in message
     assert "memory.device_budget_gib allows" in message
+
+
+def test_predictions_are_counted_where_nobody_watches_a_terminal(monkeypatch, caplog):
+    monkeypatch.setattr(bar, "SILENT_SECONDS", 0)
+    with caplog.at_level("INFO"):
+        before_training(compose([*SMALL, "memory.policy=auto"]), CPU)
+    assert "predicting: 2 steps, " in caplog.text
 
 
 def test_a_long_prediction_is_announced(monkeypatch, caplog):

@@ -25,7 +25,7 @@ def choice(*arguments):
 
 def test_the_fastest_that_fits():
     found = choice("data.sequence_length=1024")
-    shown = render([found.chosen], ["", "what was compared, " * 10 + "chosen"])
+    shown = render([found.chosen], ["", "what was compared, " * 10 + "chosen"], 100)
     assert shown.endswith("compared, chosen")
     fitting = [p for p in found.compared if p.fits]
     assert found.chosen.seconds == min(p.seconds for p in fitting)
