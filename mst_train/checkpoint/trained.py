@@ -12,8 +12,8 @@ import torch
 from mst_train.attention import Attention, select_kernels
 from mst_train.checkpoint.files import find_checkpoints, held
 from mst_train.checkpoint.form import load_progress, load_weights
-from mst_train.cli.compose import check_arguments, compose, recompose
-from mst_train.cli.run_folder import check_names_no_checkpoint, run_folder
+from mst_train.cli.compose import compose, recompose
+from mst_train.cli.run_folder import named_run
 from mst_train.cli.settings import Settings
 from mst_train.config import Config, leaves
 from mst_train.data import Vocabulary
@@ -22,9 +22,6 @@ from mst_train.model import Policy, Transformer, build_model
 from mst_train.model.hf.weights import copy_weights, find_weights
 from mst_train.model.transformer import materialize
 from mst_train.precision import weight_type
-
-WEIGHTS = ("model", "precision")
-"""Settings that a run's checkpoint decides."""
 
 log = logging.getLogger(__name__)
 
@@ -99,24 +96,10 @@ def trained_model(arguments: Sequence[str]) -> Iterator[TrainedModel]:
 
     Raises UserError where there is none, or the arguments cannot be used.
     """
-    keys = [argument.lstrip("+").partition("=")[0] for argument in arguments]
-    if "model.from_pretrained" in keys:
+    run = named_run(arguments)
+    if run is None:
         yield _pretrained(arguments)
         return
-    check_names_no_checkpoint(arguments)
-    changed = [
-        argument
-        for argument, key in zip(arguments, keys, strict=True)
-        if key.partition(".")[0] in WEIGHTS
-    ]
-    if changed:
-        raise UserError(
-            f"cannot use {' '.join(changed)}: the model and its type are the checkpoint's"
-        )
-    check_arguments(arguments)
-    names_run = ("run.", "experiment=")
-    named = [a for a in arguments if a.lstrip("+").startswith(names_run)]
-    run = run_folder(compose(named).run.dir, named)
     with held(lambda: find_checkpoints(run, "run.dir")) as checkpoint:
         assert checkpoint is not None
         progress = load_progress(checkpoint)
@@ -140,11 +123,6 @@ def run_settings(before: dict[str, Any], checkpoint: Path, arguments: Sequence[s
 
 
 def _pretrained(arguments: Sequence[str]) -> TrainedModel:
-    of_run = [argument for argument in arguments if argument.lstrip("+").startswith("run.")]
-    if of_run:
-        raise UserError(
-            f"{' '.join(of_run)} and model.from_pretrained both say which model: leave one out"
-        )
     config = compose(arguments)
     if config.model.from_pretrained is None:
         raise UserError(

@@ -163,8 +163,13 @@ def _length_problems(tree: Mapping[str, Any], typed: Collection[str]) -> Iterato
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """UserError with what cannot be read among the arguments, and with unknown settings."""
-    _, problems = _read(config_folders(), Settings(Config), arguments)
+    """UserError with what cannot be read among the arguments, unknown settings, and values of wrong
+    types."""
+    settings = Settings(Config)
+    given, problems = _read(config_folders(), settings, arguments)
+    values = [(argument.key, argument.value) for argument in given if not argument.file]
+    plain = [(key, value) for key, value in values if "${" not in str(value)]
+    settings.build(settings.flat(nested(plain)), problems)
     if problems:
         raise UserError(problems)
 

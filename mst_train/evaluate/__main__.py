@@ -36,6 +36,10 @@ def _run(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         show_help(HELP)
         return 0
+    from mst_train.cli.run_folder import named_run
+
+    named_run(arguments, tell=False)
+    # torch is imported only now: a mistake in the command line is answered at once.
     from mst_train.evaluate.checkpoint import evaluate_trained
     from mst_train.evaluate.show import render
 

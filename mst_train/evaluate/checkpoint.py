@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from mst_train.bar import bar
-from mst_train.checkpoint.trained import WEIGHTS, TrainedModel, best_device, trained_model
+from mst_train.checkpoint.trained import TrainedModel, best_device, trained_model
 from mst_train.cli.compose import warn_of_unused
+from mst_train.cli.run_folder import WEIGHTS
 from mst_train.config import Config
 from mst_train.data import Batch, Vocabulary, load_data
 from mst_train.environment import describe

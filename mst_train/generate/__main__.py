@@ -54,6 +54,10 @@ def _run(arguments: list[str]) -> int:
         show_help(HELP)
         return 0
     asked, settings = _read(arguments)
+    from mst_train.cli.run_folder import named_run
+
+    named_run(settings, tell=False)
+    # torch is imported only now: a mistake in the command line is answered at once.
     from mst_train.checkpoint.trained import best_device, trained_model
     from mst_train.cli.compose import warn_of_unused
     from mst_train.data import load_vocabulary

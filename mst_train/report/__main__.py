@@ -26,10 +26,10 @@ def _run(arguments: list[str]) -> int:
         show_help(HELP)
         return 0
     from mst_train.cli.compose import warn_of_unused
-    from mst_train.cli.run_folder import check_names_no_checkpoint, run_folder
+    from mst_train.cli.run_folder import check_names_run, run_folder
     from mst_train.report.config import read
 
-    check_names_no_checkpoint(arguments)
+    check_names_run(arguments)
     config = read(arguments)
     warn_of_unused(arguments, ("run.", "report."))
     folder = run_folder(config.run.dir, arguments)

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -83,3 +85,38 @@ def test_a_checkpoint_named_as_for_export_is_told_how_to_name_it(command, capsys
     assert command(["checkpoint=runs/x"]) == 2
     assert "cannot use checkpoint=runs/x: " in (printed := capsys.readouterr().err)
     assert "run.dir=runs/x" in printed
+
+
+@COMMANDS
+def test_a_folder_alone_is_told_how_to_name_it(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "runs/mine", 1)
+    assert command(["runs/mine"]) == 2
+    assert "cannot use runs/mine: name the run as run.dir=runs/mine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("evaluation.length=[8]", "did you mean evaluation.lengths?"),
+        ("data.sequence_length=8k", "data.sequence_length=8k is not a whole number"),
+        ("checkpoint=x", "name the run as run.dir=x"),
+        ("model.num_layers=3", "the model and its type are the checkpoint's"),
+        ("run.dir=runs/d", "such as run.dir=runs/mine"),
+        ("model.from_pretrained=x run.dir=y", "both say which model"),
+    ],
+)
+def test_a_mistake_is_answered_without_torch(command, given, message, tmp_path):
+    """Which takes seconds to import."""
+    make_run(tmp_path / "runs/mine", 1)
+    asked = ["prompt=x"] if command == "generate" else []
+    code = f"""import sys
+from mst_train.{command}.__main__ import main
+assert main({[*asked, *given.split()]}) == 2
+assert "torch" not in sys.modules"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert message in done.stderr
