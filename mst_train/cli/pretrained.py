@@ -41,7 +41,8 @@ def with_pretrained(tree: dict[str, Any], name: str, given: Collection[str]) -> 
     if (folder / "checkpoints").is_dir():
         raise UserError(
             f"model.from_pretrained={name} is a run: run.init_from={name} starts with its weights, "
-            f"and python -m mst_train.export run.dir={name} makes a checkpoint for others of it"
+            f"and python -m mst_train.export checkpoint={name} output=FOLDER makes a checkpoint "
+            f"for others of it"
         )
     settings = {**asdict(pretrained_config(folder)), "from_pretrained": name}
     if f"{SCALING}.type" in given:

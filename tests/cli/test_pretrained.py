@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -204,6 +205,19 @@ def test_what_cannot_be_started_from(exported, arguments, tmp_path):
         compose([*arguments, f"model.from_pretrained={without}"])
     train_a_new_one = [f"model.from_pretrained={without}", "data.tokenizer=null"]
     assert compose([*arguments, *train_a_new_one]).data.tokenizer is None
+
+
+def test_a_run_in_the_place_of_a_checkpoint_is_told_a_command_that_works(
+    exported, arguments, tmp_path, monkeypatch
+):
+    run = exported[0].run.dir
+    with pytest.raises(UserError) as caught:
+        compose([*arguments, f"model.from_pretrained={run}"])
+    command = re.search(r"python -m mst_train\.export (.*) makes a checkpoint", str(caught.value))
+    assert command is not None
+    monkeypatch.chdir(tmp_path)
+    assert main(command[1].split()) == 0
+    assert (tmp_path / "FOLDER/config.json").is_file()
 
 
 def test_weights_that_do_not_fit_are_refused_before_anything_is_written(arguments, tmp_path):
