@@ -649,6 +649,25 @@ def test_files_that_cannot_be_read(broken, file, contents, message):
         load_pretrained(folder, dtype=torch.float32, device=CPU)
 
 
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (None, "it is not there: weights are read from model.safetensors, or from what "),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"nonsense", "it is not whole, or not safetensors"),
+    ],
+)
+def test_a_file_without_weights_is_all_that_is_told(broken, contents, message):
+    """Not each tensor that would be in it as well."""
+    folder = broken()
+    (folder / "model.safetensors").unlink()
+    if contents is not None:
+        (folder / "model.safetensors").write_bytes(contents)
+    (problem,) = refusal(folder)
+    assert problem.startswith(f"cannot read {folder / 'model.safetensors'}: ")
+    assert message in problem
+
+
 def test_an_index_that_is_wrong(folders, tmp_path):
     model = load_pretrained(folders("llama"), dtype=torch.float32, device=CPU)
     save_pretrained(model, tmp_path / "model", shard_bytes=20_000)

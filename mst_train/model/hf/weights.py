@@ -17,7 +17,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -63,6 +63,9 @@ TYPES = ("F64", "F32", "F16", "BF16")
 
 STACKED = (".experts.gate_up_proj", ".experts.down_proj")
 """Tensors of all experts, which transformers makes of those of a checkpoint, and can write."""
+
+POINTER = b"version https://git-lfs"
+"""How what Git LFS leaves in the place of a large file begins."""
 
 MOST_PROBLEMS = 50
 """What is said of a checkpoint that is another model's altogether."""
@@ -260,7 +263,8 @@ def _checked(folder: Path, model: Transformer) -> Found:
     config = folder / "config.json"
     model_type = read_model_type(_read_json(config), str(config))
     wanted = {name: place.stored() for name, place in places_by_name(model, model_type)}
-    stored, problems = _stored_tensors(folder)
+    stored = _stored_tensors(folder)
+    problems: list[str] = []
     stacked = next((n for n in stored if n.endswith(STACKED) and n not in wanted), None)
     if stacked is not None:
         raise UserError(
@@ -298,8 +302,11 @@ def _checked(folder: Path, model: Transformer) -> Found:
     return Found(model_type, files)
 
 
-def _stored_tensors(folder: Path) -> tuple[dict[str, tuple[Path, list[int], str]], list[str]]:
-    """File, shape and type of each tensor, from the files' headers; and what is wrong."""
+def _stored_tensors(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
+    """File, shape and type of each tensor, from the files' headers.
+
+    Raises UserError with every file that cannot be read: what is in it is not known to be missing.
+    """
     problems: list[str] = []
     index = folder / INDEX
     places = _read_json(index).get("weight_map") if index.exists() else None
@@ -317,11 +324,23 @@ def _stored_tensors(folder: Path) -> tuple[dict[str, tuple[Path, list[int], str]
                     part = opened.get_slice(name)
                     stored[name] = (folder / file, part.get_shape(), part.get_dtype())
         except (OSError, SafetensorError, UnicodeEncodeError) as error:
-            problems.append(f"cannot read {folder / file}: {error}")
+            problems.append(f"cannot read {folder / file}: {_unread(folder / file, error)}")
     for name, file in (places or {}).items():
         if not problems and (name not in stored or stored[name][0].name != file):
             problems.append(f"{folder / file}: {name} is not in it, and {INDEX} says so")
-    return stored, problems
+    if problems:
+        raise UserError(problems)
+    return stored
+
+
+def _unread(path: Path, error: Exception) -> str:
+    """Why a file of tensors could not be read, and what to do."""
+    if not path.exists():
+        return f"it is not there: weights are read from {SINGLE}, or from what {INDEX} names"
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            return "it is Git LFS's pointer to the file: fetch the file itself (git lfs pull)"
+    return f"{error}: it is not whole, or not safetensors: fetch or write it again"
 
 
 def _is_derived(name: str) -> bool:
