@@ -38,6 +38,8 @@ from mst_train.rendezvous.dist_env import world_size
 STDLIB = "stdlib"
 DIVIDED = (*JSON_LINES, PARQUET, MEGATRON)
 """How the names of files end that hold many documents."""
+SAVED_TO_DISK = {"dataset_dict.json": '["train"]', "dataset_info.json": ""}
+"""Files of a data set that datasets has saved; which part of it is meant, where it has several."""
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "__pycache__"}
 
 UNREADABLE = "make it readable or take it out of data.source"
@@ -279,6 +281,14 @@ def _usable_files(data: DataConfig) -> tuple[Files, Iterator[str]]:
 
 
 def _nothing_to_read(data: DataConfig) -> UserError:
+    root, _ = _found_files(data.source)
+    split = next((part for name, part in SAVED_TO_DISK.items() if (root / name).is_file()), None)
+    if split is not None:
+        return UserError(
+            f"data.source={data.source} is what datasets' save_to_disk writes, which is not read: "
+            f"make .parquet of it, in Python by "
+            f'datasets.load_from_disk("{data.source}"){split}.to_parquet("texts.parquet")'
+        )
     suffixes = (suffix.lower() for suffix in data.text_suffixes)
     known = ", ".join((*suffixes, *JSON_LINES[:3], PARQUET, MEGATRON))
     return UserError(

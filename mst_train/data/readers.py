@@ -278,7 +278,7 @@ def text_of(value: object, text_field: str) -> str | None:
     """A row's text, or null. Raises UserError with what to say after the row's place."""
     if value is not None and not isinstance(value, str):
         raise UserError(
-            f": data.text_field={text_field} holds a {type(value).__name__}, not text: name a "
+            f": data.text_field={text_field} is of type {type(value).__name__}, not text: name a "
             f"field of text or correct the row"
         )
     try:

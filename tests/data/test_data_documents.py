@@ -153,6 +153,17 @@ def test_path_that_matches_nothing(
     assert str(tmp_path) in message
 
 
+@pytest.mark.parametrize(
+    ("file", "loaded"), [("dataset_info.json", ""), ("dataset_dict.json", '["train"]')]
+)
+def test_a_data_set_that_was_saved_to_disk(file: str, loaded: str, tmp_path: Path) -> None:
+    write(tmp_path / file, "{}")
+    write(tmp_path / "data-00000-of-00001.arrow", "x")
+    message = refusal(tmp_path)
+    assert "save_to_disk" in message
+    assert f'load_from_disk("{tmp_path}"){loaded}.to_parquet("texts.parquet")' in message
+
+
 def test_no_usable_file(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", "a")
     for source in (tmp_path, tmp_path / "*", file):
@@ -211,7 +222,7 @@ def test_file_that_is_not_utf8(name: str, tmp_path: Path) -> None:
         ('{"text": ', ":3 is not JSON ("),
         ("[1]", ":3 is a JSON list, not an object with a field data.text_field=text: correct"),
         ('{"body": "x", "n": 1}', ":3 has no field data.text_field=text: set data.text_field to"),
-        ('{"text": 7}', ":3: data.text_field=text holds a int, not text: name"),
+        ('{"text": 7}', ":3: data.text_field=text is of type int, not text: name"),
         ('{"text": "\\ud800"}', ":3: data.text_field=text holds half a surrogate pair"),
     ],
 )
@@ -229,7 +240,7 @@ def test_parquet_that_cannot_be_used(tmp_path: Path) -> None:
         f"{file} has no field data.text_field=text: set data.text_field to one of body, n"
     )
     assert refusal(file, text_field="n").startswith(
-        f"{file}, row 1: data.text_field=n holds a int, not text"
+        f"{file}, row 1: data.text_field=n is of type int, not text"
     )
     write(file, "not parquet")
     assert refusal(file).startswith(f"{file} cannot be read as .parquet (")
@@ -242,7 +253,7 @@ def test_rows_are_counted_across_batches(tmp_path: Path, monkeypatch: pytest.Mon
     write_parquet(file, text=[str(number) for number in range(5)])
     assert documents(file) == ["0", "1", "2", "3", "4"]
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), file)
-    assert "row 1: data.text_field=text holds a bytes, not text" in refusal(file)
+    assert "row 1: data.text_field=text is of type bytes, not text" in refusal(file)
 
 
 def test_empty_corpus(tmp_path: Path) -> None:
@@ -281,7 +292,7 @@ def test_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
         "set data.text_field to one of n, body"
     )
     message = refusal("owner/name", text_field="n")
-    assert message.startswith("owner/name, row 1: data.text_field=n holds a int, not text")
+    assert message.startswith("owner/name, row 1: data.text_field=n is of type int, not text")
     rows = rows.select([0])
     assert fingerprint("owner/name", text_field="body") != source.fingerprint
 

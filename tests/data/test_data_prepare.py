@@ -303,7 +303,7 @@ def spoil(source: Path) -> list[str]:
     return [
         f"{source}/a.jsonl:4 is a JSON list",
         f"{source}/a.jsonl:16 is not JSON",
-        f"{source}/b.jsonl.gz:9: data.text_field=text holds a int",
+        f"{source}/b.jsonl.gz:9: data.text_field=text is of type int",
         f"{source}/sub/05.txt is not UTF-8",
     ]
 
