@@ -26,7 +26,7 @@ from torch import Tensor
 from mst_kernels import rope
 from mst_train.config import ModelConfig, RopeScalingConfig
 
-__all__ = ["beyond_positions", "ntk_theta", "rope", "rotary_angles"]
+__all__ = ["beyond_positions", "idle_scaling", "ntk_theta", "rope", "rotary_angles"]
 
 
 def rotary_angles(
@@ -96,6 +96,16 @@ def _llama3(frequencies: Tensor, scaling: RopeScalingConfig) -> Tensor:
     kept = (scaling.original_length / wavelengths - low) / (high - low)
     between = (1 - kept) * frequencies / scaling.factor + kept * frequencies
     return torch.where(slow, frequencies / scaling.factor, torch.where(fast, frequencies, between))
+
+
+def idle_scaling(scaling: RopeScalingConfig) -> str | None:
+    """What to say of a type of stretching that stretches nothing; None where it does."""
+    if scaling.type == "none" or scaling.factor != 1:
+        return None
+    return (
+        f"model.rope_scaling.type={scaling.type} does nothing at model.rope_scaling.factor=1: set "
+        f"how many times longer sequences are than those that the model was trained on"
+    )
 
 
 def beyond_positions(config: ModelConfig, sequence_length: int) -> str | None:

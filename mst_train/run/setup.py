@@ -25,7 +25,7 @@ from mst_train.evaluate.tasks import make_probes
 from mst_train.model import Policy, Transformer, build_model
 from mst_train.model.experts import untaught_routers
 from mst_train.model.hf.weights import copy_weights, find_weights
-from mst_train.model.rope import beyond_positions
+from mst_train.model.rope import beyond_positions, idle_scaling
 from mst_train.mst import Offload
 from mst_train.optim import too_short
 from mst_train.plan.before import before_training, largest_parts
@@ -112,6 +112,7 @@ def find_start(config: Config, topology: Topology) -> Start:
         tokenizer = weights_from.get("tokenizer")
         for problem in (
             too_short(config.train.steps, config.optimizer),
+            idle_scaling(config.model.rope_scaling),
             beyond_positions(config.model, config.data.sequence_length),
             untaught_routers(config.model),
         ):

@@ -22,7 +22,7 @@ from mst_train.model.flops import (
     parameter_count,
     training_flops,
 )
-from mst_train.model.rope import beyond_positions
+from mst_train.model.rope import beyond_positions, idle_scaling
 from mst_train.mst import Documents, Offload
 
 CPU = torch.device("cpu")
@@ -372,6 +372,13 @@ def test_settings_from_the_command_line():
     assert config.window(0) is None
     assert config.window(41) == 4096
     assert config.rope_scaling == RopeScalingConfig("linear", 4.0)
+
+
+def test_stretching_without_a_factor_is_warned_of():
+    said = idle_scaling(RopeScalingConfig("yarn"))
+    assert said is not None and "model.rope_scaling.type=yarn does nothing" in said
+    assert idle_scaling(RopeScalingConfig("yarn", 4.0)) is None
+    assert idle_scaling(RopeScalingConfig()) is None
 
 
 def test_a_checkpoint_at_lengths_that_it_does_not_know_is_warned_of():
