@@ -14,6 +14,7 @@ intermediate, E experts, K experts of a token.
 """
 
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ def mini_sequence_experts(
     Raises:
         ValueError: shapes or types that do not fit each other, an unknown activation or chunk
             size.
-        TypeError: a module in the place of its weight.
+        TypeError: a module in the place of its weight, a top_k that is no whole number.
 
     Memory: input and output, and what ``working_features`` counts for one chunk; the backward also
     holds the weights' gradients, in fp32 while they are summed, and where torch has grouped
@@ -128,7 +129,9 @@ def _check(tensors: dict[str, Tensor], top_k: int, activation: str) -> None:
             f"biases {', '.join(map(str, biases))} do not fit: expected those of router [E], gate "
             f"and up [E, F] and down [E, D]"
         )
-    if not 1 <= top_k <= gate[0]:
+    if isinstance(top_k, bool) or not isinstance(top_k, SupportsIndex):
+        raise TypeError(f"top_k={top_k!r} must be a whole number")
+    if not 1 <= int(top_k) <= gate[0]:
         raise ValueError(f"top_k={top_k} is not from 1 to {gate[0]}, the number of experts")
 
 

@@ -223,6 +223,12 @@ def test_bad_options(change, message):
         mini_sequence_experts(*make_inputs((3,)), **{"top_k": 2} | change)
 
 
+@pytest.mark.parametrize("top_k", [2.0, True, "2"])
+def test_a_count_of_experts_is_a_whole_number(top_k):
+    with pytest.raises(TypeError, match=f"top_k={top_k!r} must be a whole number"):
+        mini_sequence_experts(*make_inputs((3,)), top_k=top_k)
+
+
 def test_bad_tensors():
     x, router, gate, up, down = make_inputs((3,))
     with pytest.raises(ValueError, match="do not fit"):
