@@ -15,6 +15,7 @@ STOP_SECONDS at most.
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import socket
@@ -314,6 +315,9 @@ def main(arguments: list[str]) -> int:
     address = arguments[2]
     port, processes, restarts, stop = map(int, arguments[3:7])
     os.environ[LAUNCHER] = str(os.getpid())
+    agents = logging.getLogger("torch.distributed.elastic")
+    agents.propagate = False  # lines of each signal and status, which bury what the processes say
+    agents.addHandler(logging.NullHandler())
     machine = None
     try:
         machine = Machine(nodes, rank, address, port, restarts)

@@ -249,6 +249,9 @@ def test_a_setting_that_cannot_be_is_said_once(given, message, arguments, tmp_pa
     assert status == 2, log
     assert log.startswith(f"error: {message}")
     assert log.count(message) == 1
+    others = [line for line in log.splitlines()[1:] if not line.startswith("  ")]
+    ends = re.compile(r"process \d was the first to end, with status 2")
+    assert all(ends.fullmatch(line) for line in others), log  # none of torch's own, which bury it
 
 
 @pytest.mark.slow
