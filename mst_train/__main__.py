@@ -1,6 +1,7 @@
 """python -m mst_train [+experiment=NAME] [key=value ...]: train."""
 
 import difflib
+import logging
 import sys
 import textwrap
 from importlib.util import find_spec
@@ -29,6 +30,8 @@ Settings, key=VALUE, with their defaults:
 
 {settings}"""
 
+log = logging.getLogger("mst_train")
+
 COMMANDS = ("plan", "prepare", "evaluate", "generate", "report", "export", "bench")
 
 
@@ -51,6 +54,8 @@ def _run(arguments: list[str]) -> int:
         if swept and "--config" not in arguments:
             return run_all(swept)
         config = compose([a for a in arguments if a != "--config"])
+        for bench in (a for a in arguments if a.lstrip("+").startswith("bench=")):
+            log.warning("%s: this trains; python -m mst_train.bench %s measures", bench, bench)
         if "--config" in arguments:
             show(describe(config).rstrip("\n"))
             return 0

@@ -79,13 +79,17 @@ def stack(axes: Any, reports: Sequence[dict[str, Any]]) -> None:
     from matplotlib.patheffects import withStroke
 
     lengths = [report["sequence_length"] / 1024 for report in reports]
-    areas(axes, lengths, reports, COLORS)
+    if len(lengths) == 1:  # an area needs a width: a column
+        areas(axes, [lengths[0] / 1.2, lengths[0] * 1.2], [*reports, *reports], COLORS)
+    else:
+        areas(axes, lengths, reports, COLORS)
     limit = reports[0]["budget_bytes"] / GIB
     halo = [withStroke(linewidth=2.5, foreground="white")]  # legible over any area
     axes.axhline(limit, color=INK, linewidth=1, linestyle="--")
     axes.annotate(
         f"{reports[0]['device']}: {limit:.0f} GiB",
-        (lengths[-1], limit),
+        (1, limit),
+        xycoords=axes.get_yaxis_transform(),
         xytext=(-4, 4),
         textcoords="offset points",
         ha="right",
@@ -95,5 +99,7 @@ def stack(axes: Any, reports: Sequence[dict[str, Any]]) -> None:
     )
     axes.set_xlabel("tokens in a sequence (K: 1,024)", color=INK)
     axes.margins(x=0)
+    if len(lengths) == 1:
+        axes.set_xlim(lengths[0] / 2, lengths[0] * 2)
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)

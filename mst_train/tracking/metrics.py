@@ -104,6 +104,10 @@ class Metrics:
                 self._others.remove(run)
 
 
+SILENT_SECONDS = 60.0
+"""So long nothing is said at most, where no single step takes longer."""
+
+
 class Progress:
     """A progress bar on a terminal, and a line now and then elsewhere; nothing unless ``shown``."""
 
@@ -112,6 +116,7 @@ class Progress:
         self._started = time.monotonic()
         self._shown = shown
         self._every = min(max(steps // 20, 1), 100)
+        self._told = self._started
         self._terminal = shown and sys.stderr.isatty()
         self._bar = tqdm(
             total=steps, initial=step, unit="step", disable=not self._terminal, dynamic_ncols=True
@@ -127,9 +132,11 @@ class Progress:
         with contextlib.suppress(OSError):  # a terminal that has gone does not stop the run
             self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update()
-        step = record["step"]
-        if not self._terminal and (step == 1 or step % self._every == 0 or step == self._steps):
-            elapsed = time.monotonic() - self._started
+        step, now = record["step"], time.monotonic()
+        due = step in (1, self._steps) or step % self._every == 0
+        if not self._terminal and (due or now - self._told >= SILENT_SECONDS):
+            self._told = now
+            elapsed = now - self._started
             left = elapsed / (step - self._first) * (self._steps - step)
             to_come = f", {duration(left)} left" if left else ""
             self.say(f"step {step}/{self._steps}: {shown}, {duration(elapsed)} so far{to_come}")

@@ -133,6 +133,14 @@ def test_bad_input_is_one_clear_message(tmp_path, arguments, messages, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_bench_that_is_trained_is_told_which_command_measures(caplog, capsys):
+    assert main(["+bench=step", "--config"]) == 0
+    assert "python -m mst_train.bench +bench=step measures" in caplog.text
+    caplog.clear()
+    assert main(["--config"]) == 0
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("given", [["data.source=./missing.txt"], ["model.vocab_size=300"]])
 def test_data_that_cannot_be_are_told_without_torch(tmp_path, given):
     script = (

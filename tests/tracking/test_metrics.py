@@ -76,11 +76,23 @@ def test_off_a_terminal_progress_is_some_lines(capsys, monkeypatch):
     monkeypatch.setattr("mst_train.tracking.metrics.time.monotonic", lambda: now)
     progress = Progress(50, 150)
     for step in range(51, 151):
-        now += 60
+        now += 6
         progress.update({**RECORD, "step": step})
     progress.close()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 15
     shown = "loss 0.3000, 10 tokens/s, peak 1.00 GiB"
-    assert lines[4] == f"step 84/150: {shown}, 34.0 min so far, 66.0 min left"
-    assert lines[-1] == f"step 150/150: {shown}, 100.0 min so far"
+    assert lines[4] == f"step 84/150: {shown}, 3.4 min so far, 6.6 min left"
+    assert lines[-1] == f"step 150/150: {shown}, 10.0 min so far"
+
+
+def test_off_a_terminal_long_steps_are_told_each_minute(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("mst_train.tracking.metrics.time.monotonic", lambda: now)
+    progress = Progress(100, 1100)
+    for step in range(101, 110):
+        now += 25
+        progress.update({**RECORD, "step": step})
+    progress.close()
+    told = [line.partition("/")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told == ["step 103", "step 106", "step 109"]
