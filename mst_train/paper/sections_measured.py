@@ -20,10 +20,12 @@ REACH = """
     and bounds nothing.
 """
 TRAINING = """
-    Measured in fp32 on {cpu}, {threads} threads: a Llama of {parameters:,} parameters on {corpus},
-    {steps} steps of {tokens_per_step:,} tokens, {millions:.2f} million in all. At each step all
-    runs see the same tokens, those on {short:,} cut into pieces. Losses are in nats per token over
-    {sequences} held-out sequences, means of {seeds} seeds; times are medians.
+    Measured in fp32 on {cpu} (threads: {threads}): a Llama of {parameters:,} parameters on
+    {corpus}. Each model begins on pieces of {short:,} tokens, {sequences_a_step} in each of
+    {start_steps:,} steps. From its weights the runs go on for {steps} steps of
+    {tokens_per_step:,} tokens, {millions:.2f} million in all, and see the same tokens at each,
+    those on {short:,} cut into pieces. Losses are in nats per token over {sequences} held-out
+    sequences, means of {seeds} seeds; times are medians.
 """
 SAME = """
     **The method against vanilla.** From the same weights on the same sequences, the losses of all
@@ -94,6 +96,8 @@ def convergence(report: Report) -> list[str]:
         **report["hardware"],
         corpus=report["text"],
         parameters=report["parameters"],
+        sequences_a_step=report["start"]["sequences"],
+        start_steps=len(seeds[0]["start"]["losses"]),
         steps=steps,
         tokens_per_step=report["tokens_per_step"],
         millions=steps * report["tokens_per_step"] / 1e6,

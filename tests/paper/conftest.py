@@ -110,6 +110,7 @@ def reports(at):
         "relative_difference": {"float64": 1.5e-13, "fp32": 2.5e-6},
         "validation_sequences": 4,
         "final_sequences": 8,
+        "start": run,
         "runs": {"mst": run, "vanilla": run, "short": run | {"sequence_length": 16}},
         "final": {"mst": final, "short": final | {"mean": {"long": 4.9, "short": 4.7}}},
     }
@@ -131,6 +132,7 @@ def reports(at):
             "tokens_per_step": 128,
             "long": 64,
             "short": 16,
+            "start": {"batches": 2, "sequences": 2, "warmup_steps": 1},
             "parameters": 12345,
             "exact_steps": 3,
             "relative_difference": {"float64": 1.5e-13, "fp32": 2.5e-6},
