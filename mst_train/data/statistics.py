@@ -80,14 +80,25 @@ def _stream(documents: Documents, spans: Ints, sequences: Sequences) -> dict[str
     }
 
 
+LOG_FROM = 100
+"""Documents of one length, from which on they are counted on a logarithmic axis."""
+
+
 def draw_lengths(statistics: dict[str, Any], path: Path) -> None:
-    """Histograms of documents and of tokens by document length.
+    """Draw ``lengths_figure`` into a file.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
+    figure = lengths_figure(statistics)
+    figure.savefig(path, dpi=140, format="png", metadata={"Software": None})
+
+
+def lengths_figure(statistics: dict[str, Any]) -> Any:
+    """Histograms of documents and of tokens by document length."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
     bins = statistics["lengths"]
     places = [entry["from"] for entry in bins]
@@ -98,9 +109,24 @@ def draw_lengths(statistics: dict[str, Any], path: Path) -> None:
         panel.bar(places, [entry[name] for entry in bins], widths, align="edge", color="#1f6fb2")
         panel.axvline(statistics["sequence_length"], color="#d97706", label="sequence length")
         panel.set_xscale("log", base=2)
-        panel.set_yscale("log" if name == "documents" else "linear")
+        panel.xaxis.set_major_formatter(FuncFormatter(_tokens))
+        if name == "documents" and max(entry[name] for entry in bins) >= LOG_FROM:
+            panel.set_yscale("log")
+            panel.set_ylim(bottom=0.5)  # one document has a height, too
+            panel.yaxis.set_minor_locator(NullLocator())
+        else:
+            panel.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        panel.yaxis.set_major_formatter(FuncFormatter(_count))
         panel.set_xlabel("tokens in a document")
         panel.set_title(f"{name} by document length", loc="left", fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=140, format="png", metadata={"Software": None})
+    return figure
+
+
+def _tokens(length: float, _: int) -> str:
+    return f"{length / 1024:,g}K" if length >= 1024 else f"{length:g}"
+
+
+def _count(number: float, _: int) -> str:
+    return f"{number:,.0f}"
