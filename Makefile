@@ -36,7 +36,7 @@ test-oldest:  ## Run the core of the tests on the oldest torch, in an environmen
 	$(VENV)-oldest/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS) \
 	  $(addprefix tests/,attention kernels memory model mst optim plan run)
 
-test-exhaustive: $(INSTALLED)  ## Run what test-full leaves out: more of the same with processes
+test-exhaustive: $(INSTALLED)  ## Run what test-full leaves out: more of the same
 	$(BIN)/python -m pytest -m exhaustive $(ARGS)
 
 gpu:  ## Test and measure on one GPU, in some minutes, into runs/gpu (ARGS="--small" to try it here)

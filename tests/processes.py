@@ -4,6 +4,7 @@ They are forked from one that has imported what they need, so that they start at
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import socket
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import torch
 
-IMPORTED = ["torch", "torch._dynamo", "mst_train.run.train"]
+IMPORTED = ["torch", "torch._dynamo", "mst_train.run.train", "deepspeed"]
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for one, and says so
 
 FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(IMPORTED)
@@ -75,6 +78,7 @@ def _one(function, arguments, rank, folder, environment, cwd):
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     os.chdir(cwd)
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported before is no garbage: to look through it is to copy it
     torch.save(function(**arguments), folder / f"{rank}.pt")
 
 

@@ -84,34 +84,40 @@ def make_config(degree, heads, keys, options, exchange="auto", at_once="auto"):
     )
 
 
+def make_model(shape, policy, attention):
+    return build_model(shape, policy=policy, attention=attention, dtype=torch.float64, seed=1)
+
+
+ALONE = {}
+"""What one process computes, by what that depends on: neither a policy nor an exchange."""
+
+
+def one_process(packed, heads, keys, options):
+    case = repr((packed, heads, keys, options))
+    if case not in ALONE:
+        local = select_attention("cpu", CPU, torch.float64)
+        model = make_model(model_config(heads, keys, **options), Policy(), local)
+        ALONE[case] = loss_and_gradients(model, make_batch(packed))
+    return ALONE[case]
+
+
 def difference(everybody, degree, policy, heads, keys, packed, options, **exchange):
     topology = grid(everybody, make_config(degree, heads, keys, options, **exchange))
-    local = select_attention("cpu", CPU, torch.float64)
-    batch = make_batch(packed)
-    losses, counts, gradients = [], [], []
-    for attention in (local, shared(local, topology.sharing, CPU)):
-        is_shared = attention is not local
-        model = build_model(
-            model_config(heads, keys, **options),
-            policy=POLICIES[policy] if is_shared else Policy(),
-            attention=attention,
-            dtype=torch.float64,
-            seed=1,
-        )
-        if is_shared and policy.endswith("on the host"):
-            model.offload = Offload(CPU)
-        own = topology.part_of(batch) if is_shared else batch
-        loss, count, gradient = loss_and_gradients(model, own)
-        if is_shared:
-            loss, count = topology.total([loss, count])
-            topology.sum_(gradient)
-        losses.append(loss)
-        counts.append(count)
-        gradients.append(gradient)
-    assert counts[0] == counts[1]
+    attention = shared(select_attention("cpu", CPU, torch.float64), topology.sharing, CPU)
+    model = make_model(model_config(heads, keys, **options), POLICIES[policy], attention)
+    if policy.endswith("on the host"):
+        model.offload = Offload(CPU)
+    loss, count, gradients = loss_and_gradients(model, topology.part_of(make_batch(packed)))
+    loss, count = topology.total([loss, count])
+    topology.sum_(gradients)
+    expected_loss, expected_count, expected = one_process(packed, heads, keys, options)
+    assert count == expected_count
     return max(
-        abs(losses[1] / losses[0] - 1),
-        *(((a - b).abs().max() / b.abs().max()).item() for b, a in zip(*gradients, strict=True)),
+        abs(loss / expected_loss - 1),
+        *(
+            ((a - b).abs().max() / b.abs().max()).item()
+            for a, b in zip(gradients, expected, strict=True)
+        ),
     )
 
 

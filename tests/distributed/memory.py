@@ -89,7 +89,6 @@ def peak(policy, degree, exchange, everybody, shape=MODEL, length=LENGTH):
 
 def step_peaks(settings):
     """For each of the settings the peak of a whole training step, once the states exist."""
-    gc.freeze()  # what is imported is no garbage, and need not be looked through
     with init_distributed(Config()) as everybody:
         return {name: step_peak(compose(given), everybody) for name, given in settings.items()}
 

@@ -1,4 +1,4 @@
-"""Twenty steps by several processes give the weights of one process."""
+"""Twelve steps by several processes give the weights of one process."""
 
 import math
 
@@ -26,8 +26,10 @@ EXCHANGES = [
     (4, 4, "both"),
 ]
 """Processes, how many of them share a sequence, and what these exchange."""
-FEWER = {"steps": 10}
-"""For what is not the exchange: these share the steps' code with those of twenty."""
+FEWER = {"steps": STEPS // 2}
+"""For what is not the exchange: these share the code of a step with those of all steps."""
+ENOUGH = {"steps": 8}
+"""For a norm that would be clipped, and for Muon to be far from AdamW."""
 MASTERS = [{"degree": 1, "stage": stage, "precision": "bf16_master", **FEWER} for stage in STAGES]
 TIED = [
     {"degree": 1, "stage": 3, "policy": policy, "tied": True, **FEWER}
@@ -57,10 +59,10 @@ SINKS = [
     {"degree": degree, "stage": stage, "exchange": exchange, "sinks": True, **FEWER}
     for degree, stage, exchange in ((1, 3, "auto"), (2, 3, "heads"), (2, 2, "keys"))
 ]
-UNCLIPPED = [{"degree": 1, "stage": stage, "max_grad_norm": None, **FEWER} for stage in (1, 2, 3)]
+UNCLIPPED = [{"degree": 1, "stage": stage, "max_grad_norm": None, **ENOUGH} for stage in (1, 2, 3)]
 IN_BACKWARD = [{"degree": degree, "stage": 0, "in_backward": True, **FEWER} for degree in (1, 2)]
 MUON = [
-    {"degree": degree, "stage": 0, "optimizer": "muon", "in_backward": in_backward, **FEWER}
+    {"degree": degree, "stage": 0, "optimizer": "muon", "in_backward": in_backward, **ENOUGH}
     for degree in (1, 2)
     for in_backward in (False, True)
 ]
@@ -137,8 +139,7 @@ def test_every_exchange_and_stage(alone, world, degree, exchange, tmp_path):
 
 
 def test_the_comparison_would_notice_a_wrong_scale(alone):
-    wrong = train_alone()
-    wrong["norms"] = wrong["norms"] * (1 + 2e-5)
+    wrong = alone | {"norms": alone["norms"] * (1 + 2e-5)}
     with pytest.raises(AssertionError):
         check_equal(alone, wrong, 1e-5)
     assert (alone["norms"] > 0.3).all()  # so that clipping has something to do
@@ -149,16 +150,16 @@ def test_the_comparison_would_notice_a_wrong_scale(alone):
 def test_a_run_goes_on_with_other_processes(alone, tmp_path):
     """Two processes under ZeRO-2 and then ZeRO-3, four under ZeRO-1, then one."""
     two = [
-        {"degree": 2, "stage": 2, "first": 0, "last": 5},
-        {"degree": 1, "stage": 3, "first": 5, "last": 9},
+        {"degree": 2, "stage": 2, "first": 0, "last": 3},
+        {"degree": 1, "stage": 3, "first": 3, "last": 6},
     ]
-    four = [{"degree": 2, "stage": 1, "first": 9, "last": 13}]
+    four = [{"degree": 2, "stage": 1, "first": 6, "last": 9}]
     for world, legs in ((2, two), (4, four)):
         folder = tmp_path / str(world)
         run(save_and_continue, world, folder, world=world, legs=legs, states=str(tmp_path))
-    found = train_alone(saved=torch.load(tmp_path / "13.pt"))
+    found = train_alone(saved=torch.load(tmp_path / "9.pt"))
     for key in ("losses", "norms"):
-        torch.testing.assert_close(found[key], alone[key][13:], rtol=1e-5, atol=0)
+        torch.testing.assert_close(found[key], alone[key][9:], rtol=1e-5, atol=0)
     for name, weight in alone["weights"].items():
         assert (found["weights"][name] - weight).norm() / weight.norm() < 1e-5, name
 
@@ -209,10 +210,10 @@ def test_the_optimizer_in_the_backward(two_together):
 @pytest.mark.slow
 def test_muon_without_zero(two_together):
     """It rounds sums that differ in a last digit to bf16: its weights differ by a share of that of
-    an update. AdamW's differ from them by more than 0.02, and the losses by 0.8%."""
+    an update. AdamW's differ from them by more than 0.01, and the losses by 0.4%."""
     for settings in MUON:
         (found,) = those_of(two_together, [settings])
-        expected = train_alone(optimizer="muon", in_backward=settings["in_backward"], **FEWER)
+        expected = train_alone(optimizer="muon", in_backward=settings["in_backward"], **ENOUGH)
         torch.testing.assert_close(found["losses"], expected["losses"], rtol=5e-5, atol=0)
         torch.testing.assert_close(found["norms"], expected["norms"], rtol=5e-4, atol=0)
         for name, weight in expected["weights"].items():
@@ -238,7 +239,7 @@ def test_attention_sinks(two_together):
 
 @pytest.mark.slow
 def test_without_clipping_nothing_is_clipped(two_together):
-    expected = train_alone(max_grad_norm=None, **FEWER)
+    expected = train_alone(max_grad_norm=None, **ENOUGH)
     assert (expected["norms"] > 1.01).any()  # DeepSpeed would clip to 1 by default
     for found in those_of(two_together, UNCLIPPED):
         check_equal(expected, found, 1e-5)

@@ -20,7 +20,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import run as run_in_processes
 from torch.distributed import TCPStore
+
+from mst_train.__main__ import main
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPT = LAUNCH / "torchrun.sh"
@@ -94,6 +97,14 @@ def ended(process):
 def launch(*arguments, folder, **environment):
     with started(*arguments, folder=folder, **environment) as process:
         return ended(process)
+
+
+def without_launcher(processes, *arguments, folder):
+    """The same command in as many processes of one machine; what the first of them has written."""
+    logs = folder / "logs"
+    statuses = run_in_processes(main, processes, logs, cwd=folder, arguments=[*arguments])
+    assert statuses == [0] * processes
+    return (logs / "0.log").read_text()
 
 
 def wait_for_step(run, step):
@@ -313,11 +324,9 @@ def test_a_process_that_dies_in_an_exchange(exchange, processes, arguments, tmp_
     status, log = launch(*arguments, "run.dir=run", folder=tmp_path, **environment)
     assert status in (1, 137), log  # of the one that died, or of one that missed it
     assert 4 <= len(losses(tmp_path / "run")) < 12
-    for name in ("run", "whole"):
-        status, log = launch(
-            *arguments, f"run.dir={name}", folder=tmp_path, PROCESSES=str(processes)
-        )
-        assert status == 0, log
+    status, log = launch(*arguments, "run.dir=run", folder=tmp_path, PROCESSES=str(processes))
+    assert status == 0, log
+    without_launcher(processes, *arguments, "run.dir=whole", folder=tmp_path)
     assert dict(losses(tmp_path / "run")) == dict(losses(tmp_path / "whole"))
     assert [step for step, _ in losses(tmp_path / "whole")] == list(range(1, 13))
 
@@ -355,7 +364,7 @@ def attack(address, port, witness):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_no_door_beyond_this_machine(processes, arguments, tmp_path):
     """Not even to its other addresses; and what gets in is not run."""
     arguments += ["train.steps=100000", "checkpoint.every=100000", "run.dir=run"]
@@ -473,13 +482,14 @@ def on_both(machines, *arguments, folder, second=(), **environment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("each", "exchange"), [(1, "keys"), (2, "both")])
+@pytest.mark.parametrize(
+    ("each", "exchange"), [pytest.param(1, "keys", marks=pytest.mark.exhaustive), (2, "both")]
+)
 def test_two_machines(each, exchange, machines, arguments, tmp_path):
     """They give the losses of as many processes on one."""
     arguments += [f"parallel.sequence_parallel={2 * each}"]
     arguments += [f"parallel.sequence_exchange={exchange}"]
-    status, log = launch(*arguments, "run.dir=one", folder=tmp_path, PROCESSES=str(2 * each))
-    assert status == 0, log
+    log = without_launcher(2 * each, *arguments, "run.dir=one", folder=tmp_path)
     assert ("heads in nodes of 2 and keys between nodes" in log) == (exchange == "both")
     with on_both(
         machines, *arguments, "run.dir=two", folder=tmp_path, PROCESSES=str(each)
@@ -508,7 +518,9 @@ def test_what_another_network_reaches(machines, outsider, arguments, tmp_path):
             assert "ConnectionRefusedError" in tried.stderr
         shell("ip", "-n", outsider, "route", "add", "10.77.0.0/24", "via", "10.78.0.1")
         strike = f"import test_parallel_launch as t; t.attack('10.77.0.1', 29500, {str(witness)!r})"
-        subprocess.run([*within, strike], check=True, cwd=Path(__file__).parent)
+        found_there = os.pathsep.join(map(str, Path(__file__).parents[:2]))
+        environment = os.environ | {"PYTHONPATH": found_there}
+        subprocess.run([*within, strike], check=True, env=environment)
         done = len((tmp_path / "run/metrics.jsonl").read_text().splitlines())
         wait_for_step(tmp_path / "run", done + 40)
         processes[0].send_signal(signal.SIGTERM)

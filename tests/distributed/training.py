@@ -1,4 +1,4 @@
-"""What a process does in the tests of the engines: twenty steps of a small model."""
+"""What a process does in the tests of the engines: twelve steps of a small model."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ from mst_train.mst import Documents
 from mst_train.optim import learning_rate
 
 CPU = torch.device("cpu")
-LENGTH, STEP_SEQUENCES, ACCUMULATION, STEPS = 24, 8, 2, 20
+LENGTH, STEP_SEQUENCES, ACCUMULATION, STEPS = 24, 8, 2, 12
 
 MODEL = ModelConfig(
     vocab_size=64,

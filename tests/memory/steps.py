@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from unittest.mock import patch
 
+import pytest
 import torch
 
 import mst_kernels.row_blocks as row_blocks
@@ -99,6 +100,15 @@ def random_step(seed):
     if config.optimizer.offload == "none" and draw.random() < 0.5:
         config = replace(config, optimizer=replace(config.optimizer, name="muon"))
     return Step(config, cu_seqlens, portions)
+
+
+def marked(seeds, quick, slow):
+    """So many of them for every run of the tests, so many marked slow, and the rest exhaustive."""
+    return [
+        *seeds[:quick],
+        *(pytest.param(seed, marks=pytest.mark.slow) for seed in seeds[quick : quick + slow]),
+        *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in seeds[quick + slow :]),
+    ]
 
 
 def with_experts(seed, step):

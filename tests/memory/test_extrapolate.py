@@ -4,7 +4,7 @@ import random
 from dataclasses import asdict, replace
 
 import pytest
-from steps import describe, random_step, with_random_pieces
+from steps import describe, marked, random_step, with_random_pieces
 
 import mst_train.memory.extrapolate as extrapolate
 from mst_train.memory.devices import find_device
@@ -44,9 +44,7 @@ def at_full_depth(monkeypatch, *arguments):
         return found(*arguments)
 
 
-@pytest.mark.parametrize(
-    "seed", [*range(12), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 60))]
-)
+@pytest.mark.parametrize("seed", marked(range(60), quick=8, slow=28))
 def test_a_few_blocks_stand_for_all(monkeypatch, seed):
     """To the byte; on a GPU but for what is rounded up once for all blocks of many, and under ZeRO
     for what rounding each process's part up adds to a block's."""

@@ -4,7 +4,7 @@ import mmap
 
 import pytest
 import torch
-from steps import describe, measured, predicted, random_step, with_experts
+from steps import describe, marked, measured, predicted, random_step, with_experts
 
 from mst_train.cli.compose import compose
 from mst_train.memory.counter import StepCounter
@@ -24,17 +24,13 @@ DOCUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "seed", [*SEEDS[:12], *(pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS[12:])]
-)
+@pytest.mark.parametrize("seed", marked(SEEDS, quick=12, slow=24))
 def test_predicted_is_measured(seed):
     step = random_step(seed)
     assert predicted(step) == measured(step), describe(step)
 
 
-@pytest.mark.parametrize(
-    "seed", [*SEEDS[:8], *(pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS[8:])]
-)
+@pytest.mark.parametrize("seed", marked(SEEDS, quick=4, slow=16))
 def test_predicted_is_measured_with_experts(seed):
     """However many tokens go to which: in mini-sequences nothing depends on it."""
     step = with_experts(seed, random_step(seed))

@@ -387,17 +387,20 @@ def test_a_build_that_was_killed_is_done_again(monkeypatch, tmp_path, caplog):
         folder = Path(os.environ["TORCH_EXTENSIONS_DIR"], "cpu_adam")
         baton = FileBaton(str(folder / "lock"))
         taken.append(baton.try_acquire())
+        flags.append(self.cxx_args())
         (folder / "cpu_adam.so").touch()
         raise RuntimeError("built enough")
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(CPUAdamBuilder, "load", build)
+    monkeypatch.setattr(CPUAdamBuilder, "cxx_args", lambda self: ["-O3", "-g"])
     caplog.set_level("INFO", logger="mst_train")
-    taken = []
+    taken, flags = [], []
     for _ in range(2):
         with pytest.raises(UserError, match="built enough"):
             hosted(make_model(torch.float32))
     assert taken == [True, True]
+    assert flags == [["-O3", "-g", "-g0"]] * 2  # no debugger reads it
     assert caplog.messages == ["building DeepSpeed's cpu_adam, once: about a minute"]
     assert os.environ["TORCH_EXTENSIONS_DIR"] == str(tmp_path)
 

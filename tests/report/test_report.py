@@ -82,6 +82,25 @@ def written(folder):
     return (folder / "report.html").read_text()
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """The page without its drawings, which take most of its time; their data are still read."""
+    from mst_train.report import sections
+
+    def draw(name, curves, label, **settings):
+        values = [value for curve in curves for value in (*curve.x, *curve.y)]
+        assert all(abs(float(value)) < 1e101 for value in values)
+        return f"<svg {charts.medians(values)[:1]}></svg>"
+
+    def draw_memory(name, reports, measured):
+        kinds = charts.AREAS
+        assert all(report["breakdown"][kind] >= 0 for report in reports for kind in kinds)
+        return "<svg></svg>"
+
+    monkeypatch.setattr(sections, "line_chart", draw)
+    monkeypatch.setattr(sections, "memory_chart", draw_memory)
+
+
 class Page(HTMLParser):
     """Checks that tags close in order, and collects attributes and texts."""
 
@@ -338,7 +357,7 @@ OLD = {"tokenizer": None, "tokenizer_vocab_size": 4096, "source": "texts"}
         ),
     ],
 )
-def test_losses_of_other_tokenizers_are_warned_of(tmp_path, caplog, tokenizers, data, said):
+def test_losses_of_other_tokenizers_are_warned_of(tmp_path, quick, caplog, tokenizers, data, said):
     runs = []
     for name, tokenizer, part in zip("ab", tokenizers, data, strict=True):
         runs.append(make_run(tmp_path / name, data=part and part | {"sequence_length": 512}))
@@ -503,25 +522,6 @@ PLACES = {
     "environment.json": [["date"], ["hardware"], ["tokenizer"]],
     "prediction.json": [["breakdown"], ["breakdown", "head"], ["peak_bytes"], ["device"], ["gpus"]],
 }
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """The page without its drawings, which take most of its time; their data are still read."""
-    from mst_train.report import sections
-
-    def draw(name, curves, label, **settings):
-        values = [value for curve in curves for value in (*curve.x, *curve.y)]
-        assert all(abs(float(value)) < 1e101 for value in values)
-        return f"<svg {charts.medians(values)[:1]}></svg>"
-
-    def draw_memory(name, reports, measured):
-        kinds = charts.AREAS
-        assert all(report["breakdown"][kind] >= 0 for report in reports for kind in kinds)
-        return "<svg></svg>"
-
-    monkeypatch.setattr(sections, "line_chart", draw)
-    monkeypatch.setattr(sections, "memory_chart", draw_memory)
 
 
 def whole_run(folder):
