@@ -652,7 +652,7 @@ def kept_bytes(x, keep):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("chunk_tokens", [4, 14, 34])
+@pytest.mark.parametrize("chunk_tokens", [4, pytest.param(14, marks=pytest.mark.slow), 34])
 @pytest.mark.parametrize("cu_seqlens", [None, [0, 3, 17, 34]])
 def test_memory_between_forward_and_backward(cu_seqlens, chunk_tokens, dtype):
     """To the byte, with everything that views hold on to. The first input was there before, and

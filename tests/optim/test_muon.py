@@ -101,7 +101,10 @@ def assert_equal(model, other):
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("settings", [{}, {"tie_embeddings": True}, {"experts": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, pytest.param({"tie_embeddings": True}, marks=pytest.mark.slow), {"experts": True}],
+)
 @pytest.mark.parametrize(
     ("place", "accumulation", "clip"),
     [("after", 1, None), ("in_backward", 1, None), ("after", 3, None), ("after", 2, 0.5)],
@@ -162,7 +165,7 @@ def test_in_the_backward_bf16_is_the_same_bit_for_bit(master_weights):
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("experts", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("before", "after"), [*itertools.product(PLACES, PLACES)])
 @pytest.mark.parametrize("precision", ["fp64", "bf16", "bf16_master"])
 def test_a_state_goes_on_bit_for_bit(before, after, precision, experts, tmp_path):
